@@ -1,0 +1,23 @@
+"""UORA for frozen vision, vision-language and language transformers.
+
+The public names are those below. Importing this imports torch and nothing heavy.
+"""
+
+from .config import UoraConfig
+from .errors import ConfigError, DeadAdapterError, FormatError, OptionError, StateError, TargetError, UoraError
+from .files import load, save
+from .inject import adapters, inject, remove
+from .merge import MergeReport, merge
+from .optim import param_groups
+from .plan import Plan, plan
+from .reinit import AlphaDecay, Reinitializer, ThresholdWave
+from .summary import Summary, summary
+from .verify import verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AlphaDecay", "ConfigError", "DeadAdapterError", "FormatError", "MergeReport", "OptionError", "Plan",
+    "Reinitializer", "StateError", "Summary", "TargetError", "ThresholdWave", "UoraConfig", "UoraError",
+    "adapters", "inject", "load", "merge", "param_groups", "plan", "remove", "save", "summary", "verify",
+]  # fmt: skip

@@ -1,0 +1,293 @@
+"""The frozen random matrices A and B that all layers of an adapter share, and their re-drawn rows.
+
+Nothing here is trained or saved: the matrices follow from (rank, seed, layout, init) and the widths of the model, and
+their present state from those and the log of redraws. Draws are made on the CPU in float64, each from a generator keyed
+by what is drawn, so that neither the order of layers nor the device changes them.
+
+UORA (ACL 2025) draws A and B from the Haar law, VeRA (arXiv 2310.11454) Kaiming-uniform.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .config import UoraConfig
+from .errors import ConfigError, FormatError
+
+Interpolation = Literal["linear", "spherical"]
+_INTERPOLATIONS: tuple[Interpolation, ...] = ("linear", "spherical")
+
+
+@dataclass(frozen=True)
+class Redraw:
+    """Rows of one matrix re-drawn at one step.
+
+    Args:
+        step: optimizer step, counted from 1.
+        matrix: name of the matrix, such as `A768`, or `blocks.0.attn.qkv.q/A` for a layer's own copy.
+        indices: (k,) int64, ascending: which directions.
+        draws: (k,) int64: how often each has been drawn in this matrix, this time included.
+        alpha: (k,) float64: share that is kept of each old row.
+        interpolation: how old and fresh rows are joined.
+    """
+
+    step: int
+    matrix: str
+    indices: Tensor
+    draws: Tensor
+    alpha: Tensor
+    interpolation: Interpolation
+
+
+class Bank(nn.Module):
+    """A and B for every width of a model, as non-persistent buffers that follow `.to()`.
+
+    Rows are directions in both: A is kept as (r, in) and B as (r, out) transposed on use, so that a direction is a row
+    of either and one routine redraws both.
+
+    Args:
+        config: rank, seed, layout and init are used.
+        widths_in: input widths of the adapted projections.
+        widths_out: output widths of their roles.
+        device: where the buffers lie.
+        dtype: of the buffers; the draws are rounded to float32 first whatever it is.
+    """
+
+    def __init__(
+        self,
+        config: UoraConfig,
+        widths_in: Iterable[int],
+        widths_out: Iterable[int],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.log: list[Redraw] = []
+        widths = {"A": sorted(set(widths_in)), "B": sorted(set(widths_out))}
+        if config.layout == "slice":
+            widths = {side: [max(w)] for side, w in widths.items()}
+        self._largest = {side: w[-1] for side, w in widths.items()}
+        # The float32 state from which rows are re-drawn: buffers may be moved, or rounded to a half type.
+        self._state: dict[str, Tensor] = {}
+        self._own: dict[str, Tensor] = {}
+        self._draws: dict[str, Tensor] = {}
+        for side, sizes in widths.items():
+            for width in sizes:
+                name = f"{side}{width}"
+                if torch.device(device).type == "meta":
+                    rows = torch.empty(config.rank, width, device="meta")
+                else:
+                    rows = self._state[name] = _initial(config, name, side, width)
+                self.register_buffer(name, rows.to(device=device, dtype=dtype, copy=True), persistent=False)
+
+    def matrix(self, side: Literal["A", "B"], width: int) -> str:
+        """Name of the matrix that a projection of this width uses."""
+        return f"{side}{width if self.config.layout == 'shape' else self._largest[side]}"
+
+    def a(self, width: int) -> Tensor:
+        """A of an input width, (r, width)."""
+        return self._buffers[self.matrix("A", width)][:, :width]  # type: ignore[index]
+
+    def b(self, width: int) -> Tensor:
+        """B of an output width, (width, r)."""
+        return self._buffers[self.matrix("B", width)][:, :width].t()  # type: ignore[index]
+
+    def own(self, matrix: str) -> tuple[Tensor, Tensor]:
+        """A layer's own copies: (indices (k,), rows (k, width)), float32 on the CPU."""
+        return self._draws[matrix].nonzero().squeeze(1), self._own[matrix]
+
+    def draws(self, matrix: str) -> Tensor:
+        """How often each direction of a matrix has been drawn again, (r,) int64."""
+        return self._draws.get(matrix, torch.zeros(self.config.rank, dtype=torch.int64))
+
+    def redraw(
+        self,
+        matrix: str,
+        indices: Tensor,
+        alpha: Tensor,
+        step: int,
+        interpolation: Interpolation = "linear",
+        like: str | None = None,
+        width: int | None = None,
+    ) -> Redraw:
+        """Replace rows by a mix of the old and a fresh one, and log it.
+
+        Args:
+            matrix: a name from `matrix`, or any other name for a layer's own copy of some rows.
+            indices: (k,) directions, ascending and distinct.
+            alpha: (k,) share of the old rows that is kept.
+            step: optimizer step, for the log.
+            interpolation: `linear`: alpha * old + (1 - alpha) * fresh. `spherical`: old rotated by (1 - alpha) * 90
+                degrees towards a fresh row orthogonal to all, which keeps the rows orthonormal.
+            like: for a layer's own copy: the shared matrix that it starts from.
+            width: for a layer's own copy: its width, of which the shared matrix may be the longer.
+        """
+        indices, alpha = indices.cpu(), alpha.to("cpu", torch.float64)
+        draws = self._draws.setdefault(matrix, torch.zeros(self.config.rank, dtype=torch.int64))
+        if matrix in self._state:
+            state = self._state[matrix]
+        elif like in self._state:
+            state = self._state[like][:, :width].clone()
+            if matrix in self._own:
+                state[draws > 0] = self._own[matrix]
+        else:
+            raise ConfigError(f"no matrix {like or matrix!r}; there are {', '.join(self._state)}")
+        if interpolation == "spherical" and state.shape[1] <= self.config.rank:
+            raise ConfigError(
+                f"spherical interpolation needs a rank below every width; {matrix} is {state.shape[1]} wide, the rank is "
+                f"{self.config.rank}. Use interpolation='linear' or a smaller rank."
+            )
+        draws[indices] += 1
+        if interpolation == "linear":
+            fresh = torch.stack([self._fresh(matrix, i, n, state.shape[1]) for i, n in _pairs(indices, draws)])
+            new = alpha[:, None] * state[indices] + (1 - alpha[:, None]) * fresh
+            state[indices] = new.to(state.dtype)
+        else:
+            self._rotate(matrix, state, indices, draws, alpha)
+        if matrix not in self._state:
+            self._own[matrix] = state[draws > 0]
+        event = Redraw(step, matrix, indices.clone(), draws[indices].clone(), alpha.clone(), interpolation)
+        self.log.append(event)
+        if (buffer := self._buffers.get(matrix)) is not None:
+            buffer[indices.to(buffer.device)] = state[indices].to(buffer)
+        return event
+
+    def reset(self) -> None:
+        """Back to the initial draw, with an empty log."""
+        self.log, self._own, self._draws = [], {}, {}
+        self._state = {n: _initial(self.config, n, n[0], int(n[1:])) for n in self._buffers}
+        for name, buffer in self._buffers.items():
+            assert buffer is not None
+            buffer.copy_(self._state[name])
+
+    def replay(self, log: Iterable[Redraw], own: dict[str, tuple[str, int]]) -> None:
+        """The state after a log, from the initial draw.
+
+        Args:
+            log: what `log` held.
+            own: for each layer's own matrix: the shared matrix it starts from, and its width.
+
+        Raises:
+            FormatError: the log does not belong to this bank.
+        """
+        self.reset()
+        for event in log:
+            if event.matrix not in self._state and event.matrix not in own:
+                raise FormatError(f"the log re-draws {event.matrix!r}, which this model does not have")
+            like, width = own.get(event.matrix, (None, None))
+            again = self.redraw(event.matrix, event.indices, event.alpha, event.step, event.interpolation, like, width)
+            if not torch.equal(again.draws, event.draws):
+                raise FormatError(f"the log of {event.matrix!r} has gaps: step {event.step} is not the next draw")
+
+    def _fresh(self, matrix: str, index: int, draw: int, width: int) -> Tensor:
+        """One row of the bank's law, (width,) float64, keyed by (seed, matrix, index, draw)."""
+        config = self.config
+        generator = _generator(config.seed, matrix, index, draw)
+        if config.init == "kaiming":
+            return _kaiming((width,), _fan_in(matrix, config.rank, width), generator)
+        # A row of a Haar matrix is the beginning of a uniform unit vector: all of it where rows are orthonormal, its
+        # first `width` of r coordinates where there are more rows than columns.
+        gauss = torch.randn(max(width, config.rank), generator=generator, dtype=torch.float64)
+        return (gauss / gauss.norm())[:width]
+
+    def _rotate(self, matrix: str, state: Tensor, indices: Tensor, draws: Tensor, alpha: Tensor) -> None:
+        rank, width = state.shape
+        for part, keep in zip(indices.split(width - rank), alpha.split(width - rank), strict=True):
+            rows = state.to(torch.float64)
+            gauss = torch.stack(
+                [torch.randn(width, generator=_generator(self.config.seed, matrix, i, n), dtype=torch.float64)
+                 for i, n in _pairs(part, draws)]
+            )  # fmt: skip
+            basis = torch.linalg.qr(rows.t()).Q
+            for _ in range(2):  # the second projection removes what rounding left of the first
+                gauss = gauss - (gauss @ basis) @ basis.t()
+            fresh = _orthonormal_columns(gauss.t()).t()
+            angle = (1 - keep[:, None]) * (torch.pi / 2)
+            state[part] = (angle.cos() * rows[part] + angle.sin() * fresh).to(state.dtype)
+
+
+def pack_log(log: list[Redraw]) -> tuple[dict[str, Tensor], list[str]]:
+    """A log as tensors for a file: `entries` (n, 5) int32 (step, matrix, index, draw, interpolation), `alpha` (n,)
+    float64, and the names of the matrices."""
+    names = sorted({event.matrix for event in log})
+    number = {name: i for i, name in enumerate(names)}
+    entries = [
+        torch.stack(
+            [
+                torch.full_like(e.indices, e.step),
+                torch.full_like(e.indices, number[e.matrix]),
+                e.indices,
+                e.draws,
+                torch.full_like(e.indices, _INTERPOLATIONS.index(e.interpolation)),
+            ],
+            dim=1,
+        )
+        for e in log
+    ]
+    empty = torch.zeros(0, 5, dtype=torch.int64)
+    alpha = torch.cat([e.alpha for e in log]) if log else torch.zeros(0, dtype=torch.float64)
+    return {"entries": torch.cat([empty, *entries]).to(torch.int32), "alpha": alpha}, names
+
+
+def unpack_log(tensors: dict[str, Tensor], names: list[str]) -> list[Redraw]:
+    """Inverse of `pack_log`.
+
+    Raises:
+        FormatError: the tensors are not a log.
+    """
+    entries, alpha = tensors["entries"].to(torch.int64), tensors["alpha"]
+    if entries.dim() != 2 or entries.shape[1] != 5 or alpha.shape != entries.shape[:1]:
+        raise FormatError(f"the log of redraws has shapes {tuple(entries.shape)} and {tuple(alpha.shape)}")
+    if len(entries) and (entries.min() < 0 or entries[:, 1].max() >= len(names) or entries[:, 4].max() > 1):
+        raise FormatError("the log of redraws holds numbers out of range; the file is damaged")
+    key = entries[:, [0, 1, 4]]
+    starts = torch.ones(len(key), dtype=torch.bool)
+    starts[1:] = (key[1:] != key[:-1]).any(1) | (entries[1:, 2] <= entries[:-1, 2])
+    bounds = [*starts.nonzero().squeeze(1).tolist(), len(key)]
+    return [
+        Redraw(int(rows[0, 0]), names[int(rows[0, 1])], rows[:, 2], rows[:, 3], alpha[i:j], _INTERPOLATIONS[int(rows[0, 4])])
+        for i, j in zip(bounds, bounds[1:], strict=False)
+        if len(rows := entries[i:j])
+    ]
+
+
+def _initial(config: UoraConfig, name: str, side: str, width: int) -> Tensor:
+    """Rows of A, (r, in), or columns of B as rows, (r, out)."""
+    generator = _generator(config.seed, name)
+    if config.init == "kaiming":
+        return _kaiming((config.rank, width), _fan_in(side, config.rank, width), generator).float()
+    gauss = torch.randn(max(config.rank, width), min(config.rank, width), generator=generator, dtype=torch.float64)
+    ortho = _orthonormal_columns(gauss)
+    return (ortho if config.rank >= width else ortho.t()).float().contiguous()
+
+
+def _fan_in(matrix: str, rank: int, width: int) -> int:
+    side = matrix.rpartition("/")[2][0]
+    return width if side == "A" else rank
+
+
+def _kaiming(shape: tuple[int, ...], fan_in: int, generator: torch.Generator) -> Tensor:
+    """Uniform with variance 2 / fan_in, as VeRA's code draws it."""
+    return (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1) * (6 / fan_in) ** 0.5
+
+
+def _orthonormal_columns(gauss: Tensor) -> Tensor:
+    """Haar-distributed orthonormal columns from Gaussian ones (Mezzadri 2007: QR with the signs of R made positive)."""
+    q, r = torch.linalg.qr(gauss)
+    return q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q)
+
+
+def _generator(seed: int, matrix: str, index: int = -1, draw: int = 0) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{matrix}/{index}/{draw}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def _pairs(indices: Tensor, draws: Tensor) -> Iterable[tuple[int, int]]:
+    return zip(indices.tolist(), draws[indices].tolist(), strict=True)

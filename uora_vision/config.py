@@ -1,0 +1,105 @@
+"""What can be chosen about an adapter, in one frozen dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from typing import Literal
+
+from .errors import ConfigError, OptionError
+
+Layout = Literal["shape", "slice"]
+Init = Literal["haar", "kaiming"]
+BasePart = Literal["head", "norm", "bias"]
+
+
+@dataclass(frozen=True)
+class UoraConfig:
+    """Options of `inject`.
+
+    Args:
+        rank: number of directions r of every adapted projection.
+        targets: what to adapt. Terms joined by `+`, or an iterable of terms. A term is a group (`attention`, `mlp`,
+            `all`), the shorthand `qv`, a role (`q`, `proj`, `attn.q`) or a pattern over paths (`blocks.1?.attn.*`,
+            which ends in the role: `blocks.3.attn.qkv.q`).
+        exclude: terms of the same form, taken away from `targets`.
+        blocks: numbers of the blocks to adapt, counted through the whole model; negative from its end. None for all.
+        d_init: initial value of d.
+        seed: of the shared matrices A and B and of their re-drawn rows.
+        layout: `shape`, one A per input width and one B per output width, each orthonormal; or `slice`, one A and one B
+            of the largest widths, of which each layer takes the first part (PEFT's VeRA and the author's code do so).
+        init: `haar` (UORA: uniform orthonormal) or `kaiming` (VeRA, arXiv 2310.11454).
+        dropout: probability of dropping an input element of the low-rank branch while training. Above 0 the branch
+            cannot be folded into the weight, and a step costs what PEFT's VeRA costs.
+        train: parts of the base that train besides: any of `head`, `norm`, `bias`.
+    """
+
+    rank: int = 256
+    targets: str | Iterable[str] = "attention+mlp"
+    exclude: str | Iterable[str] = ()
+    blocks: Iterable[int] | None = None
+    d_init: float = 0.1
+    seed: int = 0
+    layout: Layout = "shape"
+    init: Init = "haar"
+    dropout: float = 0.0
+    train: BasePart | Iterable[BasePart] = ("head",)
+
+    def __post_init__(self) -> None:
+        set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        set_("targets", _terms("targets", self.targets))
+        set_("exclude", _terms("exclude", self.exclude))
+        set_("train", _terms("train", self.train))
+        if self.blocks is not None:
+            blocks = tuple(self.blocks)
+            if not blocks or not all(isinstance(i, int) for i in blocks):
+                raise ConfigError(f"blocks must be block numbers such as range(6, 12), got {self.blocks!r}")
+            set_("blocks", blocks)
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+            raise ConfigError(f"rank must be a whole number of at least 1, got {self.rank!r}")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ConfigError(f"seed must be a whole number of at least 0, got {self.seed!r}")
+        if not math.isfinite(self.d_init) or self.d_init == 0:
+            raise ConfigError(f"d_init must be finite and not 0 (b would receive no gradient), got {self.d_init!r}")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout must be in [0, 1), got {self.dropout!r}")
+        for name, allowed in (("layout", get_args(Layout)), ("init", get_args(Init))):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if not self.targets:
+            raise ConfigError("targets is empty; name what to adapt, such as 'attention+mlp'")
+        if unknown := set(self.train) - set(get_args(BasePart)):
+            raise ConfigError(f"train takes {', '.join(get_args(BasePart))}; got {', '.join(sorted(unknown))}")
+
+    def replace(self, **options: Any) -> UoraConfig:
+        """A copy with some options changed.
+
+        Raises:
+            OptionError: an option of that name does not exist.
+        """
+        known = [f.name for f in dataclasses.fields(self)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+                raise OptionError(f"no option {name!r}; {hint}")
+        return dataclasses.replace(self, **options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `UoraConfig(**d)` is its inverse."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+
+def _terms(name: str, value: str | Iterable[str]) -> tuple[str, ...]:
+    parts = [value] if isinstance(value, str) else list(value)
+    if not all(isinstance(part, str) for part in parts):
+        raise OptionError(f"{name} takes a string or strings, got {value!r}")
+    terms = [term.strip() for part in parts for term in part.split("+")]
+    if isinstance(value, set | frozenset):
+        terms.sort()
+    return tuple(dict.fromkeys(term for term in terms if term))

@@ -1,0 +1,29 @@
+"""Every error this library raises on purpose derives from `UoraError` and the built-in type that fits."""
+
+
+class UoraError(Exception):
+    """Base of all errors of uora_vision."""
+
+
+class ConfigError(UoraError, ValueError):
+    """An option has a value that cannot be used."""
+
+
+class OptionError(UoraError, TypeError):
+    """An option does not exist, or has the wrong type."""
+
+
+class TargetError(UoraError, ValueError):
+    """What was asked to be adapted is not in the model."""
+
+
+class StateError(UoraError, RuntimeError):
+    """The model is not in a state in which this can be done: already injected, or not injected."""
+
+
+class DeadAdapterError(UoraError, RuntimeError):
+    """Some adapters receive no gradient: they would train nothing."""
+
+
+class FormatError(UoraError, ValueError):
+    """A saved adapter is damaged, of another version, or made for another model."""

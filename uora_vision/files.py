@@ -1,0 +1,235 @@
+"""An adapter as a folder: `adapter_config.json` and `adapter_model.safetensors`.
+
+The tensors are b and d of every role (`vectors/blocks.0.attn.qkv/q.b`), the trained parts of the base
+(`base/head.weight`) and the log of redraws. A and B are not in the file: seed and log rebuild them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from .bank import pack_log, unpack_log
+from .config import UoraConfig
+from .errors import FormatError, StateError
+from .inject import adapters, apply_plan, bank_of, is_injected, remove
+from .layers import Adapter, Role
+from .plan import Plan, Projection
+
+FORMAT = "uora_vision"
+FORMAT_VERSION = 1
+CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+
+def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
+    """Write the adapter and the trained parts of the base into a folder.
+
+    Each file is replaced as a whole once it is completely on disk, so an interrupted save leaves the last one.
+
+    Returns:
+        The folder.
+
+    Raises:
+        StateError: the model is not injected.
+        FormatError: a trained value is NaN or infinite.
+    """
+    found, bank = adapters(model), bank_of(model)
+    log, matrices = pack_log(bank.log)
+    tensors = {f"log/{name}": t for name, t in log.items()}
+    for path, adapter in found.items():
+        for k, (role, b) in enumerate(zip(adapter.roles, adapter.b.split([r.rows for r in adapter.roles]), strict=True)):
+            tensors[f"vectors/{path}/{role.name}.b"] = b
+            tensors[f"vectors/{path}/{role.name}.d"] = adapter.d[k]
+    vectors = {id(p) for adapter in found.values() for p in adapter.parameters()}
+    base = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in vectors}
+    tensors |= {f"base/{name}": p for name, p in base.items()}
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    for name, t in tensors.items():
+        if not t.isfinite().all():
+            raise FormatError(f"{name} is not finite: the training has diverged, and this would not be a usable adapter")
+    config = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "base": {"class": type(model).__name__, "architecture": _architecture(model)},
+        "config": bank.config.to_dict(),
+        "matrices": matrices,
+        "projections": [
+            {
+                "path": path,
+                "in": adapter.width,
+                "roles": [{"name": r.name, "group": r.group, "start": r.start, "rows": r.rows} for r in adapter.roles],
+            }
+            for path, adapter in found.items()
+        ],
+        "versions": {"torch": torch.__version__},
+    }
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    write_atomically(target / TENSOR_FILE, to_bytes(tensors, metadata={"format": FORMAT}))
+    write_atomically(target / CONFIG_FILE, (json.dumps(config, indent=1) + "\n").encode())
+    return target
+
+
+def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
+    """Inject a saved adapter into a plain base, in place; everything is checked before the model is touched.
+
+    Returns:
+        The same model, with the trained parts of the base (the head) restored too.
+
+    Raises:
+        StateError: the model already has an adapter.
+        FormatError: a file is missing, damaged, of a newer version, or does not fit this model.
+    """
+    if is_injected(model):
+        raise StateError("this model already has an adapter; merge() or remove() it before loading another")
+    source = Path(folder)
+    config = _read_config(source / CONFIG_FILE)
+    tensors = _read_tensors(source / TENSOR_FILE)
+    try:
+        options = UoraConfig(**config["config"])
+        projections = tuple(
+            Projection(p["path"], (0, p["in"]), tuple(Role(**r) for r in p["roles"]), "saved", None)
+            for p in config["projections"]
+        )
+        log = unpack_log({n: tensors.pop(f"log/{n}") for n in ("entries", "alpha")}, list(config["matrices"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise FormatError(f"{source} is damaged: {error!r}") from error
+    base = {name.removeprefix("base/"): tensors.pop(name) for name in list(tensors) if name.startswith("base/")}
+    _check_fit(model, source, config, projections, base)
+    _check_vectors(source, projections, tensors, options.rank)
+
+    apply_plan(model, Plan(options, projections, ()))
+    try:
+        found = adapters(model)
+        bank_of(model).replay(log, own_matrices(found))
+        refresh_own(found)
+    except BaseException:
+        remove(model)
+        raise
+    with torch.no_grad():
+        for path, adapter in found.items():
+            adapter.b.copy_(torch.cat([tensors[f"vectors/{path}/{r.name}.b"] for r in adapter.roles]))
+            adapter.d.copy_(torch.stack([tensors[f"vectors/{path}/{r.name}.d"] for r in adapter.roles]))
+        parameters = dict(model.named_parameters())
+        for name, p in parameters.items():
+            if name in base:
+                p.copy_(base[name])
+                p.requires_grad_(True)
+    return model
+
+
+def own_matrices(found: dict[str, Adapter]) -> dict[str, tuple[str, int]]:
+    """For every matrix that a layer may have of its own: the shared one that it starts from, and its width."""
+    out = {}
+    for adapter in found.values():
+        for k, role in enumerate(adapter.roles):
+            out[adapter.own_name(k, "A")] = (adapter.bank.matrix("A", adapter.width), adapter.width)
+            out[adapter.own_name(k, "B")] = (adapter.bank.matrix("B", role.rows), role.rows)
+    return out
+
+
+def refresh_own(found: dict[str, Adapter]) -> None:
+    """Let the adapters take over their own rows, as the bank's log has them."""
+    for adapter in found.values():
+        adapter.drop_own()
+        for k in range(len(adapter.roles)):
+            if adapter.bank.draws(adapter.own_name(k, "A")).any():
+                adapter.refresh_own(k)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that at any moment, also after a crash, it is either the old one or the new one, whole."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _architecture(model: nn.Module) -> str | None:
+    config = getattr(model, "pretrained_cfg", None)
+    return config.get("architecture") if isinstance(config, dict) else None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise FormatError(f"{path} does not exist; an adapter is a folder with {CONFIG_FILE} and {TENSOR_FILE}") from error
+    except ValueError as error:
+        raise FormatError(f"{path} is not valid JSON ({error}); the file is damaged") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise FormatError(f"{path} is not an adapter of uora_vision")
+    if config.get("format_version") != FORMAT_VERSION:
+        raise FormatError(
+            f"{path} has format version {config.get('format_version')!r}; this uora_vision reads {FORMAT_VERSION}. "
+            "Use the version that wrote it, or a newer one."
+        )
+    return config
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise FormatError(f"{path} does not exist; an adapter is a folder with {CONFIG_FILE} and {TENSOR_FILE}") from error
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{path} cannot be read ({error}); the file is truncated or damaged") from error
+    for name, t in tensors.items():
+        if not t.isfinite().all():
+            raise FormatError(f"{path} holds NaN or infinite values in {name}; nothing was loaded")
+    return tensors
+
+
+def _check_fit(
+    model: nn.Module, source: Path, config: dict[str, Any], projections: tuple[Projection, ...], base: dict[str, Tensor]
+) -> None:
+    made_for = config.get("base", {})
+    what = made_for.get("architecture") or made_for.get("class")
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    for p in projections:
+        module = modules.get(p.path)
+        last = max((r.start + r.rows for r in p.roles), default=0)
+        if not isinstance(module, nn.Linear) or module.in_features != p.shape[1] or module.out_features < last:
+            shape = f"a Linear {module.out_features} x {module.in_features}" if isinstance(module, nn.Linear) else "not there"
+            raise FormatError(
+                f"the adapter in {source} was made for {what}: it adapts {p.path}, at least {last} x {p.shape[1]}, which "
+                f"in this {type(model).__name__} is {shape}. Load it into the architecture that it was trained on."
+            )
+    for name, t in base.items():
+        if name not in parameters or parameters[name].shape != t.shape:
+            here = f"has shape {tuple(parameters[name].shape)}" if name in parameters else "does not exist"
+            raise FormatError(
+                f"the adapter in {source} holds a trained {name} of shape {tuple(t.shape)}, which in this model {here}. "
+                "Create the model with the same number of classes (num_classes=...)."
+            )
+
+
+def _check_vectors(source: Path, projections: tuple[Projection, ...], tensors: dict[str, Tensor], rank: int) -> None:
+    wanted = {}
+    for p in projections:
+        for role in p.roles:
+            wanted[f"vectors/{p.path}/{role.name}.b"] = (role.rows,)
+            wanted[f"vectors/{p.path}/{role.name}.d"] = (rank,)
+    if odd := sorted(wanted.keys() ^ tensors.keys()):
+        raise FormatError(f"{source} is damaged: {odd[0]} is {'missing' if odd[0] in wanted else 'not in its configuration'}")
+    for name, shape in wanted.items():
+        if tuple(tensors[name].shape) != shape:
+            raise FormatError(f"{source} is damaged: {name} has shape {tuple(tensors[name].shape)}, expected {shape}")
+
+

@@ -1,0 +1,134 @@
+"""Putting an adapter into a model and taking it out again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .bank import Bank
+from .config import UoraConfig
+from .errors import StateError
+from .layers import CHILD, Adapter, attach, detach, is_adapted
+from .plan import Plan, plan
+from .verify import verify
+from .walker import head_names
+
+FROZEN = "_uora_frozen"
+
+
+def inject(
+    model: nn.Module, config: UoraConfig | None = None, *, example_input: Any = None, **options: Any
+) -> nn.Module:
+    """Adapt a model in place: freeze it, and give every chosen projection its trained vectors.
+
+    The model computes what it did before, since b starts at 0: to the last bit wherever the weight is folded or the
+    base product is unchanged (float32 and float64 bases, and few tokens in any type); with many tokens over a base
+    stored in bfloat16 or float16, to within rounding of that type.
+
+    Args:
+        model: any timm vision transformer.
+        config: options; the keyword arguments change single ones. See `UoraConfig`.
+        example_input: if given, `verify` is run on it, and the model is left as it was when that fails.
+
+    Returns:
+        The same model.
+
+    Raises:
+        StateError: the model already has an adapter.
+        ConfigError, OptionError, TargetError: see `plan`.
+        DeadAdapterError: see `verify`.
+    """
+    if is_injected(model):
+        raise StateError("this model already has an adapter; merge() or remove() it first")
+    apply_plan(model, plan(model, config, **options))
+    if example_input is not None:
+        try:
+            verify(model, example_input)
+        except BaseException:
+            remove(model)
+            raise
+    return model
+
+
+def apply_plan(model: nn.Module, what: Plan) -> None:
+    """Carry out a plan. Everything that can fail is made before the model is touched."""
+    config = what.config
+    modules = dict(model.named_modules())
+    targets = [modules[p.path] for p in what.projections]
+    first = targets[0].weight
+    dtype = first.dtype if first.is_floating_point() else torch.float32
+    bank = Bank(
+        config,
+        (p.shape[1] for p in what.projections),
+        (role.rows for p in what.projections for role in p.roles),
+        device=first.device,
+        dtype=dtype,
+    )
+    adapters = [
+        Adapter(p.path, p.roles, p.shape[1], bank, config.d_init, config.dropout, module.weight.device)
+        for p, module in zip(what.projections, targets, strict=True)
+    ]
+    trained = set(base_parameters(model, config.train))
+    frozen = [name for name, p in model.named_parameters() if p.requires_grad and name not in trained]
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in trained)
+    for module, adapter in zip(targets, adapters, strict=True):
+        attach(module, adapter.train(module.training))  # type: ignore[arg-type]
+    model.add_module(CHILD, bank)
+    bank.__dict__[FROZEN] = tuple(frozen)
+
+
+def remove(model: nn.Module) -> nn.Module:
+    """Take the adapter out without merging it: the base as it was, its parameters trainable as they were."""
+    bank = bank_of(model)
+    for module in model.modules():
+        if is_adapted(module):
+            detach(module)
+    delattr(model, CHILD)
+    parameters = dict(model.named_parameters())
+    for name in bank.__dict__[FROZEN]:
+        parameters[name].requires_grad_(True)
+    return model
+
+
+def is_injected(model: nn.Module) -> bool:
+    return any(is_adapted(m) for m in model.modules())
+
+
+def bank_of(model: nn.Module) -> Bank:
+    """The bank of an injected model.
+
+    Raises:
+        StateError: there is none.
+    """
+    bank = getattr(model, CHILD, None)
+    if not isinstance(bank, Bank):
+        raise StateError(f"this {type(model).__name__} has no adapter; call inject() or load() on it first")
+    return bank
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """The adapters of an injected model by the path of their module, in the model's order.
+
+    Raises:
+        StateError: there are none.
+    """
+    bank_of(model)
+    return {name: getattr(m, CHILD) for name, m in model.named_modules() if is_adapted(m)}
+
+
+def base_parameters(model: nn.Module, parts: tuple[str, ...]) -> list[str]:
+    """Names of the base's parameters that belong to `head`, `norm` or `bias`."""
+    heads = head_names(model)
+    chosen = []
+    for path, module in model.named_modules():
+        for name, _ in module.named_parameters(recurse=False):
+            full = f"{path}.{name}" if path else name
+            in_head = any(full.startswith(head + ".") for head in heads)
+            norm = "norm" in type(module).__name__.lower()
+            bias = name == "bias" or name.endswith("_bias")
+            if ("head" in parts and in_head) or ("norm" in parts and norm) or ("bias" in parts and bias):
+                chosen.append(full)
+    return chosen

@@ -1,0 +1,26 @@
+"""Tables as text, through rich."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+def render(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], footer: Sequence[object] = ()) -> str:
+    """A table as text, as wide as it needs to be. Columns that hold numbers are set to the right."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    cells = [[f"{c:,}" if isinstance(c, int) else str(c) for c in row] for row in rows]
+    table = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, show_footer=bool(footer))
+    for i, name in enumerate(columns):
+        numeric = all(row[i][:1].isdigit() or not row[i] for row in cells)
+        foot = (f"{footer[i]:,}" if isinstance(footer[i], int) else str(footer[i])) if footer else ""
+        table.add_column(Text(name), footer=Text(foot), justify="right" if numeric else "left")
+    for row in cells:
+        table.add_row(*(Text(cell) for cell in row))
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in captured.get().rstrip().splitlines())

@@ -1,0 +1,99 @@
+"""Proof that every adapter trains: none is silently out of the model's path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import DeadAdapterError
+from .layers import CHILD, is_adapted
+
+
+def verify(model: nn.Module, example_input: Any) -> dict[str, float]:
+    """One forward and backward with b set to small random values, and a look at every gradient.
+
+    Parameters, buffers, gradients, training flags and random state are as before afterwards.
+
+    Args:
+        model: an injected model.
+        example_input: its input: a tensor, a tuple of arguments or a dict of keyword arguments.
+
+    Returns:
+        The norm of the gradient of every role's b, by name (`blocks.0.attn.qkv.q`).
+
+    Raises:
+        DeadAdapterError: names the adapters whose b or d gets no gradient, or one that is not finite.
+    """
+    from .inject import bank_of
+
+    bank_of(model)
+    adapters = [getattr(m, CHILD) for m in model.modules() if is_adapted(m)]
+    vectors = [p for adapter in adapters for p in (adapter.b, adapter.d)]
+    device = vectors[0].device
+    flags = {m: m.training for m in model.modules()}
+    wanted = [p.requires_grad for p in vectors]
+    saved = [adapter.b.detach().clone() for adapter in adapters]
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices), torch.enable_grad():
+            torch.manual_seed(0)
+            model.eval()
+            for p in vectors:
+                p.requires_grad_(True)
+            for adapter in adapters:
+                with torch.no_grad():
+                    adapter.b.normal_(std=0.1)
+            output = call(model, example_input)
+            loss = sum((t.float() * torch.randn_like(t, dtype=torch.float32)).sum() for t in float_tensors(output))
+            if not isinstance(loss, Tensor) or not loss.requires_grad:
+                raise DeadAdapterError("the model's output does not depend on any adapter")
+            grads = torch.autograd.grad(loss, vectors, allow_unused=True)
+    finally:
+        with torch.no_grad():
+            for adapter, b in zip(adapters, saved, strict=True):
+                adapter.b.copy_(b)
+        for p, want in zip(vectors, wanted, strict=True):
+            p.requires_grad_(want)
+        for module, training in flags.items():
+            module.training = training
+
+    norms, dead = {}, []
+    for adapter, grad_b, grad_d in zip(adapters, grads[::2], grads[1::2], strict=True):
+        first = 0
+        for k, role in enumerate(adapter.roles):
+            b = 0.0 if grad_b is None else grad_b[first : first + role.rows].norm().item()
+            d = 0.0 if grad_d is None else grad_d[k].norm().item()
+            first += role.rows
+            norms[f"{adapter.name}.{role.name}"] = b
+            if not (0 < b < float("inf") and 0 < d < float("inf")):
+                dead.append(f"{adapter.name}.{role.name} (gradient norm of b {b:g}, of d {d:g})")
+    if dead:
+        shown = "; ".join(dead[:8]) + (f"; and {len(dead) - 8} more" if len(dead) > 8 else "")
+        raise DeadAdapterError(
+            f"{len(dead)} of {len(norms)} adapters would not train on this input: {shown}. Exclude them, or give an "
+            "input on which the model uses them."
+        )
+    return norms
+
+
+def call(model: nn.Module, example_input: Any) -> Any:
+    if isinstance(example_input, Mapping):
+        return model(**example_input)
+    if isinstance(example_input, tuple | list):
+        return model(*example_input)
+    return model(example_input)
+
+
+def float_tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from float_tensors(value)
+    elif isinstance(output, tuple | list):
+        for value in output:
+            yield from float_tensors(value)
