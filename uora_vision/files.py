@@ -21,7 +21,7 @@ from .bank import pack_log, unpack_log
 from .config import UoraConfig
 from .errors import FormatError, StateError
 from .inject import adapters, apply_plan, bank_of, is_injected, remove
-from .layers import Adapter, Role
+from .layers import Adapter, AdaptedWeight, Role
 from .plan import Plan, Projection
 
 FORMAT = "uora_vision"
@@ -41,7 +41,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         StateError: the model is not injected.
         FormatError: a trained value is NaN or infinite.
     """
-    found, bank = adapters(model), bank_of(model)
+    found, bank, modules = adapters(model), bank_of(model), dict(model.named_modules())
     log, matrices = pack_log(bank.log)
     tensors = {f"log/{name}": t for name, t in log.items()}
     for path, adapter in found.items():
@@ -65,6 +65,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
             {
                 "path": path,
                 "in": adapter.width,
+                "weight_is_read": isinstance(modules[path], AdaptedWeight),
                 "roles": [{"name": r.name, "group": r.group, "start": r.start, "rows": r.rows} for r in adapter.roles],
             }
             for path, adapter in found.items()
@@ -96,7 +97,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     try:
         options = UoraConfig(**config["config"])
         projections = tuple(
-            Projection(p["path"], (0, p["in"]), tuple(Role(**r) for r in p["roles"]), "saved", None)
+            Projection(p["path"], (0, p["in"]), tuple(Role(**r) for r in p["roles"]), "saved", None, p["weight_is_read"])
             for p in config["projections"]
         )
         log = unpack_log({n: tensors.pop(f"log/{n}") for n in ("entries", "alpha")}, list(config["matrices"]))

@@ -66,6 +66,16 @@ def project(
         return _Project.apply(x, weight, bias, b, d, spans, len(a), *a, *bm)
 
 
+def fold(weight: Tensor, b: Tensor, d: Tensor, spans: Spans, a: Sequence[Tensor], bm: Sequence[Tensor]) -> Tensor:
+    """W + dW, (out, in), in the type of W, differentiable in W, b and d.
+
+    For modules whose weight is read rather than called. Formed in float32 or wider; a W stored in bfloat16 or float16
+    rounds the sum.
+    """
+    with _exact(weight):
+        return _Fold.apply(weight, b, d, spans, len(a), *a, *bm)
+
+
 def delta(x: Tensor, b: Tensor, d: Tensor, spans: Spans, a: Sequence[Tensor], bm: Sequence[Tensor], out: int) -> Tensor:
     """The low-rank branch alone, by plain differentiable operations: (..., in) -> (..., out).
 
@@ -128,8 +138,36 @@ class _Project(torch.autograd.Function):
             if need_bias:
                 grad_bias = flat.sum(0)
             if need_b or need_d:
-                grad_b, grad_d = _vector_gradients(flat, kept, ctx.keep_x, b, d, spans, a, bm)
+                parts = [flat[:, start : start + rows].t() for start, rows in spans]
+                if ctx.keep_x:
+                    p = [(part @ kept[0]) @ a[k % n_a].to(g.dtype).t() for k, part in enumerate(parts)]
+                else:
+                    p = [part @ kept[k % n_a] for k, part in enumerate(parts)]
+                grad_b, grad_d = _vector_gradients(p, b, d, bm)
         return grad_x, grad_w, grad_bias, grad_b, grad_d, *[None] * (2 + n_a + len(spans))
+
+
+class _Fold(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, b: Tensor, d: Tensor, spans: Spans, n_a: int, *banks: Tensor) -> Tensor:
+        ctx.save_for_backward(b, d, *banks)
+        ctx.spans, ctx.n_a = spans, n_a
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        return _folded(wide, b, d, spans, banks[:n_a], banks[n_a:]).to(weight.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        b, d, *banks = ctx.saved_tensors
+        a, bm = banks[: ctx.n_a], banks[ctx.n_a :]
+        with _exact(g):
+            wide = g.to(torch.promote_types(g.dtype, torch.float32))
+            p = [
+                wide[start : start + rows] @ a[k % ctx.n_a].to(wide.dtype).t()
+                for k, (start, rows) in enumerate(ctx.spans)
+            ]
+            grad_b, grad_d = _vector_gradients(p, b, d, bm)
+        return g if ctx.needs_input_grad[0] else None, grad_b, grad_d, *[None] * (2 + len(banks))
 
 
 def _forward(
@@ -177,29 +215,13 @@ def _input_gradient(
     return total
 
 
-def _vector_gradients(
-    g: Tensor,
-    kept: Sequence[Tensor],
-    keep_x: bool,
-    b: Tensor,
-    d: Tensor,
-    spans: Spans,
-    a: Sequence[Tensor],
-    bm: Sequence[Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Gradients of b and d from P = g^T u: rowsum(P*d*B) and colsum(b*B*P)."""
-    grad_b, grad_d, first = [], [], 0
-    for k, (start, rows) in enumerate(spans):
-        part = g[:, start : start + rows].t()
-        if keep_x:
-            p = (part @ kept[0]) @ a[k % len(a)].to(g.dtype).t()
-        else:
-            p = part @ kept[k % len(kept)]
-        p = p.to(b.dtype) * bm[k].to(b.dtype)
-        grad_b.append(p @ d[k])
-        grad_d.append(b[first : first + rows] @ p)
-        first += rows
-    return torch.cat(grad_b), torch.stack(grad_d)
+def _vector_gradients(p: Sequence[Tensor], b: Tensor, d: Tensor, bm: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Gradients of b and d from P = g^T u of each role, (rows, r): rowsum(P*d*B) and colsum(b*B*P)."""
+    products = [part.to(b.dtype) * m.to(b.dtype) for part, m in zip(p, bm, strict=True)]
+    spans_of_b = b.split([m.shape[0] for m in bm])
+    grad_b = torch.cat([product @ d[k] for k, product in enumerate(products)])
+    grad_d = torch.stack([part @ product for part, product in zip(spans_of_b, products, strict=True)])
+    return grad_b, grad_d
 
 
 def _folds(tokens: int, weight: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from .bank import Bank
 from .config import UoraConfig
 from .errors import StateError
+from .functional import WIDE
 from .layers import CHILD, Adapter, attach, detach, is_adapted
 from .plan import Plan, plan
 from .verify import verify
@@ -42,6 +44,8 @@ def inject(
     """
     if is_injected(model):
         raise StateError("this model already has an adapter; merge() or remove() it first")
+    if hasattr(model, CHILD):
+        raise StateError(f"{type(model).__name__} has an attribute {CHILD!r} of its own, where the bank would go")
     apply_plan(model, plan(model, config, **options))
     if example_input is not None:
         try:
@@ -56,7 +60,16 @@ def apply_plan(model: nn.Module, what: Plan) -> None:
     """Carry out a plan. Everything that can fail is made before the model is touched."""
     config = what.config
     modules = dict(model.named_modules())
-    targets = [modules[p.path] for p in what.projections]
+    targets = [linear for p in what.projections if isinstance(linear := modules[p.path], nn.Linear)]
+    coarse = [p.path for p, m in zip(what.projections, targets, strict=True)
+              if p.weight_is_read and m.weight.dtype not in WIDE]  # fmt: skip
+    if coarse:
+        warnings.warn(
+            f"{len(coarse)} weights ({coarse[0]}, ...) are read by the model itself and stored in "
+            f"{modules[coarse[0]].weight.dtype}: small updates to them are rounded away. Keep the base in float32 and "
+            "use torch.autocast.",
+            stacklevel=3,
+        )
     first = targets[0].weight
     dtype = first.dtype if first.is_floating_point() else torch.float32
     bank = Bank(
@@ -74,8 +87,8 @@ def apply_plan(model: nn.Module, what: Plan) -> None:
     frozen = [name for name, p in model.named_parameters() if p.requires_grad and name not in trained]
     for name, p in model.named_parameters():
         p.requires_grad_(name in trained)
-    for module, adapter in zip(targets, adapters, strict=True):
-        attach(module, adapter.train(module.training))  # type: ignore[arg-type]
+    for p, module, adapter in zip(what.projections, targets, adapters, strict=True):
+        attach(module, adapter.train(module.training), p.weight_is_read)
     model.add_module(CHILD, bank)
     bank.__dict__[FROZEN] = tuple(frozen)
 

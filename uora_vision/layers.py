@@ -128,6 +128,10 @@ class Adapter(nn.Module):
             return nn.functional.linear(x, weight, bias) + branch
         return functional.project(x, weight, bias, self.b, self.d, self.spans, a, bm)
 
+    def fold(self, weight: Tensor) -> Tensor:
+        """W + dW, (out, in), differentiable; see `functional.fold`."""
+        return functional.fold(weight, self.b, self.d, self.spans, *self.matrices())
+
     def delta_weight(self, dtype: torch.dtype) -> list[Tensor]:
         """dW of each role, (rows, in), computed in `dtype`."""
         return functional.delta_weight(self.b, self.d, self.spans, *self.matrices(), dtype)
@@ -137,39 +141,67 @@ class Adapter(nn.Module):
 
 
 class Adapted:
-    """Mixed in before the class of a module that holds an `Adapter`."""
+    """Mixed in before the class of a module that holds an `Adapter` and is called."""
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """The class is made at run time, so copies and pickles name the class that it was made from."""
-        base = type(self).__mro__[2]
-        return _rebuild, (base,), self.__dict__
+    _parameters: dict[str, Any]
 
     def forward(self, x: Tensor) -> Tensor:
-        return getattr(self, CHILD).project(x, self.weight, self.bias)  # type: ignore[attr-defined]
+        return getattr(self, CHILD).project(x, self._parameters["weight"], self._parameters["bias"])
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """The class is made at run time, so copies and pickles name what it was made from."""
+        return _rebuild, (type(self).__mro__[1], base_class(self)), self.__dict__
+
+
+class AdaptedWeight(Adapted):
+    """As `Adapted`, for a module whose parent reads `weight` itself: whoever reads it gets W + dW.
+
+    The parameter keeps its name and value: parameters and state dicts do not go through this property.
+    """
+
+    @property
+    def weight(self) -> Tensor:
+        return getattr(self, CHILD).fold(self._parameters["weight"])
 
 
 @functools.cache
-def adapted_class(base: type[nn.Linear]) -> type[nn.Linear]:
+def adapted_class(mixin: type[Adapted], base: type[nn.Linear]) -> type[nn.Linear]:
     """The adapted subclass of a module class; `base.forward` must be that of nn.Linear."""
-    return type(f"Uora{base.__name__}", (Adapted, base), {"__module__": __name__})
+    return type(f"Uora{base.__name__}", (mixin, base), {"__module__": __name__})
 
 
-def _rebuild(base: type[nn.Linear]) -> nn.Module:
-    cls = adapted_class(base)
+def base_class(module: Any) -> type[nn.Linear]:
+    """The class that an adapted module had before."""
+    return next(c for c in type(module).__mro__[1:] if not issubclass(c, Adapted))
+
+
+def _rebuild(mixin: type[Adapted], base: type[nn.Linear]) -> nn.Module:
+    cls = adapted_class(mixin, base)
     return cls.__new__(cls)
 
 
-def attach(module: nn.Linear, adapter: Adapter) -> None:
-    """Give a module its adapter; the module computes y = (W + dW) x + bias from then on."""
+def attach(module: nn.Linear, adapter: Adapter, weight_is_read: bool = False) -> None:
+    """Give a module its adapter; the module computes y = (W + dW) x + bias from then on.
+
+    Args:
+        weight_is_read: whether the model may read `module.weight` and not call the module.
+    """
     module.add_module(CHILD, adapter)
-    module.__class__ = adapted_class(type(module))
+    module.__class__ = adapted_class(AdaptedWeight if weight_is_read else Adapted, type(module))
 
 
 def detach(module: nn.Module) -> None:
     """Undo `attach`."""
     delattr(module, CHILD)
-    module.__class__ = type(module).__mro__[2]
+    module.__class__ = base_class(module)
 
 
 def is_adapted(module: nn.Module) -> bool:
     return isinstance(module, Adapted)
+
+
+def base_weight(module: nn.Module) -> nn.Parameter:
+    """The frozen weight of an adapted module."""
+    weight = module._parameters["weight"]
+    assert weight is not None
+    return weight

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .errors import DeadAdapterError
 from .inject import adapters, remove
-from .layers import Adapter
+from .layers import Adapter, base_weight
 from .verify import call, float_tensors
 
 
@@ -61,12 +61,12 @@ def merge(
     found = adapters(model)
     modules = {name: module for name, module in model.named_modules() if name in found}
     before = _outputs(model, example_input)
-    merged = {name: _merged(modules[name].weight, adapter) for name, adapter in found.items()}  # type: ignore[arg-type]
+    merged = {name: _merged(base_weight(modules[name]), adapter) for name, adapter in found.items()}
     broken = [name for name, (weight, _) in merged.items() if not weight.isfinite().all()]
     if broken:
         raise DeadAdapterError(f"merging would give weights that are not finite in {', '.join(broken)}; nothing was changed")
     for name, (weight, _) in merged.items():
-        modules[name].weight.copy_(weight)  # type: ignore[operator]
+        base_weight(modules[name]).copy_(weight)
     remove(model)
     report = MergeReport(len(merged), max(error for _, error in merged.values()))
     if before is not None:

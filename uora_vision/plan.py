@@ -29,6 +29,7 @@ class Projection:
         roles: the adapted roles, by ascending first row.
         rule: which rule knew it.
         block: number of its block, None outside of blocks.
+        weight_is_read: whether its parent may take the weight itself rather than call the module.
     """
 
     path: str
@@ -36,6 +37,7 @@ class Projection:
     roles: tuple[Role, ...]
     rule: str
     block: int | None
+    weight_is_read: bool = False
 
     def parameters(self, rank: int) -> int:
         return sum(role.rows + rank for role in self.roles)
@@ -76,11 +78,12 @@ class Plan:
 
     def __repr__(self) -> str:
         rank = self.config.rank
-        rows = Counter[tuple[str, str, str, str]]()
+        rows: Counter[tuple[str, str, str, str]] = Counter()
         counts: Counter[tuple[str, str, str, str]] = Counter()
         for p in self.projections:
             for role in p.roles:
-                key = (role.label, f"{role.rows} x {p.shape[1]}", "adapted", p.rule)
+                reach = "adapted, weight read" if p.weight_is_read else "adapted"
+                key = (role.label, f"{role.rows} x {p.shape[1]}", reach, p.rule)
                 rows[key] += 1
                 counts[key] += role.rows + rank
         for s in self.skipped:
@@ -118,7 +121,8 @@ def plan(model: nn.Module, config: UoraConfig | None = None, **options: Any) -> 
         mine = range(number, number := number + len(finding.roles))
         roles = tuple(role for i, role in zip(mine, finding.roles, strict=True) if i in chosen)
         if roles:
-            projections.append(Projection(finding.site.path, finding.site.shape, roles, finding.rule, finding.block))
+            site = finding.site
+            projections.append(Projection(site.path, site.shape, roles, finding.rule, finding.block, site.weight_is_read))
         else:
             skipped.append(Skipped(finding.site.path, finding.site.shape, "not asked for" if finding.roles else finding.rule))
     return Plan(config, tuple(projections), tuple(skipped))

@@ -142,8 +142,6 @@ def walk(model: nn.Module) -> Iterator[Finding]:
             yield Finding(site, (), f"{type(module).__name__} computes something of its own", block)
             continue
         name, roles = next(((n, r) for n, rule in RULES if (r := rule(site))), ("no rule knows it", ()))
-        if roles and site.weight_is_read:
-            name, roles = f"{type(parent).__name__}.forward reads its weight and never calls it", ()
         yield Finding(site, roles, name, block)
 
 
