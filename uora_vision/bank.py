@@ -10,6 +10,7 @@ UORA (ACL 2025) draws A and B from the Haar law, VeRA (arXiv 2310.11454) Kaiming
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -93,11 +94,11 @@ class Bank(nn.Module):
 
     def a(self, width: int) -> Tensor:
         """A of an input width, (r, width)."""
-        return self._buffers[self.matrix("A", width)][:, :width]  # type: ignore[index]
+        return self.get_buffer(self.matrix("A", width))[:, :width]
 
     def b(self, width: int) -> Tensor:
         """B of an output width, (width, r)."""
-        return self._buffers[self.matrix("B", width)][:, :width].t()  # type: ignore[index]
+        return self.get_buffer(self.matrix("B", width))[:, :width].t()
 
     def own(self, matrix: str) -> tuple[Tensor, Tensor]:
         """A layer's own copies: (indices (k,), rows (k, width)), float32 on the CPU."""
@@ -141,8 +142,8 @@ class Bank(nn.Module):
             raise ConfigError(f"no matrix {like or matrix!r}; there are {', '.join(self._state)}")
         if interpolation == "spherical" and state.shape[1] <= self.config.rank:
             raise ConfigError(
-                f"spherical interpolation needs a rank below every width; {matrix} is {state.shape[1]} wide, the rank is "
-                f"{self.config.rank}. Use interpolation='linear' or a smaller rank."
+                f"spherical interpolation needs a rank below every width; {matrix} is {state.shape[1]} wide, the rank "
+                f"is {self.config.rank}. Use interpolation='linear' or a smaller rank."
             )
         draws[indices] += 1
         if interpolation == "linear":
@@ -252,8 +253,15 @@ def unpack_log(tensors: dict[str, Tensor], names: list[str]) -> list[Redraw]:
     starts[1:] = (key[1:] != key[:-1]).any(1) | (entries[1:, 2] <= entries[:-1, 2])
     bounds = [*starts.nonzero().squeeze(1).tolist(), len(key)]
     return [
-        Redraw(int(rows[0, 0]), names[int(rows[0, 1])], rows[:, 2], rows[:, 3], alpha[i:j], _INTERPOLATIONS[int(rows[0, 4])])
-        for i, j in zip(bounds, bounds[1:], strict=False)
+        Redraw(
+            int(rows[0, 0]),
+            names[int(rows[0, 1])],
+            rows[:, 2],
+            rows[:, 3],
+            alpha[i:j],
+            _INTERPOLATIONS[int(rows[0, 4])],
+        )
+        for i, j in itertools.pairwise(bounds)
         if len(rows := entries[i:j])
     ]
 

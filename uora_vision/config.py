@@ -7,9 +7,7 @@ import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, get_args
-
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from .errors import ConfigError, OptionError
 

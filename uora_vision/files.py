@@ -21,7 +21,7 @@ from .bank import pack_log, unpack_log
 from .config import UoraConfig
 from .errors import FormatError, StateError
 from .inject import adapters, apply_plan, bank_of, is_injected, remove
-from .layers import Adapter, AdaptedWeight, Role
+from .layers import AdaptedWeight, Adapter, Role
 from .plan import Plan, Projection
 
 FORMAT = "uora_vision"
@@ -45,7 +45,9 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     log, matrices = pack_log(bank.log)
     tensors = {f"log/{name}": t for name, t in log.items()}
     for path, adapter in found.items():
-        for k, (role, b) in enumerate(zip(adapter.roles, adapter.b.split([r.rows for r in adapter.roles]), strict=True)):
+        for k, (role, b) in enumerate(
+            zip(adapter.roles, adapter.b.split([r.rows for r in adapter.roles]), strict=True)
+        ):
             tensors[f"vectors/{path}/{role.name}.b"] = b
             tensors[f"vectors/{path}/{role.name}.d"] = adapter.d[k]
     vectors = {id(p) for adapter in found.values() for p in adapter.parameters()}
@@ -54,7 +56,9 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     for name, t in tensors.items():
         if not t.isfinite().all():
-            raise FormatError(f"{name} is not finite: the training has diverged, and this would not be a usable adapter")
+            raise FormatError(
+                f"{name} is not finite: the training has diverged, and this would not be a usable adapter"
+            )
     config = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -97,7 +101,9 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     try:
         options = UoraConfig(**config["config"])
         projections = tuple(
-            Projection(p["path"], (0, p["in"]), tuple(Role(**r) for r in p["roles"]), "saved", None, p["weight_is_read"])
+            Projection(
+                p["path"], (0, p["in"]), tuple(Role(**r) for r in p["roles"]), "saved", None, p["weight_is_read"]
+            )
             for p in config["projections"]
         )
         log = unpack_log({n: tensors.pop(f"log/{n}") for n in ("entries", "alpha")}, list(config["matrices"]))
@@ -170,7 +176,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise FormatError(f"{path} does not exist; an adapter is a folder with {CONFIG_FILE} and {TENSOR_FILE}") from error
+        raise FormatError(
+            f"{path} does not exist; an adapter is a folder with {CONFIG_FILE} and {TENSOR_FILE}"
+        ) from error
     except ValueError as error:
         raise FormatError(f"{path} is not valid JSON ({error}); the file is damaged") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
@@ -188,7 +196,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
-        raise FormatError(f"{path} does not exist; an adapter is a folder with {CONFIG_FILE} and {TENSOR_FILE}") from error
+        raise FormatError(
+            f"{path} does not exist; an adapter is a folder with {CONFIG_FILE} and {TENSOR_FILE}"
+        ) from error
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{path} cannot be read ({error}); the file is truncated or damaged") from error
     for name, t in tensors.items():
@@ -206,18 +216,19 @@ def _check_fit(
     for p in projections:
         module = modules.get(p.path)
         last = max((r.start + r.rows for r in p.roles), default=0)
-        if not isinstance(module, nn.Linear) or module.in_features != p.shape[1] or module.out_features < last:
-            shape = f"a Linear {module.out_features} x {module.in_features}" if isinstance(module, nn.Linear) else "not there"
+        out, width = (module.out_features, module.in_features) if isinstance(module, nn.Linear) else (0, 0)
+        if width != p.shape[1] or out < last:
+            here = f"a Linear {out} x {width}" if out else "not there"
             raise FormatError(
-                f"the adapter in {source} was made for {what}: it adapts {p.path}, at least {last} x {p.shape[1]}, which "
-                f"in this {type(model).__name__} is {shape}. Load it into the architecture that it was trained on."
+                f"the adapter in {source} was made for {what}: it adapts {p.path}, at least {last} x {p.shape[1]}, "
+                f"which in this {type(model).__name__} is {here}. Load it into the architecture that it was trained on."
             )
     for name, t in base.items():
         if name not in parameters or parameters[name].shape != t.shape:
             here = f"has shape {tuple(parameters[name].shape)}" if name in parameters else "does not exist"
             raise FormatError(
-                f"the adapter in {source} holds a trained {name} of shape {tuple(t.shape)}, which in this model {here}. "
-                "Create the model with the same number of classes (num_classes=...)."
+                f"the adapter in {source} holds a trained {name} of shape {tuple(t.shape)}, which in this model "
+                f"{here}. Create the model with the same number of classes (num_classes=...)."
             )
 
 
@@ -228,9 +239,9 @@ def _check_vectors(source: Path, projections: tuple[Projection, ...], tensors: d
             wanted[f"vectors/{p.path}/{role.name}.b"] = (role.rows,)
             wanted[f"vectors/{p.path}/{role.name}.d"] = (rank,)
     if odd := sorted(wanted.keys() ^ tensors.keys()):
-        raise FormatError(f"{source} is damaged: {odd[0]} is {'missing' if odd[0] in wanted else 'not in its configuration'}")
+        raise FormatError(
+            f"{source} is damaged: {odd[0]} is {'missing' if odd[0] in wanted else 'not in its configuration'}"
+        )
     for name, shape in wanted.items():
         if tuple(tensors[name].shape) != shape:
             raise FormatError(f"{source} is damaged: {name} has shape {tuple(tensors[name].shape)}, expected {shape}")
-
-

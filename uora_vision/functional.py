@@ -123,7 +123,7 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         n_a, spans = ctx.n_a, ctx.spans
         weight, b, d, *rest = ctx.saved_tensors
         a, bm, kept = rest[:n_a], rest[n_a : n_a + len(spans)], rest[n_a + len(spans) :]
@@ -157,7 +157,7 @@ class _Fold(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         b, d, *banks = ctx.saved_tensors
         a, bm = banks[: ctx.n_a], banks[ctx.n_a :]
         with _exact(g):
@@ -246,9 +246,7 @@ def _joined(weight: Tensor, b: Tensor, d: Tensor, spans: Spans, n_a: int, bm: Se
     return torch.cat([weight, right], dim=1)
 
 
-def _folded(
-    weight: Tensor, b: Tensor, d: Tensor, spans: Spans, a: Sequence[Tensor], bm: Sequence[Tensor]
-) -> Tensor:
+def _folded(weight: Tensor, b: Tensor, d: Tensor, spans: Spans, a: Sequence[Tensor], bm: Sequence[Tensor]) -> Tensor:
     """W + dW in the type of W, (out, in)."""
     dtype = weight.dtype
     lefts = _lefts(b.to(dtype), d.to(dtype), [m.to(dtype) for m in bm])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -87,8 +88,8 @@ def apply_plan(model: nn.Module, what: Plan) -> None:
     frozen = [name for name, p in model.named_parameters() if p.requires_grad and name not in trained]
     for name, p in model.named_parameters():
         p.requires_grad_(name in trained)
-    for p, module, adapter in zip(what.projections, targets, adapters, strict=True):
-        attach(module, adapter.train(module.training), p.weight_is_read)
+    for projection, module, adapter in zip(what.projections, targets, adapters, strict=True):
+        attach(module, adapter.train(module.training), projection.weight_is_read)
     model.add_module(CHILD, bank)
     bank.__dict__[FROZEN] = tuple(frozen)
 
@@ -132,7 +133,7 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     return {name: getattr(m, CHILD) for name, m in model.named_modules() if is_adapted(m)}
 
 
-def base_parameters(model: nn.Module, parts: tuple[str, ...]) -> list[str]:
+def base_parameters(model: nn.Module, parts: Iterable[str]) -> list[str]:
     """Names of the base's parameters that belong to `head`, `norm` or `bias`."""
     heads = head_names(model)
     chosen = []

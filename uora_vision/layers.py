@@ -7,7 +7,6 @@ module back as it was.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +52,8 @@ class Adapter(nn.Module):
         d_init: initial value of d.
         dropout: see `UoraConfig`.
     """
+
+    bank: Bank
 
     def __init__(
         self,
@@ -114,9 +115,9 @@ class Adapter(nn.Module):
             return [shared], bm
         a = [shared] * len(self.roles)
         for k in self._own:
-            index = self._buffers[f"own_index_{k}"]
-            a[k] = shared.index_copy(0, index, self._buffers[f"own_a_{k}"])
-            bm[k] = bm[k].t().index_copy(0, index, self._buffers[f"own_b_{k}"]).t()
+            index = self.get_buffer(f"own_index_{k}")
+            a[k] = shared.index_copy(0, index, self.get_buffer(f"own_a_{k}"))
+            bm[k] = bm[k].t().index_copy(0, index, self.get_buffer(f"own_b_{k}")).t()
         return a, bm
 
     def project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -164,10 +165,15 @@ class AdaptedWeight(Adapted):
         return getattr(self, CHILD).fold(self._parameters["weight"])
 
 
-@functools.cache
+_classes: dict[tuple[type, type], type] = {}
+
+
 def adapted_class(mixin: type[Adapted], base: type[nn.Linear]) -> type[nn.Linear]:
-    """The adapted subclass of a module class; `base.forward` must be that of nn.Linear."""
-    return type(f"Uora{base.__name__}", (mixin, base), {"__module__": __name__})
+    """The adapted subclass of a module class, made once; `base.forward` must be that of nn.Linear."""
+    key = (mixin, base)
+    if key not in _classes:
+        _classes[key] = type(f"Uora{base.__name__}", key, {"__module__": __name__})
+    return _classes[key]
 
 
 def base_class(module: Any) -> type[nn.Linear]:

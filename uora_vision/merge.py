@@ -34,7 +34,9 @@ class MergeReport:
     def __str__(self) -> str:
         text = f"merged {self.weights} weights; largest rounding of a weight {self.weight_error:.2g}"
         if self.output_error is not None:
-            text += f"; largest difference of an output {self.output_error:.2g}, of outputs up to {self.output_scale:.2g}"
+            text += (
+                f"; largest difference of an output {self.output_error:.2g}, of outputs up to {self.output_scale:.2g}"
+            )
         return text
 
 
@@ -64,7 +66,9 @@ def merge(
     merged = {name: _merged(base_weight(modules[name]), adapter) for name, adapter in found.items()}
     broken = [name for name, (weight, _) in merged.items() if not weight.isfinite().all()]
     if broken:
-        raise DeadAdapterError(f"merging would give weights that are not finite in {', '.join(broken)}; nothing was changed")
+        raise DeadAdapterError(
+            f"merging would give weights that are not finite in {', '.join(broken)}; nothing was changed"
+        )
     for name, (weight, _) in merged.items():
         base_weight(modules[name]).copy_(weight)
     remove(model)

@@ -122,9 +122,13 @@ def plan(model: nn.Module, config: UoraConfig | None = None, **options: Any) -> 
         roles = tuple(role for i, role in zip(mine, finding.roles, strict=True) if i in chosen)
         if roles:
             site = finding.site
-            projections.append(Projection(site.path, site.shape, roles, finding.rule, finding.block, site.weight_is_read))
+            projections.append(
+                Projection(site.path, site.shape, roles, finding.rule, finding.block, site.weight_is_read)
+            )
         else:
-            skipped.append(Skipped(finding.site.path, finding.site.shape, "not asked for" if finding.roles else finding.rule))
+            skipped.append(
+                Skipped(finding.site.path, finding.site.shape, "not asked for" if finding.roles else finding.rule)
+            )
     return Plan(config, tuple(projections), tuple(skipped))
 
 
@@ -144,7 +148,9 @@ def _is(term: str, finding: Finding, role: Role) -> bool:
     if term == "all" or GROUPS.get(term) == role.group:
         return True
     path = finding.site.path
-    return term in (role.name, role.label, path) or any(fnmatch.fnmatchcase(p, term) for p in (path, f"{path}.{role.name}"))
+    return term in (role.name, role.label, path) or any(
+        fnmatch.fnmatchcase(p, term) for p in (path, f"{path}.{role.name}")
+    )
 
 
 def _in_blocks(found: list[tuple[Finding, Role]], blocks: Any) -> set[int]:

@@ -53,7 +53,7 @@ class AlphaDecay:
 
 @dataclass(frozen=True)
 class ThresholdWave:
-    """The threshold goes up from `low` to `high` and down again by `by` every `steps`: a helper in the author's code."""
+    """The threshold goes up from `low` to `high` and down again by `by` every `steps`, as in the author's code."""
 
     low: float = 1e-6
     high: float = 1e-4
@@ -76,8 +76,8 @@ class Reinitializer:
         every: an index fires each time its count of steps below tau is a multiple of this.
         scope: `shared`: an index that fires in any layer is re-drawn for all layers of the bank, and their functions
             change with it (the author's). `quorum`: only when the given share of a matrix's roles are firing at that
-            index. `layer`: the firing role gets its own copy of just that row and column; as its |d_i| < tau, the model's
-            function stays the same to within tau.
+            index. `layer`: the firing role gets its own copy of just that row and column; as its |d_i| < tau, the
+            model's function stays the same to within tau.
         quorum: share of the roles, in (0, 1]; for `quorum`.
         interpolation: `linear`, or `spherical`, which keeps the matrices orthonormal.
         relative: whether tau is a multiple of the role's median |d|.

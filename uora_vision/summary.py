@@ -34,7 +34,7 @@ class Summary:
 
     def __repr__(self) -> str:
         share = lambda n: f"{100 * n / self.total:.3f} %"  # noqa: E731
-        rows = [(*row, share(row[3])) for row in self.rows]
+        rows: list[tuple[object, ...]] = [(*row, share(row[3])) for row in self.rows]
         rows.append(("head and other base parts", "", "", self.other_trained, share(self.other_trained)))
         count = sum(row[1] for row in self.rows)
         return render(

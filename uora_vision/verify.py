@@ -13,7 +13,8 @@ from .layers import CHILD, is_adapted
 
 
 def verify(model: nn.Module, example_input: Any) -> dict[str, float]:
-    """One forward and backward with b set to small random values, and a look at every gradient.
+    """One forward and backward with b (and trained parts that are all zero, as fresh heads are) set to small random
+    values, and a look at every gradient.
 
     Parameters, buffers, gradients, training flags and random state are as before afterwards.
 
@@ -35,7 +36,11 @@ def verify(model: nn.Module, example_input: Any) -> dict[str, float]:
     device = vectors[0].device
     flags = {m: m.training for m in model.modules()}
     wanted = [p.requires_grad for p in vectors]
-    saved = [adapter.b.detach().clone() for adapter in adapters]
+    # A fresh head is often all zeros and hides every adapter from the loss until its first step.
+    mine = {id(p) for p in vectors}
+    zero = [p for p in model.parameters() if p.requires_grad and id(p) not in mine and not p.any()]
+    changed = [*(adapter.b for adapter in adapters), *zero]
+    saved = [p.detach().clone() for p in changed]
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices), torch.enable_grad():
@@ -43,9 +48,9 @@ def verify(model: nn.Module, example_input: Any) -> dict[str, float]:
             model.eval()
             for p in vectors:
                 p.requires_grad_(True)
-            for adapter in adapters:
-                with torch.no_grad():
-                    adapter.b.normal_(std=0.1)
+            with torch.no_grad():
+                for p in changed:
+                    p.normal_(std=0.1)
             output = call(model, example_input)
             loss = sum((t.float() * torch.randn_like(t, dtype=torch.float32)).sum() for t in float_tensors(output))
             if not isinstance(loss, Tensor) or not loss.requires_grad:
@@ -53,8 +58,8 @@ def verify(model: nn.Module, example_input: Any) -> dict[str, float]:
             grads = torch.autograd.grad(loss, vectors, allow_unused=True)
     finally:
         with torch.no_grad():
-            for adapter, b in zip(adapters, saved, strict=True):
-                adapter.b.copy_(b)
+            for p, value in zip(changed, saved, strict=True):
+                p.copy_(value)
         for p, want in zip(vectors, wanted, strict=True):
             p.requires_grad_(want)
         for module, training in flags.items():
@@ -74,7 +79,8 @@ def verify(model: nn.Module, example_input: Any) -> dict[str, float]:
         shown = "; ".join(dead[:8]) + (f"; and {len(dead) - 8} more" if len(dead) > 8 else "")
         raise DeadAdapterError(
             f"{len(dead)} of {len(norms)} adapters would not train on this input: {shown}. Exclude them, or give an "
-            "input on which the model uses them."
+            "input on which the model uses them. In a base that is not pretrained, frozen norms or gates that start at "
+            "zero (SwinV2, layer scale) stop every gradient."
         )
     return norms
 

@@ -55,7 +55,9 @@ class Site:
     @property
     def weight_is_read(self) -> bool:
         """Whether the parent takes the weight itself rather than call the module (timm's BEiT, EVA, SwinV2)."""
-        return re.search(rf"\bself\.{re.escape(self.name)}\.weight\b(?!\.(dtype|device))", self.forward_source) is not None
+        return (
+            re.search(rf"\bself\.{re.escape(self.name)}\.weight\b(?!\.(dtype|device))", self.forward_source) is not None
+        )
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def split_attention(site: Site) -> tuple[Role, ...] | None:
              "proj": "proj", "out_proj": "proj", "o_proj": "proj"}  # fmt: skip
     held = {names[name] for name in site.siblings if name in names}
     fused = "qkv" in site.siblings
-    if site.name not in names or "proj" not in held or not (fused or "q" in held and held & {"k", "v", "kv"}):
+    if site.name not in names or "proj" not in held or not (fused or ("q" in held and held & {"k", "v", "kv"})):
         return None
     return (Role(names[site.name], ATTENTION, 0, site.shape[0]),)
 
@@ -168,6 +170,6 @@ def _block(path: str) -> str | None:
 
 def _source(cls: type) -> str:
     try:
-        return inspect.getsource(cls.forward)
+        return inspect.getsource(cls.forward)  # type: ignore[attr-defined]
     except (OSError, TypeError):
         return ""
