@@ -165,15 +165,15 @@ class AdaptedWeight(Adapted):
         return getattr(self, CHILD).fold(self._parameters["weight"])
 
 
-_classes: dict[tuple[type, type], type] = {}
+_classes: dict[tuple[type, type], Any] = {}
 
 
 def adapted_class(mixin: type[Adapted], base: type[nn.Linear]) -> type[nn.Linear]:
     """The adapted subclass of a module class, made once; `base.forward` must be that of nn.Linear."""
-    key = (mixin, base)
-    if key not in _classes:
-        _classes[key] = type(f"Uora{base.__name__}", key, {"__module__": __name__})
-    return _classes[key]
+    made: Any = _classes.get((mixin, base))
+    if made is None:
+        made = _classes[mixin, base] = type(f"Uora{base.__name__}", (mixin, base), {"__module__": __name__})
+    return made
 
 
 def base_class(module: Any) -> type[nn.Linear]:
