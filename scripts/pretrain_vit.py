@@ -132,11 +132,12 @@ def main(
                 optimizer.step()
                 running += loss.item()
                 bar.update(task, advance=1, description=f"epoch {epoch + 1}/{epochs} loss {running / (step + 1):.3f}")
-            history.append({"epoch": epoch + 1, "loss": running / steps_per_epoch, "test_accuracy": accuracy(model, test_x, test_y),
-                            "seconds": time.time() - started})  # fmt: skip
+            reached = accuracy(model, test_x, test_y)
+            entry = {"epoch": epoch + 1, "loss": running / steps_per_epoch, "test_accuracy": reached}
+            history.append(entry | {"seconds": time.time() - started})
             bar.console.print(json.dumps(history[-1]))
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "generator": generator.get_state(),
-                     "history": history, "epoch": epoch + 1}  # fmt: skip
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"generator": generator.get_state(), "history": history, "epoch": epoch + 1}
             torch.save(state, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").replace(checkpoint)
 

@@ -168,9 +168,9 @@ class AdaptedWeight(Adapted):
 _classes: dict[tuple[type, type], Any] = {}
 
 
-def adapted_class(mixin: type[Adapted], base: type[nn.Linear]) -> type[nn.Linear]:
+def adapted_class(mixin: type[Adapted], base: type[nn.Linear]) -> Any:
     """The adapted subclass of a module class, made once; `base.forward` must be that of nn.Linear."""
-    made: Any = _classes.get((mixin, base))
+    made = _classes.get((mixin, base))
     if made is None:
         made = _classes[mixin, base] = type(f"Uora{base.__name__}", (mixin, base), {"__module__": __name__})
     return made
