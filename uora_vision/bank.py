@@ -134,8 +134,9 @@ class Bank(nn.Module):
         draws = self._draws.setdefault(matrix, torch.zeros(self.config.rank, dtype=torch.int64))
         if matrix in self._state:
             state = self._state[matrix]
+            full = state.shape[1]
         elif like in self._state:
-            state = self._state[like][:, :width].clone()
+            state, full = self._state[like][:, :width].clone(), self._state[like].shape[1]
             if matrix in self._own:
                 state[draws > 0] = self._own[matrix]
         else:
@@ -147,11 +148,11 @@ class Bank(nn.Module):
             )
         draws[indices] += 1
         if interpolation == "linear":
-            fresh = torch.stack([self._fresh(matrix, i, n, state.shape[1]) for i, n in _pairs(indices, draws)])
+            fresh = torch.stack([self._fresh(matrix, i, n, full) for i, n in _pairs(indices, draws)])[:, : state.shape[1]]
             new = alpha[:, None] * state[indices] + (1 - alpha[:, None]) * fresh
             state[indices] = new.to(state.dtype)
         else:
-            self._rotate(matrix, state, indices, draws, alpha)
+            self._rotate(matrix, state, indices, draws, alpha, (state.shape[1] / full) ** 0.5)
         if matrix not in self._state:
             self._own[matrix] = state[draws > 0]
         event = Redraw(step, matrix, indices.clone(), draws[indices].clone(), alpha.clone(), interpolation)
@@ -182,6 +183,10 @@ class Bank(nn.Module):
         for event in log:
             if event.matrix not in self._state and event.matrix not in own:
                 raise FormatError(f"the log re-draws {event.matrix!r}, which this model does not have")
+            if len(event.indices) and int(event.indices.max()) >= self.config.rank:
+                raise FormatError(
+                    f"the log re-draws direction {int(event.indices.max())} of {event.matrix!r}; the rank is {self.config.rank}"
+                )
             like, width = own.get(event.matrix, (None, None))
             again = self.redraw(event.matrix, event.indices, event.alpha, event.step, event.interpolation, like, width)
             if not torch.equal(again.draws, event.draws):
@@ -198,7 +203,10 @@ class Bank(nn.Module):
         gauss = torch.randn(max(width, config.rank), generator=generator, dtype=torch.float64)
         return (gauss / gauss.norm())[:width]
 
-    def _rotate(self, matrix: str, state: Tensor, indices: Tensor, draws: Tensor, alpha: Tensor) -> None:
+    def _rotate(
+        self, matrix: str, state: Tensor, indices: Tensor, draws: Tensor, alpha: Tensor, length: float
+    ) -> None:
+        """Rotate rows towards fresh ones of the given length: 1, or what a slice has of a unit vector on average."""
         rank, width = state.shape
         for part, keep in zip(indices.split(width - rank), alpha.split(width - rank), strict=True):
             rows = state.to(torch.float64)
@@ -209,7 +217,7 @@ class Bank(nn.Module):
             basis = torch.linalg.qr(rows.t()).Q
             for _ in range(2):  # the second projection removes what rounding left of the first
                 gauss = gauss - (gauss @ basis) @ basis.t()
-            fresh = _orthonormal_columns(gauss.t()).t()
+            fresh = length * _orthonormal_columns(gauss.t()).t()
             angle = (1 - keep[:, None]) * (torch.pi / 2)
             state[part] = (angle.cos() * rows[part] + angle.sin() * fresh).to(state.dtype)
 

@@ -54,17 +54,17 @@ class UoraConfig:
         set_("exclude", _terms("exclude", self.exclude))
         set_("train", _terms("train", self.train))
         if self.blocks is not None:
-            blocks = tuple(self.blocks)
-            if not blocks or not all(isinstance(i, int) for i in blocks):
+            blocks = tuple(self.blocks) if isinstance(self.blocks, Iterable) else ()
+            if not blocks or not all(_is_whole(i) for i in blocks):
                 raise ConfigError(f"blocks must be block numbers such as range(6, 12), got {self.blocks!r}")
             set_("blocks", blocks)
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+        if not _is_whole(self.rank) or self.rank < 1:
             raise ConfigError(f"rank must be a whole number of at least 1, got {self.rank!r}")
-        if not isinstance(self.seed, int) or self.seed < 0:
+        if not _is_whole(self.seed) or self.seed < 0:
             raise ConfigError(f"seed must be a whole number of at least 0, got {self.seed!r}")
-        if not math.isfinite(self.d_init) or self.d_init == 0:
+        if not isinstance(self.d_init, int | float) or not math.isfinite(self.d_init) or self.d_init == 0:
             raise ConfigError(f"d_init must be finite and not 0 (b would receive no gradient), got {self.d_init!r}")
-        if not 0 <= self.dropout < 1:
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must be in [0, 1), got {self.dropout!r}")
         for name, allowed in (("layout", get_args(Layout)), ("init", get_args(Init))):
             if getattr(self, name) not in allowed:
@@ -93,8 +93,12 @@ class UoraConfig:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
 
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _terms(name: str, value: str | Iterable[str]) -> tuple[str, ...]:
-    parts = [value] if isinstance(value, str) else list(value)
+    parts = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [value]
     if not all(isinstance(part, str) for part in parts):
         raise OptionError(f"{name} takes a string or strings, got {value!r}")
     terms = [term.strip() for part in parts for term in part.split("+")]

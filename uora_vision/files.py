@@ -23,6 +23,7 @@ from .errors import FormatError, StateError
 from .inject import adapters, apply_plan, bank_of, is_injected, remove
 from .layers import AdaptedWeight, Adapter, Role
 from .plan import Plan, Projection
+from .walker import head_names
 
 FORMAT = "uora_vision"
 FORMAT_VERSION = 1
@@ -62,9 +63,12 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     config = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "base": {"class": type(model).__name__, "architecture": _architecture(model)},
+        "base": {
+            "class": type(model).__name__,
+            "architecture": _architecture(model),
+            "parameter_tensors": _parameter_tensors(model),
+        },
         "config": bank.config.to_dict(),
-        "matrices": matrices,
         "projections": [
             {
                 "path": path,
@@ -78,7 +82,9 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     }
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    write_atomically(target / TENSOR_FILE, to_bytes(tensors, metadata={"format": FORMAT}))
+    # All that changes between the checkpoints of one run goes into one file, so a crash between the two does no harm.
+    metadata = {"format": FORMAT, "matrices": json.dumps(matrices), "config": json.dumps(config["config"])}
+    write_atomically(target / TENSOR_FILE, to_bytes(tensors, metadata=metadata))
     write_atomically(target / CONFIG_FILE, (json.dumps(config, indent=1) + "\n").encode())
     return target
 
@@ -97,16 +103,15 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         raise StateError("this model already has an adapter; merge() or remove() it before loading another")
     source = Path(folder)
     config = _read_config(source / CONFIG_FILE)
-    tensors = _read_tensors(source / TENSOR_FILE)
+    tensors, metadata = _read_tensors(source / TENSOR_FILE)
     try:
+        if json.loads(metadata["config"]) != config["config"]:
+            raise FormatError("its two files are of different adapters, as after a save that was interrupted")
         options = UoraConfig(**config["config"])
-        projections = tuple(
-            Projection(
-                p["path"], (0, p["in"]), tuple(Role(**r) for r in p["roles"]), "saved", None, p["weight_is_read"]
-            )
-            for p in config["projections"]
-        )
-        log = unpack_log({n: tensors.pop(f"log/{n}") for n in ("entries", "alpha")}, list(config["matrices"]))
+        projections = tuple(_projection(entry) for entry in config["projections"])
+        log = unpack_log({n: tensors.pop(f"log/{n}") for n in ("entries", "alpha")}, json.loads(metadata["matrices"]))
+    except FormatError as error:
+        raise FormatError(f"{source} is damaged: {error}") from error
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"{source} is damaged: {error!r}") from error
     base = {name.removeprefix("base/"): tensors.pop(name) for name in list(tensors) if name.startswith("base/")}
@@ -167,6 +172,26 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
+def _projection(entry: dict[str, Any]) -> Projection:
+    path, width, read = entry["path"], entry["in"], entry["weight_is_read"]
+    roles, row = tuple(Role(**role) for role in entry["roles"]), 0
+    for role in roles:
+        if not isinstance(role.name, str) or not isinstance(role.group, str) or role.start < row or role.rows < 1:
+            raise FormatError(f"{path} cannot have {role}")
+        row = role.start + role.rows
+    if not (isinstance(path, str) and isinstance(width, int) and isinstance(read, bool) and isinstance(row, int) and row):
+        raise FormatError(f"{entry} is no projection")
+    return Projection(path, (0, width), roles, "saved", None, read)
+
+
+def _parameter_tensors(model: nn.Module) -> int:
+    """How many parameters the base has besides its head: the same for any image size and number of classes."""
+    vectors = {id(p) for m in model.modules() if isinstance(m, Adapter) for p in m.parameters()}
+    heads = head_names(model)
+    names = [name for name, p in model.named_parameters() if id(p) not in vectors]
+    return sum(not any(name.startswith(head + ".") for head in heads) for name in names)
+
+
 def _architecture(model: nn.Module) -> str | None:
     config = getattr(model, "pretrained_cfg", None)
     return config.get("architecture") if isinstance(config, dict) else None
@@ -191,9 +216,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata."""
     try:
         with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
         raise FormatError(
@@ -204,14 +231,17 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     for name, t in tensors.items():
         if not t.isfinite().all():
             raise FormatError(f"{path} holds NaN or infinite values in {name}; nothing was loaded")
-    return tensors
+    return tensors, metadata
 
 
 def _check_fit(
     model: nn.Module, source: Path, config: dict[str, Any], projections: tuple[Projection, ...], base: dict[str, Tensor]
 ) -> None:
-    made_for = config.get("base", {})
+    made_for = config["base"] if isinstance(config.get("base"), dict) else {}
     what = made_for.get("architecture") or made_for.get("class")
+    this = _architecture(model) or type(model).__name__
+    if made_for.get("architecture") and _architecture(model) and what != this:
+        raise FormatError(f"the adapter in {source} was made for {what}; this model is {this}")
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     for p in projections:
         module = modules.get(p.path)
@@ -223,6 +253,12 @@ def _check_fit(
                 f"the adapter in {source} was made for {what}: it adapts {p.path}, at least {last} x {p.shape[1]}, "
                 f"which in this {type(model).__name__} is {here}. Load it into the architecture that it was trained on."
             )
+    count = _parameter_tensors(model)
+    if made_for.get("parameter_tensors", count) != count:
+        raise FormatError(
+            f"the adapter in {source} was made for a {what} of {made_for['parameter_tensors']} parameter tensors besides the "
+            f"head; this {this} has {count}, so its depth or its parts are others"
+        )
     for name, t in base.items():
         if name not in parameters or parameters[name].shape != t.shape:
             here = f"has shape {tuple(parameters[name].shape)}" if name in parameters else "does not exist"

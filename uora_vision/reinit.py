@@ -75,7 +75,7 @@ class Reinitializer:
         alpha: share of the old row that is kept, in [0, 1], or a schedule from earlier draws to shares.
         every: an index fires each time its count of steps below tau is a multiple of this.
         scope: `shared`: an index that fires in any layer is re-drawn for all layers of the bank, and their functions
-            change with it (the author's). `quorum`: only when the given share of a matrix's roles are firing at that
+            change with it (the author's). `quorum`: only when the given share of a matrix's roles are below tau at that
             index. `layer`: the firing role gets its own copy of just that row and column; as its |d_i| < tau, the
             model's function stays the same to within tau.
         quorum: share of the roles, in (0, 1]; for `quorum`.
@@ -102,13 +102,13 @@ class Reinitializer:
         reset_moments: bool = False,
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
-        if not callable(threshold) and not (math.isfinite(threshold) and threshold >= 0):
+        if not callable(threshold) and not (_is_number(threshold) and threshold >= 0):
             raise ConfigError(f"threshold must be finite and at least 0, got {threshold!r}")
-        if not callable(alpha) and not 0 <= alpha <= 1:
+        if not callable(alpha) and not (_is_number(alpha) and 0 <= alpha <= 1):
             raise ConfigError(f"alpha must be in [0, 1], got {alpha!r}")
-        if every < 1:
-            raise ConfigError(f"every must be at least 1, got {every!r}")
-        if not 0 < quorum <= 1:
+        if not isinstance(every, int) or every < 1:
+            raise ConfigError(f"every must be a whole number of at least 1, got {every!r}")
+        if not (_is_number(quorum) and 0 < quorum <= 1):
             raise ConfigError(f"quorum must be in (0, 1], got {quorum!r}")
         for name, value, allowed in (
             ("scope", scope, get_args(Scope)),
@@ -120,10 +120,13 @@ class Reinitializer:
             raise ConfigError("reset_moments needs the optimizer: Reinitializer(model, ..., optimizer=optimizer)")
         self.bank, self._adapters = bank_of(model), adapters(model)
         rank = self.bank.config.rank
-        if interpolation == "spherical" and (narrow := [n for n, b in self.bank.named_buffers() if b.shape[1] <= rank]):
+        widths = {n: b.shape[1] for n, b in self.bank.named_buffers()}
+        if scope == "layer":
+            widths = {f"{a.name} ({w})": w for a in self._adapters.values() for w in (a.width, *(r.rows for r in a.roles))}
+        if interpolation == "spherical" and (narrow := [name for name, width in widths.items() if width <= rank]):
             raise ConfigError(
-                f"spherical interpolation needs a rank below every width; the rank is {rank} and the bank has "
-                f"{', '.join(narrow)}. Use interpolation='linear' or a smaller rank."
+                f"spherical interpolation needs a rank below every width; the rank is {rank} and there are "
+                f"{', '.join(narrow[:8])}. Use interpolation='linear' or a smaller rank."
             )
         self.threshold, self.alpha, self.every, self.scope, self.quorum = threshold, alpha, every, scope, quorum
         self.interpolation: Interpolation = interpolation
@@ -165,12 +168,11 @@ class Reinitializer:
         below = d < (tau * d.median(dim=1, keepdim=True).values if self.relative else tau)
         self._counts = self._counts.to(d.device)
         self._counts += below
-        firing = (below & (self._counts % self.every == 0)).nonzero().cpu()
-        if len(firing) == 0:
+        # Both in one transfer: it is the step's only wait for the device.
+        below, fired = torch.stack([below, below & (self._counts % self.every == 0)]).cpu()
+        if not fired.any():
             return 0
-        fired = torch.zeros(d.shape, dtype=torch.bool)
-        fired[firing[:, 0], firing[:, 1]] = True
-        fired = self._redraw_layers(fired) if self.scope == "layer" else self._redraw_shared(fired)
+        fired = self._redraw_layers(fired) if self.scope == "layer" else self._redraw_shared(fired, below)
         places = fired.nonzero()
         if len(places) and self.reset_moments:
             self._clear_moments(fired)
@@ -188,6 +190,7 @@ class Reinitializer:
             "log": log,
             "matrices": matrices,
             "layers": self.layers,
+            "banks": self._bank_options(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -198,11 +201,20 @@ class Reinitializer:
         """
         if state["layers"] != self.layers or state["counts"].shape != self._counts.shape:
             raise FormatError("this reinitialisation state belongs to a model with other adapters or another rank")
+        if state["banks"] != self._bank_options():
+            raise FormatError(
+                f"this reinitialisation state belongs to banks with {state['banks']}, this model has {self._bank_options()}; "
+                "inject with the options of the run that is continued"
+            )
         self.bank.replay(unpack_log(state["log"], state["matrices"]), own_matrices(self._adapters))
         refresh_own(self._adapters)
         self.steps = state["steps"]
         self._counts = state["counts"].clone().to(self._device)
         self._history = [state["history"].clone()] if len(state["history"]) else []
+
+    def _bank_options(self) -> dict[str, Any]:
+        config = self.bank.config
+        return {"seed": config.seed, "layout": config.layout, "init": config.init}
 
     def _group(self) -> dict[str, Tensor]:
         """The roles that use each shared matrix, (layers,) bool by matrix."""
@@ -212,11 +224,12 @@ class Reinitializer:
                 members.setdefault(name, torch.zeros(len(self._places), dtype=torch.bool))[i] = True
         return members
 
-    def _redraw_shared(self, fired: Tensor) -> Tensor:
+    def _redraw_shared(self, fired: Tensor, below: Tensor) -> Tensor:
         acted = torch.zeros_like(fired)
         for matrix, members in self._members.items():
-            share = fired[members].float().mean(dim=0)
-            chosen = share >= self.quorum if self.scope == "quorum" else share > 0
+            chosen = fired[members].any(dim=0)
+            if self.scope == "quorum":
+                chosen &= below[members].double().mean(dim=0) >= self.quorum
             if not chosen.any():
                 continue
             indices = chosen.nonzero().squeeze(1)
@@ -252,3 +265,7 @@ class Reinitializer:
                 for value in self.optimizer.state.get(adapter.d, {}).values():
                     if isinstance(value, Tensor) and value.shape == adapter.d.shape:
                         value[mine.to(value.device)] = 0
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

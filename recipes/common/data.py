@@ -21,6 +21,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from .network import fail_fast_without_network
+
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 SPLITS = {"train": ("train", "training"), "test": ("test", "val", "valid", "validation")}
 
@@ -196,6 +198,8 @@ def _torchvision(root: Path, split: str, download: bool) -> ImageSet:
 def _hub(name: str, split: str) -> ImageSet:
     import datasets
 
+    if not Path(name).exists():
+        fail_fast_without_network()
     try:
         found = datasets.load_dataset(name)
     except Exception as error:  # the hub's client raises many types of its own

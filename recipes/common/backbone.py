@@ -1,0 +1,59 @@
+"""A pretrained timm model by name, with errors that say what to do."""
+
+from __future__ import annotations
+
+import difflib
+
+import timm
+from torch import nn
+
+from .augment import InputFormat
+from .network import fail_fast_without_network
+
+
+class ModelError(ValueError):
+    """The model cannot be used; the message says what was asked for and what to do."""
+
+
+def create_backbone(name: str, classes: int, keep_head: bool = False) -> nn.Module:
+    """The pretrained model with a new head for `classes`, or with its own head.
+
+    Args:
+        name: a timm name, `hf-hub:OWNER/NAME`, or `local-dir:FOLDER` (what `timm.models.save_for_hf` wrote).
+        classes: number of classes in the data.
+        keep_head: train on from the model's own head.
+
+    Raises:
+        ModelError: unknown name, weights out of reach, or a kept head with fewer outputs than classes.
+    """
+    if ":" not in name and not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), 3)
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() shows all."
+        raise ModelError(f"no timm model is called {name!r}; {hint}")
+    if not name.startswith("local-dir:"):
+        fail_fast_without_network()
+    options = {} if keep_head else {"num_classes": classes}
+    try:
+        model = timm.create_model(name, pretrained=True, **options)
+    except Exception as error:  # the hub, safetensors and timm each raise types of their own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        advice = (
+            "Check the folder."
+            if name.startswith("local-dir:")
+            else "Without a network, give weights on disk with --model local-dir:FOLDER, or try --demo."
+        )
+        raise ModelError(f"cannot load pretrained weights for {name!r}: {reason} {advice}") from error
+    if keep_head and model.num_classes < classes:
+        raise ModelError(
+            f"the data has {classes} classes but the head of {name!r} has {model.num_classes}; "
+            "choose fewer with --classes, or drop --keep-head to train a new head"
+        )
+    return model
+
+
+def input_format(model: nn.Module) -> InputFormat:
+    """What the model was pretrained to read."""
+    config = timm.data.resolve_model_data_config(model)
+    if config["input_size"][0] != 3:
+        raise ModelError(f"the model reads {config['input_size'][0]} channels; this recipe has images of 3")
+    return InputFormat(config["input_size"][1:], config["mean"], config["std"], config["interpolation"])

@@ -1,0 +1,228 @@
+"""The ways to fine-tune that a recipe can compare, each as: prepare the model, say what trains at which rate."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+import uora_vision as uora
+from torch import Tensor, nn
+
+
+class Method(StrEnum):
+    uora = "uora"
+    vera = "vera"
+    vera_peft = "vera-peft"
+    lora = "lora"
+    linear = "linear"
+    full = "full"
+    bitfit = "bitfit"
+
+
+class Scope(StrEnum):
+    """Which layers a re-drawn direction changes; `never` re-draws none."""
+
+    never = "never"
+    shared = "shared"
+    quorum = "quorum"
+    layer = "layer"
+
+
+class MethodError(ValueError):
+    """The method cannot be applied; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a method uses where nothing is asked for: rank (None: it has none) and AdamW learning rates."""
+
+    rank: int | None
+    lr: float
+    head_lr: float
+
+
+DEFAULTS = {
+    Method.uora: Defaults(256, 4e-3, 4e-3),
+    Method.vera: Defaults(256, 4e-3, 4e-3),
+    Method.vera_peft: Defaults(256, 4e-3, 4e-3),
+    Method.lora: Defaults(8, 2e-3, 4e-3),
+    Method.linear: Defaults(None, 4e-3, 4e-3),
+    Method.full: Defaults(None, 3e-4, 4e-3),
+    Method.bitfit: Defaults(None, 2e-3, 4e-3),
+}
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """What to train.
+
+    Args:
+        rank: of the adapter, for the methods that have one.
+        targets: which projections to adapt, in the words of `uora.inject`. LoRA and PEFT's VeRA adapt whole weights, so
+            for them any role of a fused weight selects all of it.
+        lr: of what the method adds or unfreezes.
+        head_lr: of the head.
+        weight_decay: of matrices.
+        seed: of the adapter's random matrices.
+        scope, threshold, relative, alpha, every: of UORA's reinitialisation; see `uora.Reinitializer`.
+    """
+
+    method: Method = Method.uora
+    rank: int | None = 256
+    targets: str = "attention+mlp"
+    lr: float = 4e-3
+    head_lr: float = 4e-3
+    weight_decay: float = 0.0
+    seed: int = 0
+    scope: Scope = Scope.shared
+    threshold: float = 1e-5
+    relative: bool = False
+    alpha: float = 0.5
+    every: int = 1
+
+
+@dataclass
+class Adapted:
+    """A model ready to train.
+
+    Args:
+        model: what to call; for PEFT's VeRA a wrapper around `base`.
+        base: the timm model itself.
+        groups: parameter groups for an optimizer.
+        options: what was asked for.
+    """
+
+    model: nn.Module
+    base: nn.Module
+    groups: list[dict[str, Any]]
+    options: MethodOptions
+
+    @property
+    def is_uora(self) -> bool:
+        """Whether the adapter is the package's own (VeRA is, with other random matrices)."""
+        return self.options.method in (Method.uora, Method.vera)
+
+    @property
+    def trained(self) -> int:
+        """Number of trained parameters, with the head."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    @property
+    def trained_without_head(self) -> int:
+        head = head_ids(self.base)
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad and id(p) not in head)
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Size of what has to be kept for a task besides the head, in bytes."""
+        head = head_ids(self.base)
+        kept = [p for p in self.model.parameters() if p.requires_grad and id(p) not in head]
+        return sum(p.numel() * p.element_size() for p in kept)
+
+    def trained_tensors(self) -> dict[str, Tensor]:
+        """What was trained, by the name it has in the model."""
+        return {name: p.detach().cpu().contiguous() for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def reinitializer(self, optimizer: torch.optim.Optimizer) -> uora.Reinitializer | None:
+        """Re-draws the directions that fell asleep; None for the methods that never do."""
+        options = self.options
+        if options.method is not Method.uora or options.scope is Scope.never:
+            return None
+        return uora.Reinitializer(
+            self.base,
+            threshold=options.threshold,
+            relative=options.relative,
+            alpha=options.alpha,
+            every=options.every,
+            scope=options.scope.value,
+            optimizer=optimizer,
+        )
+
+
+def apply_method(model: nn.Module, options: MethodOptions) -> Adapted:
+    """Freeze and adapt a timm model, in place.
+
+    Raises:
+        MethodError: the method cannot be applied to this model, or needs a package that is missing.
+        uora.UoraError: an option of the adapter is wrong, or nothing matches `targets`.
+    """
+    if options.rank is not None and options.rank < 1:
+        raise MethodError(f"rank must be at least 1, got {options.rank}")
+    base = model
+    match options.method:
+        case Method.uora:
+            uora.inject(model, rank=options.rank, targets=options.targets, seed=options.seed)
+        case Method.vera:
+            same = {"rank": options.rank, "targets": options.targets, "seed": options.seed}
+            uora.inject(model, **same, init="kaiming", layout="slice")
+        case Method.lora:
+            model = _with_lora(model, options)
+        case Method.vera_peft:
+            model = _with_peft_vera(model, options)
+        case Method.linear:
+            model.requires_grad_(False)
+        case Method.bitfit:
+            for name, p in model.named_parameters():
+                p.requires_grad_(name.endswith("bias"))
+        case Method.full:
+            model.requires_grad_(True)
+    head = head_ids(base)
+    if not head:
+        raise MethodError(f"{type(base).__name__} has no classifier that timm knows; give a model with a head")
+    for p in model.parameters():
+        if id(p) in head:
+            p.requires_grad_(True)
+    return Adapted(model, base, _groups(model, base, options), options)
+
+
+def head_ids(model: nn.Module) -> set[int]:
+    """Ids of the parameters of timm's classifier, or classifiers."""
+    classifier: Any = model.get_classifier()  # pyright: ignore[reportCallIssue]  every timm model has it
+    parts = classifier if isinstance(classifier, tuple | list) else [classifier]
+    return {id(p) for part in parts for p in part.parameters()}
+
+
+def _groups(model: nn.Module, base: nn.Module, options: MethodOptions) -> list[dict[str, Any]]:
+    """Matrices decay and vectors do not, as the field does it; UORA's vectors never, or a decaying d would fire."""
+    if options.method in (Method.uora, Method.vera):
+        return uora.param_groups(base, lr=options.lr, head_lr=options.head_lr, weight_decay=options.weight_decay)
+    head, vectors = head_ids(base), options.method is Method.vera_peft
+    groups: dict[str, dict[str, Any]] = {}
+    for p in model.parameters():
+        if not p.requires_grad:
+            continue
+        part, decays = ("head" if id(p) in head else "adapter"), p.dim() > 1 and not (vectors and id(p) not in head)
+        name = part if decays or part == "adapter" and vectors else f"{part}_vectors"
+        decay = options.weight_decay if decays else 0.0
+        lr = options.head_lr if part == "head" else options.lr
+        groups.setdefault(name, {"name": name, "params": [], "lr": lr, "weight_decay": decay})["params"].append(p)
+    return sorted(groups.values(), key=lambda group: group["name"])
+
+
+def _with_lora(model: nn.Module, options: MethodOptions) -> nn.Module:
+    peft = _peft(options.method)
+    paths = [p.path for p in uora.plan(model, targets=options.targets).projections]
+    config = peft.LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=paths)
+    return peft.inject_adapter_in_model(config, model)
+
+
+def _with_peft_vera(model: nn.Module, options: MethodOptions) -> nn.Module:
+    peft = _peft(options.method)
+    paths = [p.path for p in uora.plan(model, targets=options.targets).projections]
+    with warnings.catch_warnings():  # it warns that the matrices are drawn again from the seed, which is what we want
+        warnings.simplefilter("ignore")
+        config = peft.VeraConfig(
+            r=options.rank, target_modules=paths, projection_prng_key=options.seed, d_initial=0.1, save_projection=False
+        )
+    return peft.get_peft_model(model, config)
+
+
+def _peft(method: Method) -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise MethodError(f"--method {method} needs the package peft: pip install peft") from error
+    return peft

@@ -1,0 +1,446 @@
+"""The loop that every method runs in: steps, evaluation, checkpoints, and a line that says how it goes."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import resource
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm.optim
+import torch
+import uora_vision as uora
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import broadcast_object_list, gather_object
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+from torch.utils.data import DataLoader
+
+from . import checkpoint
+from .display import Display
+from .loading import Batches, Images, test_loader, train_loader
+from .methods import Adapted
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says at which step and what to do."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How to train.
+
+    Args:
+        epochs: passes over the training images.
+        batch: images per optimizer step, over all processes.
+        warmup: share of all steps in which the learning rate rises linearly; it falls along a cosine after that.
+        optimizer: a name that timm knows.
+        clip: largest norm of the gradient; 0 for none.
+        precision: `no`, `bf16` or `fp16`.
+        workers: processes that read images.
+        seed: of the order and the augmentation.
+        eval_every: epochs between evaluations; the last epoch always has one.
+        checkpoint_steps, checkpoint_seconds: how often a checkpoint is written; 0 for not by this count.
+        max_steps, max_seconds: stop there, with a checkpoint, as if interrupted; None for no limit.
+    """
+
+    epochs: int = 10
+    batch: int = 64
+    warmup: float = 0.1
+    optimizer: str = "adamw"
+    clip: float = 1.0
+    precision: str = "no"
+    workers: int = 0
+    seed: int = 0
+    eval_every: int = 1
+    checkpoint_steps: int = 0
+    checkpoint_seconds: float = 600.0
+    max_steps: int | None = None
+    max_seconds: float | None = None
+
+
+@dataclass
+class Progress:
+    """Where a run stands; all of it goes into a checkpoint.
+
+    Args:
+        step: optimizer steps done.
+        seen, loss, hits: images, summed loss and correct predictions since the epoch began.
+        seconds: spent training and evaluating, over all sittings.
+        step_seconds: of every step.
+        history: one entry per epoch; see `RunReport.history`.
+    """
+
+    step: int = 0
+    seen: int = 0
+    loss: float = 0.0
+    hits: int = 0
+    seconds: float = 0.0
+    step_seconds: list[float] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class Evaluation:
+    """Of every test image: true and predicted class, and the probability given to the prediction, each (n,)."""
+
+    loss: float
+    labels: np.ndarray
+    predicted: np.ndarray
+    confidence: np.ndarray
+
+    @property
+    def accuracy(self) -> float:
+        return float((self.labels == self.predicted).mean())
+
+
+@dataclass
+class Outcome:
+    """What a run leaves. `stopped` is None when it ran to its end, otherwise why it did not."""
+
+    stopped: str | None
+    progress: Progress
+    reinit: uora.Reinitializer | None
+    evaluation: Evaluation | None
+    peak_memory_bytes: int
+    device: str
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        return statistics.median(self.progress.step_seconds) if self.progress.step_seconds else None
+
+
+class StopRequest:
+    """Turns the first Ctrl-C or SIGTERM into a wish to stop after the step; the second one acts as usual."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self.reason = "interrupted"
+        signal.signal(number, self._before[signal.Signals(number)])
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def train(
+    adapted: Adapted,
+    train_images: Images,
+    test_images: Images,
+    options: TrainOptions,
+    *,
+    display: Display | None = None,
+    log: Callable[[int, dict[str, float]], None] | None = None,
+    checkpoint_path: Path | None = None,
+    resume: bool = False,
+    config: dict[str, Any] | None = None,
+) -> Outcome:
+    """Train what `adapted` trains, and evaluate on `test_images`.
+
+    Args:
+        display: shows progress.
+        log: called with (step, numbers) after every step and every evaluation.
+        checkpoint_path: where to keep the state of the run; None keeps none.
+        resume: go on from that checkpoint.
+        config: kept in the checkpoint and compared on resuming, so that no run is continued as another.
+
+    Raises:
+        TrainingError: the loss is not finite.
+        CheckpointError: there is nothing to resume, or it does not fit.
+    """
+    accelerator = make_accelerator(options.precision)
+    run = Run(adapted, options, accelerator, len(train_images), checkpoint_path, config or {})
+    if resume:
+        run.load()
+    display = display or Display(quiet=True)
+    with StopRequest() as wish, display.running(run.total, run.progress.step, options.epochs):
+        stopped, evaluation = run.go(train_images, test_images, wish, display, log or (lambda step, numbers: None))
+    return Outcome(
+        stopped,
+        run.progress,
+        run.reinit,
+        evaluation,
+        peak_memory(accelerator.device),
+        str(accelerator.device),
+    )
+
+
+class Run:
+    """A run in progress: the parts that a checkpoint must hold, and the loop over them."""
+
+    def __init__(
+        self,
+        adapted: Adapted,
+        options: TrainOptions,
+        accelerator: Accelerator,
+        images: int,
+        path: Path | None,
+        config: dict[str, Any],
+    ) -> None:
+        self.adapted, self.options, self.accelerator = adapted, options, accelerator
+        self.path, self.config = path, config
+        self.images = images
+        self.progress = Progress()
+        self.per_epoch = self.batches().per_epoch
+        self.total = self.per_epoch * options.epochs
+        adapted.model.to(accelerator.device)
+        raw = make_optimizer(adapted, options.optimizer)
+        self.reinit = adapted.reinitializer(raw)
+        warmup = round(options.warmup * self.total)
+        self.scheduler = CosineLRScheduler(
+            raw, t_initial=self.total - warmup + 1, warmup_t=warmup, warmup_prefix=True, t_in_epochs=False
+        )
+        self.model, self.optimizer = accelerator.prepare(adapted.model, raw)
+        self.parameters = [p for group in adapted.groups for p in group["params"]]
+
+    def batches(self) -> Batches:
+        """The batches that are still to come."""
+        return Batches(
+            self.images,
+            self.options.batch,
+            self.options.epochs,
+            self.options.seed,
+            self.progress.step,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+
+    def go(
+        self, train_images: Images, test_images: Images, wish: StopRequest, display: Display, log: Callable
+    ) -> tuple[str | None, Evaluation | None]:
+        """Train to the end, or until something asks to stop."""
+        progress, options, acc = self.progress, self.options, self.accelerator
+        tests = test_loader(test_images, max(64, options.batch), options.workers, acc.process_index, acc.num_processes)
+        loader = train_loader(train_images, self.batches(), options.workers)
+        evaluation, started, saved, base_seconds = None, time.monotonic(), time.monotonic(), progress.seconds
+        before = time.monotonic()
+        self.model.train()
+        for inputs, labels in loader:
+            self.step(inputs.to(acc.device), labels.to(acc.device))
+            now = time.monotonic()
+            progress.step_seconds.append(now - before)
+            progress.seconds = base_seconds + now - started
+            display.step(progress, self.rate(), self.firings(), self.per_epoch)
+            log(progress.step, self.numbers())
+            if progress.step % self.per_epoch == 0:
+                evaluation = self.end_epoch(tests, display, log)
+                progress.seconds = base_seconds + time.monotonic() - started
+            if self.agree(self.due(saved) and progress.step < self.total):
+                self.save()
+                saved = time.monotonic()
+            if progress.step < self.total and (reason := self.reason(wish, started)):
+                self.save()
+                return reason, None
+            before = time.monotonic()
+        self.save()
+        return None, evaluation or evaluate(self.model, tests, acc)
+
+    def step(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
+        """One optimizer step. The loss is looked at before anything changes, so the weights stay as they were at the
+        last good step."""
+        progress, acc = self.progress, self.accelerator
+        self.scheduler.step_update(progress.step + 1)
+        logits = self.model(inputs).float()
+        loss = nn.functional.cross_entropy(logits, labels)
+        hits = (logits.argmax(1) == labels).sum()
+        sums = torch.stack([loss.detach() * len(labels), hits.float(), torch.tensor(float(len(labels)), device=loss.device)])
+        total, correct, seen = acc.reduce(sums, "sum").tolist()
+        if not math.isfinite(total):
+            kept = f"The last checkpoint, {self.path}, is from before that. " if self.path and self.path.exists() else ""
+            raise TrainingError(
+                f"the loss is {total / seen} at step {progress.step + 1} of {self.total}; the run stops. {kept}"
+                "Try a smaller --lr or --head-lr, or --precision no."
+            )
+        self.optimizer.zero_grad()
+        acc.backward(loss)
+        if self.options.clip:
+            acc.clip_grad_norm_(self.parameters, self.options.clip)
+        self.optimizer.step()
+        if self.reinit is not None and not acc.optimizer_step_was_skipped:
+            self.reinit.step()
+        progress.step += 1
+        progress.seen, progress.loss, progress.hits = progress.seen + int(seen), progress.loss + total, progress.hits + int(correct)
+
+    def end_epoch(self, tests: DataLoader, display: Display, log: Callable) -> Evaluation | None:
+        """Close an epoch's entry in the history, with an evaluation where one is due."""
+        progress = self.progress
+        epoch = progress.step // self.per_epoch
+        due = epoch % self.options.eval_every == 0 or epoch == self.options.epochs
+        evaluation = evaluate(self.model, tests, self.accelerator) if due else None
+        entry = {
+            "epoch": epoch,
+            "train_loss": progress.loss / progress.seen,
+            "train_accuracy": progress.hits / progress.seen,
+            "test_loss": evaluation.loss if evaluation else None,
+            "test_accuracy": evaluation.accuracy if evaluation else None,
+            "lr": self.rate(),
+            "firings": self.firings(),
+            "seconds": progress.seconds,
+        }
+        progress.history.append(entry)
+        progress.seen, progress.loss, progress.hits = 0, 0.0, 0
+        display.epoch(entry, self.options.epochs)
+        log(progress.step, {f"epoch/{key}": entry[key] for key in entry if "_" in key and entry[key] is not None})
+        return evaluation
+
+    def rate(self) -> float:
+        """Learning rate of what the method trains (of the head, where that is all)."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def firings(self) -> int:
+        return self.reinit.firings if self.reinit else 0
+
+    def numbers(self) -> dict[str, float]:
+        progress = self.progress
+        return {
+            "train/loss": progress.loss / progress.seen,
+            "train/accuracy": progress.hits / progress.seen,
+            "train/lr": self.rate(),
+            "train/firings": self.firings(),
+        }
+
+    def due(self, saved: float) -> bool:
+        """Whether it is time for a checkpoint."""
+        options = self.options
+        by_steps = options.checkpoint_steps and self.progress.step % options.checkpoint_steps == 0
+        return bool(by_steps or options.checkpoint_seconds and time.monotonic() - saved >= options.checkpoint_seconds)
+
+    def reason(self, wish: StopRequest, started: float) -> str | None:
+        """Why to stop now, the same in all processes; None to go on."""
+        options, reason = self.options, wish.reason
+        if options.max_steps is not None and self.progress.step >= options.max_steps:
+            reason = "max-steps"
+        elif options.max_seconds is not None and time.monotonic() - started >= options.max_seconds:
+            reason = "max-seconds"
+        if self.accelerator.num_processes == 1:
+            return reason
+        return next(filter(None, gather_object([reason])), None)
+
+    def agree(self, answer: bool) -> bool:
+        """The main process's answer, in all processes: their clocks differ."""
+        if self.accelerator.num_processes == 1:
+            return answer
+        return broadcast_object_list([answer])[0]
+
+    def save(self) -> None:
+        """Write a checkpoint; every process takes part, the main one writes."""
+        if self.path is None:
+            return
+        random_states = gather_object([checkpoint.random_state()])
+        if self.accelerator.is_main_process:
+            state = {
+                "config": self.config,
+                "total": self.total,
+                "model": checkpoint.changing_state(self.adapted.model),
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+                "reinitializer": self.reinit.state_dict() if self.reinit else None,
+                "random": random_states,
+                "progress": asdict(self.progress),
+            }
+            checkpoint.write_checkpoint(self.path, state)
+        self.accelerator.wait_for_everyone()
+
+    def load(self) -> None:
+        """Take up the run where the checkpoint left it."""
+        assert self.path is not None
+        state = checkpoint.read_checkpoint(self.path)
+        compare(state["config"], self.config)
+        if state["total"] != self.total:
+            raise checkpoint.CheckpointError(
+                f"the checkpoint is of a run of {state['total']} steps, this one has {self.total}: the data changed"
+            )
+        if len(state["random"]) != self.accelerator.num_processes:
+            raise checkpoint.CheckpointError(f"the run had {len(state['random'])} processes; resume it with as many")
+        checkpoint.load_changing_state(self.adapted.model, state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if state["scaler"] and self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.reinit is not None:
+            self.reinit.load_state_dict(state["reinitializer"])
+        self.progress = Progress(**state["progress"])
+        checkpoint.set_random_state(state["random"][self.accelerator.process_index])
+
+
+def compare(saved: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Raise a CheckpointError that lists the options in which two runs differ."""
+    different = sorted(key for key in saved.keys() | asked.keys() if saved.get(key) != asked.get(key))
+    if different:
+        listed = "; ".join(f"--{key.replace('_', '-')} was {saved.get(key)}, is now {asked.get(key)}" for key in different)
+        raise checkpoint.CheckpointError(f"--resume continues a run with the same options: {listed}")
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: DataLoader, accelerator: Accelerator) -> Evaluation:
+    """Every test image once, in eval mode; the model is back in train mode afterwards."""
+    model.eval()
+    losses, labels_seen, predicted, confidence = [], [], [], []
+    for inputs, labels in loader:
+        logits = model(inputs.to(accelerator.device)).float().cpu()
+        losses.append(nn.functional.cross_entropy(logits, labels, reduction="none").double())
+        best = logits.softmax(1).max(1)
+        labels_seen.append(labels)
+        predicted.append(best.indices)
+        confidence.append(best.values)
+    model.train()
+    columns = [torch.cat(part).numpy() for part in (losses, labels_seen, predicted, confidence)]
+    if accelerator.num_processes > 1:  # process p holds images p, p + processes, ...
+        columns = [_interleave(gather_object([column])) for column in columns]
+    return Evaluation(float(columns[0].mean()), *columns[1:])
+
+
+def _interleave(parts: list[np.ndarray]) -> np.ndarray:
+    whole = np.empty(sum(map(len, parts)), dtype=parts[0].dtype)
+    for first, part in enumerate(parts):
+        whole[first :: len(parts)] = part
+    return whole
+
+
+def make_optimizer(adapted: Adapted, name: str) -> torch.optim.Optimizer:
+    """One of timm's optimizers over what trains.
+
+    Raises:
+        TrainingError: timm has none of that name.
+    """
+    known = timm.optim.list_optimizers()
+    if name.lower().removeprefix("lookahead_") not in known:
+        hint = ", ".join(difflib.get_close_matches(name, known, 3)) or "adamw, sgd, lamb, lion, ..."
+        raise TrainingError(f"timm has no optimizer {name!r}; there are {hint}")
+    return timm.optim.create_optimizer_v2(adapted.groups, opt=name, lr=adapted.options.lr)
+
+
+def make_accelerator(precision: str) -> Accelerator:
+    """Device, precision and processes, as accelerate finds them.
+
+    Raises:
+        TrainingError: the device has not that precision.
+    """
+    try:
+        # The banks are buffers and the same in every process: broadcasting them in every forward would be waste.
+        return Accelerator(mixed_precision=precision, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    except ValueError as error:
+        raise TrainingError(f"--precision {precision} does not work here: {error}") from error
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: of the GPU's memory by torch, otherwise of the machine's by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
