@@ -1,7 +1,7 @@
 """Every method on one task: learning rates tuned on a validation split, then several seeds on the test set.
 
-    python scripts/compare_methods.py --output runs/digits --seeds 3 -- --model local-dir:weights/vit_cifar60 \
-        --data digits --epochs 10
+    python scripts/compare_methods.py --output runs/digits --seeds 3 --rank 64 -- \
+        --model local-dir:recipes/weights/vit_cifar60 --data digits --epochs 5 --batch 32
 
 What stands behind `--` goes to recipes/vit_cifar100.py unchanged, in every run. Finished runs are kept, so the command
 can be interrupted and given again. It ends with a table in markdown, in the output folder and on the screen.
@@ -48,15 +48,10 @@ ROWS = (
     Row("linear head", ("--method", "linear"), "linear", 4e-3),
     Row("BitFit", ("--method", "bitfit"), "bitfit", 2e-3),
     Row("LoRA r8 (PEFT)", ("--method", "lora", "--rank", "8"), "lora", 2e-3),
-    Row("VeRA r256", ("--method", "vera"), "vera", 4e-3),
-    Row("UORA r256, never re-drawn", (*UORA, "--reinit", "never"), "uora", 1.2e-2),
-    Row("UORA r256, tau 1e-5, shared", (*UORA, "--reinit", "shared", "--threshold", "1e-5"), "uora", 1.2e-2),
-    Row(
-        "UORA r256, 0.1 median, layer",
-        (*UORA, "--reinit", "layer", "--threshold", "0.1", "--relative"),
-        "uora",
-        1.2e-2,
-    ),
+    Row("VeRA", ("--method", "vera"), "vera", 1.2e-2),
+    Row("UORA, never re-drawn", (*UORA, "--reinit", "never"), "uora", 1.2e-2),
+    Row("UORA, tau 1e-5, shared", (*UORA, "--reinit", "shared", "--threshold", "1e-5"), "uora", 1.2e-2),
+    Row("UORA, 0.1 median, layer", (*UORA, "--reinit", "layer", "--threshold", "0.1", "--relative"), "uora", 1.2e-2),
     Row("full fine-tuning", ("--method", "full"), "full", 3e-4),
 )
 
@@ -98,9 +93,11 @@ def main(
     validation: Annotated[float, typer.Option(help="share of the training set that tuning is measured on")] = 0.2,
     workers: Annotated[int, typer.Option(help="runs side by side")] = 2,
     threads: Annotated[int, typer.Option(help="threads of each run")] = 1,
+    rank: Annotated[int, typer.Option(help="of UORA and VeRA")] = 256,
     only: Annotated[str | None, typer.Option(help="rows whose names hold this")] = None,
 ) -> None:
     rows = [row for row in ROWS if only is None or only in row.name]
+    recipe = [*recipe, "--rank", str(rank)]
     tuned = {row.tuned: row for row in reversed(rows)}
     tuning = {(name, f): output / "tuning" / f"{name}-{f:.2g}" for name in tuned for f in FACTORS}
     run_all(

@@ -142,7 +142,12 @@ def main(
             checkpoint.with_suffix(".tmp").replace(checkpoint)
 
     model.pretrained_cfg.update(
-        mean=mean.tolist(), std=std.tolist(), input_size=(3, 32, 32), label_names=list(train.names)
+        num_classes=len(train.names),
+        tag="cifar60",
+        mean=mean.tolist(),
+        std=std.tolist(),
+        crop_pct=1.0,
+        label_names=list(train.names),
     )
     timm.models.save_for_hf(model.half(), output, model_config={"model_args": model_args}, safe_serialization=True)
     (output / "history.json").write_text(json.dumps(history, indent=1) + "\n")
