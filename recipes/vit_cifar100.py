@@ -16,11 +16,10 @@ import shlex
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
-import uora_vision as uora
 from accelerate import PartialState
 from common.augment import Augment, Domain, DomainShift, ModelInput
 from common.backbone import ModelError, create_backbone, input_format
@@ -29,11 +28,14 @@ from common.data import DataError, load_images, parse_classes
 from common.demo import run_demo
 from common.display import Display
 from common.loading import Images
+from common.machine import PrecisionError
 from common.methods import DEFAULTS, Method, MethodError, MethodOptions, Scope, apply_method
 from common.results import CHECKPOINT, OutputError, finish, prepare_folder
 from common.training import TrainingError, TrainOptions, train
 from rich.console import Console
 from torch.utils.tensorboard.writer import SummaryWriter
+
+import uora_vision as uora
 
 # Options that may change when a run is resumed: they do not change what it computes.
 FREE = {"output", "resume", "workers", "checkpoint_every", "max_steps", "max_seconds", "quiet", "demo"}
@@ -43,17 +45,25 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command(help=__doc__)
 def main(
-    demo: Annotated[bool, typer.Option("--demo", help="digits, a tiny model and every method; needs nothing else")] = False,
-    data: Annotated[str, typer.Option(help="cifar100, digits, a folder, or a data set on the Hugging Face hub")] = "cifar100",
+    demo: Annotated[
+        bool, typer.Option("--demo", help="digits, a tiny model and every method; needs nothing else")
+    ] = False,
+    data: Annotated[
+        str, typer.Option(help="cifar100, digits, a folder, or a data set on the Hugging Face hub")
+    ] = "cifar100",
     model: Annotated[str, typer.Option(help="a timm model, or local-dir:FOLDER")] = "vit_small_patch16_224",
     method: Annotated[Method, typer.Option(help="what to train")] = Method.uora,
     rank: Annotated[int | None, typer.Option(help="of the adapter; by default 256, and 8 for lora")] = None,
-    targets: Annotated[str, typer.Option(help="projections to adapt: attention+mlp, attention, qv, ...")] = "attention+mlp",
+    targets: Annotated[
+        str, typer.Option(help="projections to adapt: attention+mlp, attention, qv, ...")
+    ] = "attention+mlp",
     classes: Annotated[str | None, typer.Option(help="only these classes: 60-99 or apple,bear")] = None,
     shots: Annotated[int | None, typer.Option(min=1, help="training images per class; all by default")] = None,
     domain: Annotated[Domain, typer.Option(help="a fixed change of every image, training and test")] = Domain.none,
     augment: Annotated[Augment, typer.Option(help="random changes of training images")] = Augment.flip,
-    validation: Annotated[float, typer.Option(min=0, max=0.9, help="evaluate on this share of the training images, held out")] = 0,
+    validation: Annotated[
+        float, typer.Option(min=0, max=0.9, help="evaluate on this share of the training images, held out")
+    ] = 0,
     keep_head: Annotated[bool, typer.Option("--keep-head", help="train on from the model's own head")] = False,
     epochs: Annotated[int, typer.Option(min=1)] = 10,
     batch: Annotated[int, typer.Option(min=1, help="images per step, over all processes")] = 64,
@@ -65,7 +75,9 @@ def main(
     clip: Annotated[float, typer.Option(min=0, help="largest norm of the gradient; 0 for none")] = 1.0,
     reinit: Annotated[Scope, typer.Option(help="uora: whom a re-drawn direction changes")] = Scope.shared,
     threshold: Annotated[float, typer.Option(min=0, help="uora: re-draw where |d| is below")] = 1e-5,
-    relative: Annotated[bool, typer.Option("--relative/--absolute", help="uora: threshold times the layer's median |d|")] = False,
+    relative: Annotated[
+        bool, typer.Option("--relative/--absolute", help="uora: threshold times the layer's median |d|")
+    ] = False,
     alpha: Annotated[float, typer.Option(min=0, max=1, help="uora: share of the old direction that stays")] = 0.5,
     every: Annotated[int, typer.Option(min=1, help="uora: re-draw at every n-th step below the threshold")] = 1,
     precision: Annotated[str, typer.Option(help="no, bf16 or fp16")] = "no",
@@ -107,7 +119,20 @@ def main(
     form = input_format(backbone)
     adapted = apply_method(
         backbone,
-        MethodOptions(method, rank, targets, lr, head_lr, weight_decay, seed, reinit, threshold, relative, alpha, every),
+        MethodOptions(
+            method=method,
+            rank=rank,
+            targets=targets,
+            lr=lr,
+            head_lr=head_lr,
+            weight_decay=weight_decay,
+            seed=seed,
+            scope=reinit,
+            threshold=threshold,
+            relative=relative,
+            alpha=alpha,
+            every=every,
+        ),
     )
     shift = DomainShift(domain)
     train_images = Images(train_set, shift, ModelInput(form, augment), seed)
@@ -118,9 +143,9 @@ def main(
     main_process = PartialState().is_main_process
     display = Display(console, quiet or not main_process)
     display.say(
-        f"{method} on {model}: {adapted.trained:,} parameters train, {adapted.trained_without_head:,} without the head. "
-        f"{len(train_set):,} images of {len(train_set.names)} classes to train on, {len(test_set):,} to measure. "
-        f"Results go to {folder}."
+        f"{method} on {model}: {adapted.trained:,} parameters train, {adapted.trained_without_head:,} of them outside "
+        f"the head. {len(train_set):,} images of {len(train_set.names)} classes to train on, {len(test_set):,} to "
+        f"measure. Results go to {folder}."
     )
     writer = SummaryWriter(str(folder / "tensorboard")) if main_process else None
 
@@ -129,7 +154,19 @@ def main(
             writer.add_scalar(name, value, step)
 
     options = TrainOptions(
-        epochs, batch, warmup, opt, clip, precision, workers, seed, eval_every, every_steps, every_seconds, max_steps, max_seconds
+        epochs=epochs,
+        batch=batch,
+        warmup=warmup,
+        optimizer=opt,
+        clip=clip,
+        precision=precision,
+        workers=workers,
+        seed=seed,
+        eval_every=eval_every,
+        checkpoint_steps=every_steps,
+        checkpoint_seconds=every_seconds,
+        max_steps=max_steps,
+        max_seconds=max_seconds,
     )
     outcome = train(
         adapted,
@@ -146,12 +183,20 @@ def main(
         writer.close()
     if outcome.stopped:
         if main_process:
-            console.print(_how_to_resume(outcome.stopped, outcome.progress.step, folder), soft_wrap=True, highlight=False)
+            console.print(
+                _how_to_resume(outcome.stopped, outcome.progress.step, folder), soft_wrap=True, highlight=False
+            )
         raise typer.Exit(130 if outcome.stopped == "interrupted" else 0)
     if main_process:
         measured = "the test images" if not validation else "training images that were held out"
-        about = f"{method} on {model}, {len(train_set):,} images of {len(train_set.names)} classes, measured on {measured}."
-        sizes = {"classes": len(train_set.names), "train_images": len(train_set), "test_images": len(test_set)}
+        about = (
+            f"{method} on {model}, {len(train_set):,} images of {len(train_set.names)} classes, measured on {measured}."
+        )
+        sizes: dict[str, Any] = {
+            "classes": len(train_set.names),
+            "train_images": len(train_set),
+            "test_images": len(test_set),
+        }
         sizes["measured_on"] = "validation" if validation else "test"
         metrics = finish(folder, adapted, outcome, test_images, config, f"{method} on {Path(data).name}", about, sizes)
         display.say(f"accuracy {metrics['accuracy']:.2%}, loss {metrics['loss']:.3f}. Report: {folder / 'report.html'}")
@@ -181,7 +226,16 @@ def _how_to_resume(reason: str, step: int, folder: Path) -> str:
 
 
 CONFIG = {name for name in main.__annotations__ if name not in ("return", "demo")}
-ERRORS = (DataError, ModelError, MethodError, CheckpointError, OutputError, TrainingError, uora.UoraError)
+ERRORS = (
+    DataError,
+    ModelError,
+    MethodError,
+    CheckpointError,
+    OutputError,
+    PrecisionError,
+    TrainingError,
+    uora.UoraError,
+)
 
 
 def run() -> int:

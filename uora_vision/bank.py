@@ -148,7 +148,8 @@ class Bank(nn.Module):
             )
         draws[indices] += 1
         if interpolation == "linear":
-            fresh = torch.stack([self._fresh(matrix, i, n, full) for i, n in _pairs(indices, draws)])[:, : state.shape[1]]
+            fresh = torch.stack([self._fresh(matrix, i, n, full) for i, n in _pairs(indices, draws)])
+            fresh = fresh[:, : state.shape[1]]
             new = alpha[:, None] * state[indices] + (1 - alpha[:, None]) * fresh
             state[indices] = new.to(state.dtype)
         else:
@@ -183,9 +184,9 @@ class Bank(nn.Module):
         for event in log:
             if event.matrix not in self._state and event.matrix not in own:
                 raise FormatError(f"the log re-draws {event.matrix!r}, which this model does not have")
-            if len(event.indices) and int(event.indices.max()) >= self.config.rank:
+            if (last := int(event.indices.max())) >= self.config.rank:
                 raise FormatError(
-                    f"the log re-draws direction {int(event.indices.max())} of {event.matrix!r}; the rank is {self.config.rank}"
+                    f"the log re-draws direction {last} of {event.matrix!r}; the rank is {self.config.rank}"
                 )
             like, width = own.get(event.matrix, (None, None))
             again = self.redraw(event.matrix, event.indices, event.alpha, event.step, event.interpolation, like, width)
@@ -203,9 +204,7 @@ class Bank(nn.Module):
         gauss = torch.randn(max(width, config.rank), generator=generator, dtype=torch.float64)
         return (gauss / gauss.norm())[:width]
 
-    def _rotate(
-        self, matrix: str, state: Tensor, indices: Tensor, draws: Tensor, alpha: Tensor, length: float
-    ) -> None:
+    def _rotate(self, matrix: str, state: Tensor, indices: Tensor, draws: Tensor, alpha: Tensor, length: float) -> None:
         """Rotate rows towards fresh ones of the given length: 1, or what a slice has of a unit vector on average."""
         rank, width = state.shape
         for part, keep in zip(indices.split(width - rank), alpha.split(width - rank), strict=True):

@@ -179,7 +179,8 @@ def _projection(entry: dict[str, Any]) -> Projection:
         if not isinstance(role.name, str) or not isinstance(role.group, str) or role.start < row or role.rows < 1:
             raise FormatError(f"{path} cannot have {role}")
         row = role.start + role.rows
-    if not (isinstance(path, str) and isinstance(width, int) and isinstance(read, bool) and isinstance(row, int) and row):
+    typed = isinstance(path, str) and isinstance(width, int) and isinstance(read, bool) and isinstance(row, int)
+    if not typed or not row:
         raise FormatError(f"{entry} is no projection")
     return Projection(path, (0, width), roles, "saved", None, read)
 
@@ -256,8 +257,8 @@ def _check_fit(
     count = _parameter_tensors(model)
     if made_for.get("parameter_tensors", count) != count:
         raise FormatError(
-            f"the adapter in {source} was made for a {what} of {made_for['parameter_tensors']} parameter tensors besides the "
-            f"head; this {this} has {count}, so its depth or its parts are others"
+            f"the adapter in {source} was made for a {what} of {made_for['parameter_tensors']} parameter tensors "
+            f"besides the head; this {this} has {count}, so its depth or its parts are others"
         )
     for name, t in base.items():
         if name not in parameters or parameters[name].shape != t.shape:

@@ -122,7 +122,9 @@ class Reinitializer:
         rank = self.bank.config.rank
         widths = {n: b.shape[1] for n, b in self.bank.named_buffers()}
         if scope == "layer":
-            widths = {f"{a.name} ({w})": w for a in self._adapters.values() for w in (a.width, *(r.rows for r in a.roles))}
+            widths = {
+                f"{a.name} ({w})": w for a in self._adapters.values() for w in (a.width, *(r.rows for r in a.roles))
+            }
         if interpolation == "spherical" and (narrow := [name for name, width in widths.items() if width <= rank]):
             raise ConfigError(
                 f"spherical interpolation needs a rank below every width; the rank is {rank} and there are "
@@ -203,8 +205,8 @@ class Reinitializer:
             raise FormatError("this reinitialisation state belongs to a model with other adapters or another rank")
         if state["banks"] != self._bank_options():
             raise FormatError(
-                f"this reinitialisation state belongs to banks with {state['banks']}, this model has {self._bank_options()}; "
-                "inject with the options of the run that is continued"
+                f"this reinitialisation state belongs to banks with {state['banks']}, this model has "
+                f"{self._bank_options()}; inject with the options of the run that is continued"
             )
         self.bank.replay(unpack_log(state["log"], state["matrices"]), own_matrices(self._adapters))
         refresh_own(self._adapters)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else it asks the network for its newest version at import
-import albumentations as A  # noqa: E402, N812
+import albumentations as A
 
 cv2.setNumThreads(0)  # the data loader's workers are the threads
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 
 import timm
+import timm.data
 from torch import nn
 
 from .augment import InputFormat

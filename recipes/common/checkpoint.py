@@ -45,7 +45,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zipfile, pickle and torch each raise types of their own
-        raise CheckpointError(f"{path} is damaged or no checkpoint ({type(error).__name__}); delete it and start again") from error
+        raise CheckpointError(
+            f"{path} is damaged or no checkpoint ({type(error).__name__}); delete it and start again"
+        ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of this recipe; give another --output")
     if state["version"] != VERSION:
@@ -69,7 +71,9 @@ def load_changing_state(model: nn.Module, state: dict[str, torch.Tensor]) -> Non
     found = {name: value.shape for name, value in state.items()}
     if wanted != found:
         odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-        raise CheckpointError(f"the checkpoint is of another model or method: {odd[0]} differs, and {len(odd) - 1} more")
+        raise CheckpointError(
+            f"the checkpoint is of another model or method: {odd[0]} differs, and {len(odd) - 1} more"
+        )
     model.load_state_dict(state, strict=False)
 
 

@@ -20,12 +20,20 @@ from .results import finish, measures
 from .training import Outcome, TrainOptions, train
 
 FORM = InputFormat((8, 8), (0.3, 0.3, 0.3), (0.35, 0.35, 0.35))
-MODEL = {"img_size": 8, "patch_size": 2, "embed_dim": 64, "depth": 2, "num_heads": 2, "class_token": False, "global_pool": "avg"}
+MODEL = {
+    "img_size": 8,
+    "patch_size": 2,
+    "embed_dim": 64,
+    "depth": 2,
+    "num_heads": 2,
+    "class_token": False,
+    "global_pool": "avg",
+}
 OLD, NEW = range(5), range(5, 10)
 SHOTS = 20
 ROWS = {  # rank and learning rates, chosen on training images of the digits 5 to 9 that the runs below never see
     Method.linear: Defaults(None, 0.05, 0.05),
-    Method.bitfit: Defaults(None, 0.01, 0.01),
+    Method.bitfit: Defaults(None, 0.03, 0.05),
     Method.lora: Defaults(4, 0.01, 0.01),
     Method.vera: Defaults(64, 0.05, 0.01),
     Method.uora: Defaults(64, 0.05, 0.01),
@@ -47,12 +55,22 @@ def run_demo(folder: Path, seed: int, display: Display) -> None:
         display.say(f"adapted to the digits {NEW[0]} to {NEW[-1]} with {method}: {accuracy:.1%}")
     comparison = [{"method": method.value, **_columns(*run[:2])} for method, run in runs.items()]
     adapted, outcome, tests = runs[Method.uora]
-    config = {"data": "digits", "pretrained_on": "0-4", "classes": "5-9", "shots": SHOTS, "seed": seed,
-              "method": "uora", "rank": adapted.options.rank, "lr": adapted.options.lr, "head_lr": adapted.options.head_lr,
-              "threshold": adapted.options.threshold, "epochs": ADAPTATION.epochs, "batch": ADAPTATION.batch}  # fmt: skip
+    chosen = {key: getattr(adapted.options, key) for key in ("rank", "targets", "lr", "head_lr", "threshold", "alpha")}
+    config = {
+        "data": "digits",
+        "pretrained_on": f"{OLD[0]}-{OLD[-1]}",
+        "classes": f"{NEW[0]}-{NEW[-1]}",
+        "shots": SHOTS,
+        "method": Method.uora.value,
+        **chosen,
+        "reinit": adapted.options.scope.value,
+        "epochs": ADAPTATION.epochs,
+        "batch": ADAPTATION.batch,
+        "seed": seed,
+    }
     about = (
-        f"A ViT of {sum(p.numel() for p in backbone.parameters()):,} parameters was pretrained on the digits 0 to 4 and "
-        f"adapted to 5 to 9 with {SHOTS} images of each; measured on {len(tests)} others, which leaves about "
+        f"A ViT of {sum(p.numel() for p in backbone.parameters()):,} parameters was pretrained on the digits 0 to 4 "
+        f"and adapted to 5 to 9 with {SHOTS} images of each; measured on {len(tests)} others, which leaves about "
         f"{50 / len(tests) ** 0.5:.0f} points of chance in every accuracy."
     )
     finish(folder, adapted, outcome, tests, config, "UORA on handwritten digits", about, comparison=comparison)
@@ -66,7 +84,7 @@ def pretrain(seed: int, display: Display) -> nn.Module:
     model = timm.create_model("vit_tiny_patch16_224", num_classes=len(OLD), **MODEL)
     adapted = apply_method(model, MethodOptions(Method.full, None, lr=5e-3, head_lr=5e-3, weight_decay=0.05))
     images = [_images(split, OLD, None, seed) for split in ("train", "test")]
-    train(adapted, *images, PRETRAINING, display=Display(display.console, display.quiet, "pretraining"))
+    train(adapted, *images, PRETRAINING, display=Display(display.console, display.quiet, "pretraining, epoch"))
     return model.eval()
 
 
@@ -74,7 +92,7 @@ def adapt(backbone: nn.Module, method: Method, seed: int, display: Display) -> t
     """A copy of the backbone with a new head, adapted to the digits 5 to 9."""
     torch.manual_seed(seed)
     model = copy.deepcopy(backbone)
-    model.reset_classifier(len(NEW))  # pyright: ignore[reportCallIssue]
+    model.reset_classifier(len(NEW))
     row = ROWS[method]
     options = MethodOptions(method, row.rank, lr=row.lr, head_lr=row.head_lr, seed=seed)
     adapted = apply_method(model, options)
@@ -84,7 +102,7 @@ def adapt(backbone: nn.Module, method: Method, seed: int, display: Display) -> t
 
 def save_backbone(model: nn.Module, folder: Path) -> None:
     """In timm's form, for `--model local-dir:FOLDER`."""
-    model.pretrained_cfg.update(mean=FORM.mean, std=FORM.std, input_size=(3, *FORM.size))  # type: ignore[union-attr]
+    model.pretrained_cfg.update(mean=FORM.mean, std=FORM.std, input_size=(3, *FORM.size))
     timm.models.save_for_hf(model, folder, model_config={"model_args": MODEL}, safe_serialization=True)
 
 
@@ -96,7 +114,14 @@ def _images(split: str, classes: range, shots: int | None, seed: int) -> Images:
 
 def _columns(adapted: Adapted, outcome: Outcome) -> dict[str, Any]:
     numbers = measures(adapted, outcome)
-    keys = ("accuracy", "trained_parameters", "trained_parameters_without_head", "adapter_bytes", "seconds_per_step", "firings")
+    keys = (
+        "accuracy",
+        "trained_parameters",
+        "trained_parameters_without_head",
+        "adapter_bytes",
+        "seconds_per_step",
+        "firings",
+    )
     return {key: numbers[key] for key in keys}
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Display:
     """Progress on the terminal; where there is no terminal, only the lines that stay."""
 
-    def __init__(self, console: Console | None = None, quiet: bool = False, name: str = "training") -> None:
+    def __init__(self, console: Console | None = None, quiet: bool = False, name: str = "epoch") -> None:
         self.console, self.quiet, self.name = console or Console(), quiet, name
         self.bar: Bar | None = None
         self.task: TaskID | None = None
@@ -28,7 +28,7 @@ class Display:
         if self.quiet or not self.console.is_terminal:
             yield
             return
-        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        columns = [TextColumn("{task.description}"), BarColumn(12), MofNCompleteColumn(), TimeRemainingColumn(compact=True),
                    TextColumn("{task.fields[numbers]}")]  # fmt: skip
         with Bar(*columns, console=self.console, transient=True) as bar:
             self.bar, self.task = bar, bar.add_task(self.name, total=total, completed=done, numbers="")
@@ -40,13 +40,14 @@ class Display:
     def step(self, progress: Progress, rate: float, firings: int, per_epoch: int) -> None:
         if self.bar is None or self.task is None:
             return
-        numbers = f"loss {progress.loss / progress.seen:.3f}  accuracy {progress.hits / progress.seen:.1%}  lr {rate:.1e}"
+        share = progress.hits / progress.seen
+        numbers = f"loss {progress.loss / progress.seen:.3f} accuracy {share:.1%} lr {rate:.0e}"
         epoch = (progress.step - 1) // per_epoch + 1
         self.bar.update(
             self.task,
             completed=progress.step,
-            description=f"{self.name}, epoch {epoch}",
-            numbers=f"{numbers}  firings {firings:,}",
+            description=f"{self.name} {epoch}",
+            numbers=f"{numbers} firings {firings:,}",
         )
 
     def epoch(self, entry: dict[str, Any], epochs: int) -> None:

@@ -82,7 +82,7 @@ def train_loader(images: Images, batches: Batches, workers: int) -> DataLoader:
     return _loader(images, batches, workers)
 
 
-def test_loader(images: Images, batch: int, workers: int, part: int = 0, parts: int = 1) -> DataLoader:
+def eval_loader(images: Images, batch: int, workers: int, part: int = 0, parts: int = 1) -> DataLoader:
     """Every image once, in order; of several processes each takes every `parts`-th image."""
     mine = range(part, len(images), parts)
     return _loader(images, [[(0, i) for i in mine[k : k + batch]] for k in range(0, len(mine), batch)], workers)
@@ -91,7 +91,7 @@ def test_loader(images: Images, batch: int, workers: int, part: int = 0, parts: 
 def _loader(images: Images, batches: Batches | list[list[Key]], workers: int) -> DataLoader:
     return DataLoader(
         images,
-        batch_sampler=batches,  # pyright: ignore[reportArgumentType]  any sized iterable of lists of keys will do
+        batch_sampler=batches,  # any sized iterable of lists of keys will do
         num_workers=workers,
         generator=torch.Generator(),  # else starting to iterate would draw from the run's own generator
         pin_memory=torch.cuda.is_available(),

@@ -8,8 +8,9 @@ from enum import StrEnum
 from typing import Any
 
 import torch
-import uora_vision as uora
 from torch import Tensor, nn
+
+import uora_vision as uora
 
 
 class Method(StrEnum):
@@ -180,7 +181,7 @@ def apply_method(model: nn.Module, options: MethodOptions) -> Adapted:
 
 def head_ids(model: nn.Module) -> set[int]:
     """Ids of the parameters of timm's classifier, or classifiers."""
-    classifier: Any = model.get_classifier()  # pyright: ignore[reportCallIssue]  every timm model has it
+    classifier: Any = model.get_classifier()  # every timm model has it
     parts = classifier if isinstance(classifier, tuple | list) else [classifier]
     return {id(p) for part in parts for p in part.parameters()}
 
@@ -195,7 +196,7 @@ def _groups(model: nn.Module, base: nn.Module, options: MethodOptions) -> list[d
         if not p.requires_grad:
             continue
         part, decays = ("head" if id(p) in head else "adapter"), p.dim() > 1 and not (vectors and id(p) not in head)
-        name = part if decays or part == "adapter" and vectors else f"{part}_vectors"
+        name = part if decays or (part == "adapter" and vectors) else f"{part}_vectors"
         decay = options.weight_decay if decays else 0.0
         lr = options.head_lr if part == "head" else options.lr
         groups.setdefault(name, {"name": name, "params": [], "lr": lr, "weight_decay": decay})["params"].append(p)

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import uora_vision as uora
 from safetensors.torch import save as to_bytes
 
+import uora_vision as uora
+
 from .checkpoint import read_checkpoint
+from .evaluation import Evaluation
 from .loading import Images
 from .methods import Adapted
 from .report import RunReport, write_report
-from .training import Evaluation, Outcome
+from .training import Outcome
 
 CHECKPOINT, METRICS = "checkpoint.pt", "metrics.json"
 LIBRARIES = ("uora-vision", "torch", "timm", "albumentations", "accelerate", "peft", "numpy")
@@ -102,7 +104,8 @@ def finish(
     )
     write_report(report, folder / "report.html")
     # Last, because this file is what says that a run is finished.
-    _write_json(folder / METRICS, {**metrics, "config": config, "versions": versions()})
+    told = metrics if comparison is None else {**metrics, "comparison": comparison}
+    _write_json(folder / METRICS, {**told, "config": config, "versions": versions()})
     (folder / CHECKPOINT).unlink(missing_ok=True)
     return metrics
 

@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import difflib
 import math
-import resource
-import signal
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm.optim
 import torch
-import uora_vision as uora
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.utils.data import DataLoader
 
+import uora_vision as uora
+
 from . import checkpoint
 from .display import Display
-from .loading import Batches, Images, test_loader, train_loader
+from .evaluation import Evaluation, evaluate
+from .loading import Batches, Images, eval_loader, train_loader
+from .machine import StopRequest, make_accelerator, peak_memory
 from .methods import Adapted
 
 
@@ -89,20 +88,6 @@ class Progress:
 
 
 @dataclass
-class Evaluation:
-    """Of every test image: true and predicted class, and the probability given to the prediction, each (n,)."""
-
-    loss: float
-    labels: np.ndarray
-    predicted: np.ndarray
-    confidence: np.ndarray
-
-    @property
-    def accuracy(self) -> float:
-        return float((self.labels == self.predicted).mean())
-
-
-@dataclass
 class Outcome:
     """What a run leaves. `stopped` is None when it ran to its end, otherwise why it did not."""
 
@@ -116,25 +101,6 @@ class Outcome:
     @property
     def seconds_per_step(self) -> float | None:
         return statistics.median(self.progress.step_seconds) if self.progress.step_seconds else None
-
-
-class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a wish to stop after the step; the second one acts as usual."""
-
-    def __init__(self) -> None:
-        self.reason: str | None = None
-
-    def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _handle(self, number: int, frame: Any) -> None:
-        self.reason = "interrupted"
-        signal.signal(number, self._before[signal.Signals(number)])
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 def train(
@@ -224,7 +190,7 @@ class Run:
     ) -> tuple[str | None, Evaluation | None]:
         """Train to the end, or until something asks to stop."""
         progress, options, acc = self.progress, self.options, self.accelerator
-        tests = test_loader(test_images, max(64, options.batch), options.workers, acc.process_index, acc.num_processes)
+        tests = eval_loader(test_images, max(64, options.batch), options.workers, acc.process_index, acc.num_processes)
         loader = train_loader(train_images, self.batches(), options.workers)
         evaluation, started, saved, base_seconds = None, time.monotonic(), time.monotonic(), progress.seconds
         before = time.monotonic()
@@ -257,10 +223,14 @@ class Run:
         logits = self.model(inputs).float()
         loss = nn.functional.cross_entropy(logits, labels)
         hits = (logits.argmax(1) == labels).sum()
-        sums = torch.stack([loss.detach() * len(labels), hits.float(), torch.tensor(float(len(labels)), device=loss.device)])
+        sums = torch.stack(
+            [loss.detach() * len(labels), hits.float(), torch.tensor(float(len(labels)), device=loss.device)]
+        )
         total, correct, seen = acc.reduce(sums, "sum").tolist()
         if not math.isfinite(total):
-            kept = f"The last checkpoint, {self.path}, is from before that. " if self.path and self.path.exists() else ""
+            kept = (
+                f"The last checkpoint, {self.path}, is from before that. " if self.path and self.path.exists() else ""
+            )
             raise TrainingError(
                 f"the loss is {total / seen} at step {progress.step + 1} of {self.total}; the run stops. {kept}"
                 "Try a smaller --lr or --head-lr, or --precision no."
@@ -273,7 +243,11 @@ class Run:
         if self.reinit is not None and not acc.optimizer_step_was_skipped:
             self.reinit.step()
         progress.step += 1
-        progress.seen, progress.loss, progress.hits = progress.seen + int(seen), progress.loss + total, progress.hits + int(correct)
+        progress.seen, progress.loss, progress.hits = (
+            progress.seen + int(seen),
+            progress.loss + total,
+            progress.hits + int(correct),
+        )
 
     def end_epoch(self, tests: DataLoader, display: Display, log: Callable) -> Evaluation | None:
         """Close an epoch's entry in the history, with an evaluation where one is due."""
@@ -317,7 +291,8 @@ class Run:
         """Whether it is time for a checkpoint."""
         options = self.options
         by_steps = options.checkpoint_steps and self.progress.step % options.checkpoint_steps == 0
-        return bool(by_steps or options.checkpoint_seconds and time.monotonic() - saved >= options.checkpoint_seconds)
+        now_due = time.monotonic() - saved >= options.checkpoint_seconds
+        return bool(by_steps or (options.checkpoint_seconds and now_due))
 
     def reason(self, wish: StopRequest, started: float) -> str | None:
         """Why to stop now, the same in all processes; None to go on."""
@@ -382,34 +357,10 @@ def compare(saved: dict[str, Any], asked: dict[str, Any]) -> None:
     """Raise a CheckpointError that lists the options in which two runs differ."""
     different = sorted(key for key in saved.keys() | asked.keys() if saved.get(key) != asked.get(key))
     if different:
-        listed = "; ".join(f"--{key.replace('_', '-')} was {saved.get(key)}, is now {asked.get(key)}" for key in different)
+        listed = "; ".join(
+            f"--{key.replace('_', '-')} was {saved.get(key)}, is now {asked.get(key)}" for key in different
+        )
         raise checkpoint.CheckpointError(f"--resume continues a run with the same options: {listed}")
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, loader: DataLoader, accelerator: Accelerator) -> Evaluation:
-    """Every test image once, in eval mode; the model is back in train mode afterwards."""
-    model.eval()
-    losses, labels_seen, predicted, confidence = [], [], [], []
-    for inputs, labels in loader:
-        logits = model(inputs.to(accelerator.device)).float().cpu()
-        losses.append(nn.functional.cross_entropy(logits, labels, reduction="none").double())
-        best = logits.softmax(1).max(1)
-        labels_seen.append(labels)
-        predicted.append(best.indices)
-        confidence.append(best.values)
-    model.train()
-    columns = [torch.cat(part).numpy() for part in (losses, labels_seen, predicted, confidence)]
-    if accelerator.num_processes > 1:  # process p holds images p, p + processes, ...
-        columns = [_interleave(gather_object([column])) for column in columns]
-    return Evaluation(float(columns[0].mean()), *columns[1:])
-
-
-def _interleave(parts: list[np.ndarray]) -> np.ndarray:
-    whole = np.empty(sum(map(len, parts)), dtype=parts[0].dtype)
-    for first, part in enumerate(parts):
-        whole[first :: len(parts)] = part
-    return whole
 
 
 def make_optimizer(adapted: Adapted, name: str) -> torch.optim.Optimizer:
@@ -423,24 +374,3 @@ def make_optimizer(adapted: Adapted, name: str) -> torch.optim.Optimizer:
         hint = ", ".join(difflib.get_close_matches(name, known, 3)) or "adamw, sgd, lamb, lion, ..."
         raise TrainingError(f"timm has no optimizer {name!r}; there are {hint}")
     return timm.optim.create_optimizer_v2(adapted.groups, opt=name, lr=adapted.options.lr)
-
-
-def make_accelerator(precision: str) -> Accelerator:
-    """Device, precision and processes, as accelerate finds them.
-
-    Raises:
-        TrainingError: the device has not that precision.
-    """
-    try:
-        # The banks are buffers and the same in every process: broadcasting them in every forward would be waste.
-        return Accelerator(mixed_precision=precision, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
-    except ValueError as error:
-        raise TrainingError(f"--precision {precision} does not work here: {error}") from error
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes held so far: of the GPU's memory by torch, otherwise of the machine's by this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

@@ -1,0 +1,236 @@
+"""What `benchmark_step.py` measures: one model under one method, with a batch to train on."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import timm
+import torch
+import typer
+from torch import Tensor, nn
+
+import uora_vision as uora
+
+TARGETS = "attention+mlp"
+LABELS = {
+    "floor": "frozen floor",
+    "linear": "linear head",
+    "uora": "UORA r{}",
+    "lora": "PEFT LoRA r{}",
+    "vera": "PEFT VeRA r{}",
+    "full": "full fine-tuning",
+}
+RANKED, PEFT = ("uora", "lora", "vera"), ("lora", "vera")
+CLASSES = 100
+
+
+class Dtype(StrEnum):
+    """Types of weights and products."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    autocast = "autocast-bf16"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all methods have in common.
+
+    Args:
+        model: name of a timm model.
+        batch: images per step.
+        img_size: side of an image in pixels; None for the model's own.
+        threads: of torch on the CPU; None for torch's choice.
+    """
+
+    model: str
+    batch: int
+    device: str
+    dtype: Dtype
+    img_size: int | None
+    threads: int | None
+    compile: bool
+
+    @property
+    def clock(self) -> str:
+        """One thread on a CPU is timed by the processor time it gets: other jobs on the machine disturb that less."""
+        if self.device.startswith("cuda"):
+            return "CUDA events"
+        return "processor time" if self.threads == 1 else "wall time"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train: its kind (a key of `LABELS`) and the rank, for those that have one."""
+
+    kind: str
+    rank: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.kind if self.rank is None else f"{self.kind}-{self.rank}"
+
+    @property
+    def label(self) -> str:
+        return LABELS[self.kind].format(self.rank)
+
+
+def parse_methods(text: str) -> list[Method]:
+    """Methods by their names, the floor before all others.
+
+    Raises:
+        typer.BadParameter: a name is unknown, or its rank is missing.
+    """
+    methods = [Method("floor")]
+    for name in filter(None, (part.strip() for part in text.split(","))):
+        match = re.fullmatch(r"([a-z]+)(?:-([1-9]\d*))?", name)
+        if not match or match[1] not in LABELS or (match[1] in RANKED) != (match[2] is not None):
+            raise typer.BadParameter(
+                f"no method {name!r}; there are floor, linear, full, and uora-R, lora-R, vera-R of any rank R, such as "
+                "uora-256"
+            )
+        methods.append(Method(match[1], int(match[2]) if match[2] else None))
+    return list(dict.fromkeys(methods))
+
+
+class Subject:
+    """A model under one method, with a batch of random images: `forward()` and `step()` are what is timed.
+
+    Args:
+        base: a timm model, shared with other subjects and not changed; only full fine-tuning copies its weights.
+    """
+
+    def __init__(self, settings: Settings, method: Method, base: nn.Module) -> None:
+        torch.manual_seed(0)
+        memo: dict[int, Any] = {}
+        if method.kind != "full":
+            memo = {id(p): nn.Parameter(p.detach()) for p in base.parameters()}
+        self.settings = settings
+        self.base = copy.deepcopy(base, memo)
+        self.paths = [p.path for p in uora.plan(base, targets=TARGETS).projections]
+        head = list(self.base.get_classifier().parameters())  # type: ignore[operator]  every timm model has it
+        model, groups = self._adapt(method, head)
+        self.trained = sum(p.numel() for group in groups for p in group["params"])
+        self.head = sum(p.numel() for p in head)
+        self.model = torch.compile(model) if settings.compile else model
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-4)
+        self.reinit = uora.Reinitializer(self.base, optimizer=self.optimizer) if method.kind == "uora" else None
+        dtype = torch.bfloat16 if settings.dtype is Dtype.bf16 else torch.float32
+        shape = input_shape(settings, base)
+        self.images = torch.randn(settings.batch, *shape).to(settings.device, dtype)
+        self.labels = torch.randint(CLASSES, (settings.batch,)).to(settings.device)
+
+    def _adapt(self, method: Method, head: list[nn.Parameter]) -> tuple[nn.Module, list[dict[str, Any]]]:
+        """The model to call, and what it trains."""
+        model = self.base
+        match method.kind:
+            case "uora":
+                uora.inject(model, rank=method.rank, targets=TARGETS)
+            case "lora":
+                import peft
+
+                config = peft.LoraConfig(r=method.rank, lora_alpha=method.rank, target_modules=self.paths)
+                model = peft.get_peft_model(model, config)
+            case "vera":
+                import peft
+
+                config = peft.VeraConfig(r=method.rank, target_modules=self.paths, projection_prng_key=0)
+                model = peft.get_peft_model(model, config)
+            case "floor" | "linear":
+                model.requires_grad_(False)
+        for p in head:
+            p.requires_grad_(True)
+        if method.kind not in ("linear", "full"):
+            for path in self.paths:
+                self.base.get_submodule(path).register_forward_pre_hook(_gradient_starts(self.settings.device))
+        if method.kind == "uora":
+            return model, uora.param_groups(model, lr=1e-4)
+        return model, [{"params": [p for p in model.parameters() if p.requires_grad]}]
+
+    @torch.no_grad()
+    def forward(self) -> None:
+        self.model.eval()
+        with self._autocast():
+            self.model(self.images)
+
+    def step(self, images: int | None = None, watch: contextlib.AbstractContextManager[Any] | None = None) -> None:
+        """One step on the first `images` of the batch, the forward inside `watch`."""
+        self.model.train()
+        self.optimizer.zero_grad()
+        with watch or contextlib.nullcontext(), self._autocast():
+            logits = self.model(self.images[:images])
+            loss = nn.functional.cross_entropy(logits.float(), self.labels[:images])
+        loss.backward()
+        self.optimizer.step()
+        if self.reinit:
+            self.reinit.step()
+
+    def warm_up(self) -> None:
+        """What only the first call does. One image is enough, unless kernels are made for each shape."""
+        whole = self.settings.compile or self.settings.device.startswith("cuda")
+        self.step(None if whole else 1)
+
+    def seconds(self, call: Callable[[], None]) -> float:
+        """How long a call takes, by the clock that `Settings.clock` names."""
+        if self.settings.device.startswith("cuda"):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            start.record()
+            call()
+            end.record()
+            torch.cuda.synchronize()
+            return start.elapsed_time(end) / 1e3
+        now = time.thread_time if self.settings.clock == "processor time" else time.perf_counter
+        before = now()
+        call()
+        return now() - before
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.settings.dtype is Dtype.autocast
+        return torch.autocast(torch.device(self.settings.device).type, torch.bfloat16, enabled=enabled)
+
+
+def _gradient_starts(device: str) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor] | None]:
+    """A hook that lets the gradient begin at a projection's input, where nothing before it is trained."""
+    # An added 0 and not requires_grad_ on the input, which torch.compile cannot trace.
+    zero = nn.Parameter(torch.zeros((), device=device))
+
+    def hook(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        if torch.is_grad_enabled() and not args[0].requires_grad:
+            return (args[0] + zero,)
+        return None
+
+    return hook
+
+
+def make_base(settings: Settings) -> nn.Module:
+    """The timm model with random weights, ready for the settings' device and type.
+
+    Raises:
+        typer.BadParameter: an image size is given and the model takes none.
+    """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    # Compiled code is kept per function, and all methods share the functions of the model's class.
+    torch._dynamo.config.recompile_limit = 64
+    size = {} if settings.img_size is None else {"img_size": settings.img_size}
+    torch.manual_seed(0)
+    try:
+        model = timm.create_model(settings.model, num_classes=CLASSES, **size)
+    except TypeError as error:
+        raise typer.BadParameter(f"{settings.model} cannot be made: {error}") from error
+    dtype = torch.bfloat16 if settings.dtype is Dtype.bf16 else torch.float32
+    return model.to(settings.device, dtype)
+
+
+def input_shape(settings: Settings, model: nn.Module) -> tuple[int, int, int]:
+    """(channels, height, width) of an image."""
+    channels, height, width = timm.data.resolve_model_data_config(model)["input_size"]
+    return (channels, settings.img_size or height, settings.img_size or width)

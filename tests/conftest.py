@@ -1,0 +1,87 @@
+"""Small real models for the core's tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import uora_vision as uora
+
+SMALL: dict[str, Any] = {
+    "img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 7,
+}  # fmt: skip
+
+
+def small_vit(seed: int = 0, **options: Any) -> nn.Module:
+    """A timm ViT of 0.1M parameters over 32 x 32 images, in eval mode, the same for the same seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = timm.create_model("vit_tiny_patch16_224", **{**SMALL, **options})
+        with torch.no_grad():  # timm starts biases at 0, which would hide a bias that is lost
+            for name, p in model.named_parameters():
+                if name.endswith("bias"):
+                    p.normal_(std=0.1)
+    return model.eval()
+
+
+def wake(model: nn.Module, scale: float = 1.0, seed: int = 1) -> nn.Module:
+    """Give every b and d of an injected model values as after training."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for adapter in uora.adapters(model).values():
+            adapter.b.copy_(scale * torch.randn(adapter.b.shape, generator=generator))
+            adapter.d.copy_(scale * torch.randn(adapter.d.shape, generator=generator))
+    return model
+
+
+def kill(model: nn.Module, places: dict[str, list[int]], value: float = 0.0) -> None:
+    """Set some d_i, by role name (`blocks.0.attn.qkv.q`)."""
+    with torch.no_grad():
+        for name, indices in places.items():
+            path, _, role = name.rpartition(".")
+            adapter = uora.adapters(model)[path]
+            row = [r.name for r in adapter.roles].index(role)
+            adapter.d[row, indices] = value
+
+
+def trained(
+    make: Callable[[], nn.Module] = small_vit, scope: str | None = None, steps: int = 6, **options: Any
+) -> nn.Module:
+    """A model as after training: other b, d and head than at the start, and some firings."""
+    model = wake(uora.inject(make(), **{"rank": 8, **options}))
+    with torch.no_grad():
+        model.head.weight.normal_(), model.head.bias.normal_()
+    if scope is not None:
+        reinit = uora.Reinitializer(model, scope=scope, quorum=0.1, alpha=0.3, threshold=1e-3)  # type: ignore[arg-type]
+        for step in range(steps):
+            kill(model, {name: [step, step + 2] for name in reinit.layers[step::2]})
+            reinit.step()
+        assert reinit.firings > 0
+        wake(model, seed=3)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
+
+
+@pytest.fixture
+def vit() -> nn.Module:
+    return small_vit()
+
+
+@pytest.fixture
+def make_vit() -> Callable[..., nn.Module]:
+    return small_vit
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(5))

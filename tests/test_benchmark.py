@@ -1,0 +1,86 @@
+"""The benchmark of a training step: what it counts, and what it writes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+
+pytest.importorskip("timm")
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+import benchmark_step as bench  # noqa: E402
+from benchmark_subject import Dtype, Method, Settings, Subject, make_base, parse_methods  # noqa: E402
+
+BATCH = 4
+SETTINGS = Settings("test_vit", BATCH, "cpu", Dtype.fp32, img_size=None, threads=None, compile=False)
+
+
+def saved(kind: str, rank: int | None = None) -> int:
+    return bench.measure_memory(SETTINGS, Method(kind, rank)).saved
+
+
+def test_uora_saves_one_row_of_rank_numbers_per_token_and_projection():
+    base = make_base(SETTINGS)
+    tokens = BATCH * base.pos_embed.shape[1]
+    projections, rank = 4 * len(base.blocks), 8
+    assert saved("uora", rank) - saved("floor") == 4 * tokens * rank * projections
+
+
+def test_saved_bytes_count_a_storage_once_and_leave_parameters_and_buffers_out():
+    module = torch.nn.BatchNorm1d(3).eval()
+    x, held = torch.randn(5, 3, requires_grad=True), dict[int, int]()
+    with bench.count_saved(module, held):
+        z = x * x[:2].sum()
+        (z * z[0]).sum() * module.running_mean.sum() * module.weight.sum()
+    assert x.untyped_storage().nbytes() in held.values()
+    assert module.weight.data_ptr() not in held
+    assert sorted(held.values()).count(60) == 2  # x and z, each of them saved several times
+
+
+@pytest.mark.parametrize(("kind", "flows"), [("floor", True), ("uora", True), ("linear", False)])
+def test_the_floor_and_the_adapters_compute_the_gradient_of_every_projections_input(kind: str, flows: bool):
+    subject = Subject(SETTINGS, Method(kind, 8 if kind == "uora" else None), make_base(SETTINGS))
+    seen = []
+    for path in subject.paths:
+        module = subject.base.get_submodule(path)
+        module.register_forward_pre_hook(lambda m, args: seen.append(args[0].requires_grad))
+    subject.step()
+    assert seen == [flows] * len(subject.paths)
+
+
+def test_methods_share_the_frozen_weights_and_only_full_fine_tuning_copies_them():
+    base = make_base(SETTINGS)
+    address = {kind: Subject(SETTINGS, Method(kind), base).base.blocks[0].mlp.fc1.weight.data_ptr()
+               for kind in ("floor", "linear", "full")}  # fmt: skip
+    own = base.blocks[0].mlp.fc1.weight.data_ptr()
+    assert address["floor"] == address["linear"] == own != address["full"]
+
+
+def test_the_floor_comes_first_and_any_rank_can_be_asked_for():
+    assert parse_methods("uora-32, full") == [Method("floor"), Method("uora", 32), Method("full")]
+
+
+@pytest.mark.parametrize("name", ["uora", "full-8", "dora-8", "lora-0"])
+def test_an_unknown_method_is_named(name: str):
+    with pytest.raises(typer.BadParameter, match=name):
+        parse_methods(name)
+
+
+def test_ratios_are_taken_within_each_round():
+    assert bench.ratios([2.0, 6.0, 12.0], [1.0, 2.0, 8.0]) == (2.0, 1.5, 3.0)
+
+
+@pytest.mark.slow
+def test_a_run_writes_a_table_numbers_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    bench.main("test_vit", batch=2, device="cpu", rounds=2, methods="linear,uora-8", output=tmp_path)
+    assert "UORA r8" in capsys.readouterr().out
+    result = json.loads((tmp_path / "benchmark.json").read_text())
+    assert [row["name"] for row in result["rows"]] == ["floor", "linear", "uora-8"]
+    assert all(len(row["step"]) == 2 and min(row["forward"] + row["step"]) > 0 for row in result["rows"])
+    assert (tmp_path / "benchmark.png").read_bytes()[:4] == b"\x89PNG"

@@ -1,0 +1,94 @@
+"""Every method trains what its name says, at the rates that were asked for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from common.methods import DEFAULTS, Method, MethodError, MethodOptions, Scope, apply_method
+from torch import nn
+
+import uora_vision as uora
+
+HEAD = 7 * 64 + 7
+
+
+def options(method: Method, **changes: object) -> MethodOptions:
+    rank = None if DEFAULTS[method].rank is None else 4
+    return MethodOptions(**{"method": method, "rank": rank, "lr": 0.1, "head_lr": 0.2, "weight_decay": 0.3, **changes})
+
+
+def expected_without_head(method: Method) -> int:
+    """Of conftest's ViT: width 64, 2 blocks of qkv, proj, fc1 and fc2, MLP width 256."""
+    shapes = [(192, 64), (64, 64), (256, 64), (64, 256)] * 2
+    biases = 64 + 2 * (64 + 192 + 64 + 64 + 256 + 64) + 64  # patch embedding, blocks with their two norms, last norm
+    return {
+        Method.uora: 2 * (6 * 4 + 3 * 64 + 64 + 256 + 64),  # q, k, v, proj, fc1 and fc2 have their own d
+        Method.vera: 2 * (6 * 4 + 3 * 64 + 64 + 256 + 64),
+        Method.vera_peft: sum(4 + rows for rows, _ in shapes),
+        Method.lora: sum(4 * (rows + width) for rows, width in shapes),
+        Method.linear: 0,
+        Method.bitfit: biases,
+        Method.full: -1,
+    }[method]
+
+
+@pytest.mark.parametrize("method", list(Method))
+def test_trains_what_it_should_and_nothing_else(method: Method, vit: nn.Module, images: torch.Tensor) -> None:
+    total = sum(p.numel() for p in vit.parameters())
+    before = vit(images)
+    adapted = apply_method(vit, options(method))
+    torch.testing.assert_close(adapted.model(images), before, rtol=0, atol=1e-6)
+    expected = total - HEAD if method is Method.full else expected_without_head(method)
+    assert adapted.trained_without_head == expected
+    assert adapted.trained == expected + HEAD
+    assert adapted.adapter_bytes == 4 * expected
+    grouped = [id(p) for group in adapted.groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in adapted.model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("method", list(Method))
+def test_groups_carry_the_rates_and_decay_only_matrices(method: Method, vit: nn.Module) -> None:
+    adapted = apply_method(vit, options(method))
+    head = {id(p) for p in adapted.base.get_classifier().parameters()}
+    for group in adapted.groups:
+        for p in group["params"]:
+            assert group["lr"] == (0.2 if id(p) in head else 0.1)
+            trained_vectors = method in (Method.uora, Method.vera, Method.vera_peft) and id(p) not in head
+            assert group["weight_decay"] == (0.3 if p.dim() > 1 and not trained_vectors else 0.0)
+
+
+@pytest.mark.parametrize("method", [Method.uora, Method.vera, Method.vera_peft, Method.lora])
+@pytest.mark.parametrize("rank", [0, -1])
+def test_rank_below_one_is_an_error(method: Method, rank: int, vit: nn.Module) -> None:
+    with pytest.raises(MethodError, match="rank must be at least 1"):
+        apply_method(vit, options(method, rank=rank))
+
+
+def test_only_uora_reinitialises_and_not_when_told_never(make_vit: Callable[..., nn.Module]) -> None:
+    for method in Method:
+        for scope in Scope:
+            adapted = apply_method(make_vit(), options(method, scope=scope))
+            reinit = adapted.reinitializer(torch.optim.AdamW(adapted.groups))
+            assert (reinit is not None) == (method is Method.uora and scope is not Scope.never)
+            if reinit is not None:
+                assert reinit.scope == scope.value
+
+
+def test_lora_adapts_the_same_weights_as_uora(make_vit: Callable[..., nn.Module]) -> None:
+    lora = apply_method(make_vit(), options(Method.lora, targets="mlp")).model
+    with_lora = {name.removesuffix(".lora_A") for name, _ in lora.named_modules() if name.endswith(".lora_A")}
+    assert with_lora == set(uora.adapters(apply_method(make_vit(), options(Method.uora, targets="mlp")).model))
+
+
+def test_missing_peft_says_what_to_install(vit: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(MethodError, match="pip install peft"):
+        apply_method(vit, options(Method.lora))
+
+
+def test_a_model_without_a_head_is_an_error(make_vit: Callable[..., nn.Module]) -> None:
+    with pytest.raises(MethodError, match="no classifier"):
+        apply_method(make_vit(num_classes=0), options(Method.linear))
