@@ -76,7 +76,6 @@ class TestRoundTrip:
         uora.save(model, tmp_path)
         assert torch.equal(uora.load(small_vit(), tmp_path)(images), model(images))
 
-    @pytest.mark.xfail(strict=True, reason="running statistics are not saved")
     def test_running_statistics_that_moved_come_back(self, tmp_path: Path) -> None:
         """A frozen BatchNorm in training mode still moves its statistics, and the adapter was trained with them."""
         make = lambda: timm.create_model(  # noqa: E731

@@ -67,7 +67,6 @@ class TestTargets:
         assert {int(r.split(".")[1]) for r in roles(what)} == want
         assert {p.block for p in what.projections} == want and len(roles(what)) == 6 * len(want)
 
-    @pytest.mark.xfail(strict=True, reason="stages that own a Linear are counted as blocks")
     def test_blocks_of_staged_models_are_counted_through(self) -> None:
         model = meta("swin_tiny_patch4_window7_224")
         what = uora.plan(model, blocks=[2, -1])

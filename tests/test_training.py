@@ -70,7 +70,7 @@ def test_checkpointing_gives_the_same_gradients(images: Tensor, reentrant: bool,
     "scope",
     [
         pytest.param("shared", marks=pytest.mark.slow),
-        pytest.param("layer", marks=pytest.mark.xfail(strict=True, reason="one A is passed for two roles")),
+        "layer",
     ],
 )
 def test_a_compiled_model_matches_eager_also_after_firings(images: Tensor, scope: str, backend: str) -> None:

@@ -27,6 +27,7 @@ from .walker import head_names
 
 FORMAT = "uora_vision"
 FORMAT_VERSION = 1
+STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -52,7 +53,9 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
             tensors[f"vectors/{path}/{role.name}.b"] = b
             tensors[f"vectors/{path}/{role.name}.d"] = adapter.d[k]
     vectors = {id(p) for adapter in found.values() for p in adapter.parameters()}
-    base = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in vectors}
+    base: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in vectors}
+    # A frozen BatchNorm in training mode still moves its statistics, and the adapter was trained with them.
+    base |= {name: t for name, t in model.named_buffers() if name.endswith(STATISTICS)}
     tensors |= {f"base/{name}": p for name, p in base.items()}
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     for name, t in tensors.items():
@@ -130,12 +133,16 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         for path, adapter in found.items():
             adapter.b.copy_(torch.cat([tensors[f"vectors/{path}/{r.name}.b"] for r in adapter.roles]))
             adapter.d.copy_(torch.stack([tensors[f"vectors/{path}/{r.name}.d"] for r in adapter.roles]))
-        parameters = dict(model.named_parameters())
-        for name, p in parameters.items():
-            if name in base:
-                p.copy_(base[name])
-                p.requires_grad_(True)
+        held = _held(model)
+        for name, value in base.items():
+            held[name].copy_(value)
+            if isinstance(held[name], nn.Parameter):
+                held[name].requires_grad_(True)
     return model
+
+
+def _held(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def own_matrices(found: dict[str, Adapter]) -> dict[str, tuple[str, int]]:
@@ -243,7 +250,7 @@ def _check_fit(
     this = _architecture(model) or type(model).__name__
     if made_for.get("architecture") and _architecture(model) and what != this:
         raise FormatError(f"the adapter in {source} was made for {what}; this model is {this}")
-    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    modules, held = dict(model.named_modules()), _held(model)
     for p in projections:
         module = modules.get(p.path)
         last = max((r.start + r.rows for r in p.roles), default=0)
@@ -261,8 +268,8 @@ def _check_fit(
             f"besides the head; this {this} has {count}, so its depth or its parts are others"
         )
     for name, t in base.items():
-        if name not in parameters or parameters[name].shape != t.shape:
-            here = f"has shape {tuple(parameters[name].shape)}" if name in parameters else "does not exist"
+        if name not in held or held[name].shape != t.shape:
+            here = f"has shape {tuple(held[name].shape)}" if name in held else "does not exist"
             raise FormatError(
                 f"the adapter in {source} holds a trained {name} of shape {tuple(t.shape)}, which in this model "
                 f"{here}. Create the model with the same number of classes (num_classes=...)."

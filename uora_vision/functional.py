@@ -11,8 +11,8 @@ Two forms compute the same y, and the operation counts choose between them (UORA
 
 - *folded*, for many tokens: W + (b*B)(d*A) is formed once, at a cost that does not depend on the number of tokens, and
   y is one product. It is formed again for the input gradient rather than kept.
-- *factored*, for few tokens, or when W is stored in a type too coarse to hold the sum (bfloat16, float16). With many
-  tokens and a coarse W it is one product too, [x, u] [W, (b*B)d]^T, so that the update is added before y is rounded.
+- *factored*, for few tokens, or when W is stored in a type too coarse to hold the sum (bfloat16, float16). Over a coarse
+  W it is one product too, [x, u] [W, (b*B)d]^T, and the update is added before y is rounded.
 
 The gradients of b and d need only P = g^T (x A^T), (rows x r), so the forward keeps u = x A^T, N x r, and never
 anything of size N x out. When r is so large that P costs less as (g^T x) A^T, x is kept in place of u.
@@ -132,7 +132,7 @@ class _Project(torch.autograd.Function):
         flat = g.reshape(-1, g.shape[-1])
         with _exact(g):
             if need_x:
-                grad_x = _input_gradient(flat, weight, b, d, spans, a, bm).view(*g.shape[:-1], -1)
+                grad_x = _input_gradient(flat, weight, b, d, spans, a, bm).view(*g.shape[:-1], weight.shape[1])
             if need_w:
                 grad_w = (flat.t() @ kept[0]).to(weight.dtype)
             if need_bias:
@@ -187,9 +187,9 @@ def _forward(
     flat = x.reshape(-1, x.shape[-1])
     if u is None:
         u = [flat @ m.to(x.dtype).t() for m in a]
-    if weight.dtype not in WIDE and _many(flat.shape[0], weight):
-        y = linear(torch.cat([flat, *u], dim=1), _joined(weight, b, d, spans, len(a), bm), bias)
-        return y.view(*x.shape[:-1], -1)
+    if weight.dtype not in WIDE:
+        y = linear(torch.cat([flat, *u], dim=1), _joined(weight, b, d, spans, len(a), bm).to(x.dtype), bias)
+        return y.view(*x.shape[:-1], weight.shape[0])
     y = linear(x, weight.to(x.dtype), bias)
     total = y.to(torch.promote_types(x.dtype, torch.float32)).view(-1, y.shape[-1])
     first = 0

@@ -18,7 +18,7 @@ from .plan import Plan, plan
 from .verify import verify
 from .walker import head_names
 
-FROZEN = "_uora_frozen"
+FLAGS = "_uora_flags"
 
 
 def inject(
@@ -26,9 +26,8 @@ def inject(
 ) -> nn.Module:
     """Adapt a model in place: freeze it, and give every chosen projection its trained vectors.
 
-    The model computes what it did before, since b starts at 0: to the last bit wherever the weight is folded or the
-    base product is unchanged (float32 and float64 bases, and few tokens in any type); with many tokens over a base
-    stored in bfloat16 or float16, to within rounding of that type.
+    The model computes what it did before, since b starts at 0: to the last bit over a float32 or float64 base; over a
+    base stored in bfloat16 or float16 to within rounding of that type.
 
     Args:
         model: any timm vision transformer.
@@ -85,13 +84,16 @@ def apply_plan(model: nn.Module, what: Plan) -> None:
         for p, module in zip(what.projections, targets, strict=True)
     ]
     trained = set(base_parameters(model, config.train))
-    frozen = [name for name, p in model.named_parameters() if p.requires_grad and name not in trained]
-    for name, p in model.named_parameters():
-        p.requires_grad_(name in trained)
-    for projection, module, adapter in zip(what.projections, targets, adapters, strict=True):
-        attach(module, adapter.train(module.training), projection.weight_is_read)
+    bank.__dict__[FLAGS] = {name: p.requires_grad for name, p in model.named_parameters()}
     model.add_module(CHILD, bank)
-    bank.__dict__[FROZEN] = tuple(frozen)
+    try:
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in trained)
+        for projection, module, adapter in zip(what.projections, targets, adapters, strict=True):
+            attach(module, adapter.train(module.training), projection.weight_is_read)
+    except BaseException:
+        remove(model)
+        raise
 
 
 def remove(model: nn.Module) -> nn.Module:
@@ -102,8 +104,8 @@ def remove(model: nn.Module) -> nn.Module:
             detach(module)
     delattr(model, CHILD)
     parameters = dict(model.named_parameters())
-    for name in bank.__dict__[FROZEN]:
-        parameters[name].requires_grad_(True)
+    for name, trains in bank.__dict__[FLAGS].items():
+        parameters[name].requires_grad_(trains)
     return model
 
 

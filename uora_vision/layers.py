@@ -113,7 +113,8 @@ class Adapter(nn.Module):
         bm = [self.bank.b(role.rows) for role in self.roles]
         if not self._own:
             return [shared], bm
-        a = [shared] * len(self.roles)
+        # One view each: autograd functions must not be given one tensor twice when compiled.
+        a = [self.bank.a(self.width) for _ in self.roles]
         for k in self._own:
             index = self.get_buffer(f"own_index_{k}")
             a[k] = shared.index_copy(0, index, self.get_buffer(f"own_a_{k}"))

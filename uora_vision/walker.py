@@ -89,7 +89,7 @@ def fused_qkv(site: Site) -> tuple[Role, ...] | None:
     if site.name != "qkv" or "proj" not in site.siblings:
         return None
     out, _ = site.shape
-    thirds = out == 3 * site.siblings["proj"].in_features
+    thirds = out == 3 * site.siblings["proj"].in_features and not getattr(site.parent, "head_first", False)
     if thirds and _SPLIT_IN_THREE.search(site.forward_source):
         rows = out // 3
         return tuple(Role(name, ATTENTION, k * rows, rows) for k, name in enumerate("qkv"))
@@ -135,15 +135,15 @@ def walk(model: nn.Module) -> Iterator[Finding]:
             continue
         parent = modules[path.rpartition(".")[0]]
         site = Site(path, module, parent)
-        block_path = _block(path)
-        block = None if block_path is None else blocks.setdefault(block_path, len(blocks))
         if any(path == head or path.startswith(head + ".") for head in heads):
-            yield Finding(site, (), "part of the head", block)
+            yield Finding(site, (), "part of the head", None)
             continue
         if type(module).forward is not nn.Linear.forward and not is_adapted(module):
-            yield Finding(site, (), f"{type(module).__name__} computes something of its own", block)
+            yield Finding(site, (), f"{type(module).__name__} computes something of its own", None)
             continue
         name, roles = next(((n, r) for n, rule in RULES if (r := rule(site))), ("no rule knows it", ()))
+        block_path = _block(path) if roles else None
+        block = None if block_path is None else blocks.setdefault(block_path, len(blocks))
         yield Finding(site, roles, name, block)
 
 

@@ -28,8 +28,13 @@ class Display:
         if self.quiet or not self.console.is_terminal:
             yield
             return
-        columns = [TextColumn("{task.description}"), BarColumn(12), MofNCompleteColumn(), TimeRemainingColumn(compact=True),
-                   TextColumn("{task.fields[numbers]}")]  # fmt: skip
+        columns = [
+            TextColumn("{task.description}"),
+            BarColumn(12),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[numbers]}"),
+        ]
         with Bar(*columns, console=self.console, transient=True) as bar:
             self.bar, self.task = bar, bar.add_task(self.name, total=total, completed=done, numbers="")
             try:
