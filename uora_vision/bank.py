@@ -164,6 +164,8 @@ class Bank(nn.Module):
 
     def reset(self) -> None:
         """Back to the initial draw, with an empty log."""
+        if not self.log:
+            return
         self.log, self._own, self._draws = [], {}, {}
         self._state = {n: _initial(self.config, n, n[0], int(n[1:])) for n in self._buffers}
         for name, buffer in self._buffers.items():
