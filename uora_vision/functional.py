@@ -11,8 +11,8 @@ Two forms compute the same y, and the operation counts choose between them (UORA
 
 - *folded*, for many tokens: W + (b*B)(d*A) is formed once, at a cost that does not depend on the number of tokens, and
   y is one product. It is formed again for the input gradient rather than kept.
-- *factored*, for few tokens, or when W is stored in a type too coarse to hold the sum (bfloat16, float16). Over a coarse
-  W it is one product too, [x, u] [W, (b*B)d]^T, and the update is added before y is rounded.
+- *factored*, for few tokens, or when W is stored in a type too coarse to hold the sum (bfloat16, float16). Over a
+  coarse W it is one product too, [x, u] [W, (b*B)d]^T, and the update is added before y is rounded.
 
 The gradients of b and d need only P = g^T (x A^T), (rows x r), so the forward keeps u = x A^T, N x r, and never
 anything of size N x out. When r is so large that P costs less as (g^T x) A^T, x is kept in place of u.
