@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from uora_vision.functional import delta, delta_weight, project
+from uora_vision.views import Span, Spans
 
 MANY, FEW = 200, 3  # tokens: folded and factored for every width below
 
@@ -23,7 +24,7 @@ class Case:
 
     weight: Tensor
     bias: Tensor | None
-    spans: tuple[tuple[int, int], ...]
+    spans: Spans
     b: Tensor
     d: Tensor
     a: list[Tensor]
@@ -35,39 +36,44 @@ class Case:
 
 
 def case(
-    spans: tuple[tuple[int, int], ...] = ((0, 16), (16, 16), (32, 16)),
+    spans: tuple[tuple[int, ...], ...] = ((0, 16), (16, 16), (32, 16)),
     out: int = 48,
     width: int = 20,
     rank: int = 4,
     per_role: bool = False,
     bias: bool = True,
+    shared_b: bool = False,
     base: torch.dtype = torch.float64,
     vectors: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> Case:
     g = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
-    n = len(spans)
+    given, n = tuple(Span(*span) for span in spans), len(spans)
+    one_b = shared_b and len({span.rows for span in given}) == 1
     return Case(
         weight=(draw(out, width) / width**0.5).to(base),
         bias=draw(out).to(base) if bias else None,
-        spans=spans,
-        b=draw(sum(rows for _, rows in spans)).to(vectors),
+        spans=given,
+        b=draw(sum(span.rows for span in given)).to(vectors),
         d=draw(n, rank).to(vectors),
         a=[(draw(rank, width) / width**0.5).to(base) for _ in range(n if per_role else 1)],
-        bm=[(draw(rows, rank) / rank**0.5).to(base) for _, rows in spans],
+        bm=[(draw(span.rows, rank) / rank**0.5).to(base) for span in given[: 1 if one_b else n]],
     )
 
 
 def reference_weight(c: Case, weight: Tensor, b: Tensor, d: Tensor) -> Tensor:
     """W + diag(b) B diag(d) A of every role, in float64."""
     total, first = weight, 0
-    for k, (start, rows) in enumerate(c.spans):
-        a = c.a[k if len(c.a) > 1 else 0].double()
-        change = torch.diag(b[first : first + rows]) @ c.bm[k].double() @ torch.diag(d[k]) @ a
-        before, after = torch.zeros(start, weight.shape[1]), torch.zeros(len(weight) - start - rows, weight.shape[1])
-        total = total + torch.cat([before.double(), change, after.double()])
-        first += rows
+    for k, span in enumerate(c.spans):
+        a, bm = c.a[k if len(c.a) > 1 else 0].double(), c.bm[k if len(c.bm) > 1 else 0].double()
+        change = torch.diag(b[first : first + span.rows]) @ bm @ torch.diag(d[k]) @ a
+        for i in range(span.rows):  # row by row, where each lies
+            run, within = divmod(i, span.block or span.rows)
+            row = torch.zeros(len(weight), 1, dtype=torch.float64)
+            row[span.start + run * span.stride + within] = 1
+            total = total + row * change[i]
+        first += span.rows
     return total
 
 
@@ -110,18 +116,23 @@ SPANS = {
     "partial": (((16, 16),), 48),
     "with gaps": (((4, 10), (30, 6)), 48),
     "only the first": (((0, 16),), 48),
+    "interleaved": (((0, 16, 4, 12), (4, 16, 4, 12), (8, 16, 4, 12)), 48),
+    "interleaved, unequal": (((0, 12, 4, 16), (4, 36, 12, 16)), 48),
+    "interleaved, one of three": (((4, 16, 4, 12),), 48),
+    "every other row": (((0, 24, 1, 2), (1, 24, 1, 2)), 48),
+    "runs that end before the weight": (((2, 6, 2, 5), (20, 4)), 48),
 }
 
 
 @pytest.mark.parametrize("train_base", [False, True])
-@pytest.mark.parametrize("per_role", [False, True])
+@pytest.mark.parametrize(("per_role", "shared_b"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("rank", [3, 64])
 @pytest.mark.parametrize("tokens", [FEW, MANY])
 @pytest.mark.parametrize("spans", SPANS)
 def test_output_and_gradients_follow_the_formula(
-    spans: str, tokens: int, rank: int, per_role: bool, train_base: bool
+    spans: str, tokens: int, rank: int, per_role: bool, shared_b: bool, train_base: bool
 ) -> None:
-    c = case(*SPANS[spans], rank=rank, per_role=per_role)
+    c = case(*SPANS[spans], rank=rank, per_role=per_role, shared_b=shared_b)
     x, g = torch.randn(tokens, 20, dtype=torch.float64), torch.randn(tokens, 48, dtype=torch.float64)
     assert_agree(measured(c, x, g, train_base), reference(c, x, g), 1e-12)
 
@@ -171,7 +182,7 @@ def test_any_shape_follows_the_formula(
     for gap, n in rows:
         spans.append((at + gap, n))
         at += gap + n
-    c = case(tuple(spans), at + tail, width, rank, per_role, bias, seed=seed)
+    c = case(tuple(spans), at + tail, width, rank, per_role, bias, seed % 2 == 0, seed=seed)
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, width, generator=g, dtype=torch.float64)
     out = torch.randn(tokens, at + tail, generator=g, dtype=torch.float64)
@@ -320,7 +331,7 @@ def test_the_branch_alone_and_the_change_of_weight_agree(spans: str, per_role: b
     x = torch.randn(2, 5, 20, dtype=torch.float64)
     dense = reference_weight(c, torch.zeros_like(c.weight), c.b, c.d)
     torch.testing.assert_close(delta(x, c.b, c.d, c.spans, c.a, c.bm, 48), x @ dense.t())
-    rows = torch.cat([dense[start : start + n] for start, n in c.spans])
+    rows = dense[[row for span in c.spans for row in span.indices()]]
     torch.testing.assert_close(torch.cat(delta_weight(c.b, c.d, c.spans, c.a, c.bm, torch.float64)), rows)
 
 

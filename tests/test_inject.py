@@ -129,9 +129,9 @@ class TestFunction:
         wake(uora.inject(vit, rank=8))
         for path, adapter in uora.adapters(vit).items():
             weight = dense.get_submodule(path).weight
-            for (start, rows), change in zip(adapter.spans, adapter.delta_weight(torch.float32), strict=True):
+            for role, change in zip(adapter.roles, adapter.delta_weight(torch.float32), strict=True):
                 with torch.no_grad():
-                    weight[start : start + rows] += change
+                    weight[role.start : role.start + role.rows] += change
         torch.testing.assert_close(vit(images), dense(images), rtol=1e-4, atol=1e-4)
         assert (vit(images) - base).abs().max() > 0.05
 

@@ -41,8 +41,8 @@ class TestMerge:
         worst, weights = 0.0, {}
         for path, adapter in uora.adapters(model).items():
             exact = model.get_submodule(path).weight.double()
-            for (start, rows), change in zip(adapter.spans, adapter.delta_weight(torch.float64), strict=True):
-                exact[start : start + rows] += change
+            for role, change in zip(adapter.roles, adapter.delta_weight(torch.float64), strict=True):
+                exact[role.start : role.start + role.rows] += change
             weights[path] = exact.bfloat16()
             worst = max(worst, (exact.bfloat16().double() - exact).abs().max().item())
         reports: list[uora.MergeReport] = []

@@ -101,12 +101,14 @@ class TestPlan:
         assert keys == [sorted(vars(m)) for m in vit.modules()] and all(p.requires_grad for p in vit.parameters())
         assert all(torch.equal(t, vit.state_dict()[k]) for k, t in before.items())
 
-    def test_json_lists_all_linears_once(self, vit: nn.Module) -> None:
+    def test_json_lists_every_linear_and_convolution_once(self, vit: nn.Module) -> None:
         data = json.loads(uora.plan(vit, rank=8, targets="qv").to_json())
         listed = [p["path"] for p in data["projections"] + data["skipped"]]
-        assert sorted(listed) == sorted(n for n, m in vit.named_modules() if isinstance(m, nn.Linear))
+        assert sorted(listed) == sorted(n for n, m in vit.named_modules() if isinstance(m, nn.Linear | nn.Conv2d))
         assert data["parameters"] == 2 * 2 * (64 + 8) and data["config"]["rank"] == 8
-        assert data["projections"][0]["roles"][1] == {"name": "v", "group": "attn", "start": 128, "rows": 64}
+        assert data["projections"][0]["roles"][1] == {
+            "name": "v", "group": "attn", "start": 128, "rows": 64, "block": 0, "stride": 0,
+        }  # fmt: skip
 
     def test_table_names_roles_counts_and_what_is_left(self, vit: nn.Module) -> None:
         text = str(uora.plan(vit, rank=8, targets="qv"))

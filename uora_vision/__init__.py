@@ -9,15 +9,18 @@ from .files import load, save
 from .inject import adapters, inject, remove
 from .merge import MergeReport, merge
 from .optim import param_groups
+from .packed import Packed
 from .plan import Plan, plan
 from .reinit import AlphaDecay, Reinitializer, ThresholdWave
+from .rules import register_rule
 from .summary import Summary, summary
 from .verify import verify
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "AlphaDecay", "ConfigError", "DeadAdapterError", "FormatError", "MergeReport", "OptionError", "Plan",
+    "AlphaDecay", "ConfigError", "DeadAdapterError", "FormatError", "MergeReport", "OptionError", "Packed", "Plan",
     "Reinitializer", "StateError", "Summary", "TargetError", "ThresholdWave", "UoraConfig", "UoraError",
-    "adapters", "inject", "load", "merge", "param_groups", "plan", "remove", "save", "summary", "verify",
+    "adapters", "inject", "load", "merge", "param_groups", "plan", "register_rule", "remove", "save", "summary",
+    "verify",
 ]  # fmt: skip

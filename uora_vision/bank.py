@@ -88,6 +88,10 @@ class Bank(nn.Module):
                     rows = self._state[name] = _initial(config, name, side, width)
                 self.register_buffer(name, rows.to(device=device, dtype=dtype, copy=True), persistent=False)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """The input: the bank is a child of the model, and an nn.Sequential runs all of its children."""
+        return x
+
     def matrix(self, side: Literal["A", "B"], width: int) -> str:
         """Name of the matrix that a projection of this width uses."""
         return f"{side}{width if self.config.layout == 'shape' else self._largest[side]}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from .bank import pack_log, unpack_log
 from .config import UoraConfig
 from .errors import FormatError, StateError
 from .inject import adapters, apply_plan, bank_of, is_injected, remove
-from .layers import AdaptedWeight, Adapter, Role
+from .layers import Adapter, Role
 from .plan import Plan, Projection
+from .sites import Site, find_sites
+from .views import disjoint
 from .walker import head_names
 
 FORMAT = "uora_vision"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 
@@ -43,7 +46,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         StateError: the model is not injected.
         FormatError: a trained value is NaN or infinite.
     """
-    found, bank, modules = adapters(model), bank_of(model), dict(model.named_modules())
+    found, bank = adapters(model), bank_of(model)
     log, matrices = pack_log(bank.log)
     tensors = {f"log/{name}": t for name, t in log.items()}
     for path, adapter in found.items():
@@ -76,8 +79,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
             {
                 "path": path,
                 "in": adapter.width,
-                "weight_is_read": isinstance(modules[path], AdaptedWeight),
-                "roles": [{"name": r.name, "group": r.group, "start": r.start, "rows": r.rows} for r in adapter.roles],
+                "roles": [asdict(role) for role in adapter.roles],
             }
             for path, adapter in found.items()
         ],
@@ -111,16 +113,21 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         if json.loads(metadata["config"]) != config["config"]:
             raise FormatError("its two files are of different adapters, as after a save that was interrupted")
         options = UoraConfig(**config["config"])
-        projections = tuple(_projection(entry) for entry in config["projections"])
+        saved = tuple(_saved(entry) for entry in config["projections"])
         log = unpack_log({n: tensors.pop(f"log/{n}") for n in ("entries", "alpha")}, json.loads(metadata["matrices"]))
     except FormatError as error:
         raise FormatError(f"{source} is damaged: {error}") from error
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"{source} is damaged: {error!r}") from error
     base = {name.removeprefix("base/"): tensors.pop(name) for name in list(tensors) if name.startswith("base/")}
-    _check_fit(model, source, config, projections, base)
-    _check_vectors(source, projections, tensors, options.rank)
+    sites = {site.path: site for site in find_sites(model)}
+    _check_fit(model, sites, source, config, saved, base)
+    _check_vectors(source, saved, tensors, options.rank)
 
+    projections = tuple(
+        Projection(s.module_path, s.tensor, s.form, s.shape, entry.roles, "saved", None, s.read)
+        for entry in saved for s in [sites[entry.path]]
+    )  # fmt: skip
     apply_plan(model, Plan(options, projections, ()))
     try:
         found = adapters(model)
@@ -179,17 +186,32 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
-def _projection(entry: dict[str, Any]) -> Projection:
-    path, width, read = entry["path"], entry["in"], entry["weight_is_read"]
-    roles, row = tuple(Role(**role) for role in entry["roles"]), 0
-    for role in roles:
-        if not isinstance(role.name, str) or not isinstance(role.group, str) or role.start < row or role.rows < 1:
-            raise FormatError(f"{path} cannot have {role}")
-        row = role.start + role.rows
-    typed = isinstance(path, str) and isinstance(width, int) and isinstance(read, bool) and isinstance(row, int)
-    if not typed or not row:
+@dataclass(frozen=True)
+class _Saved:
+    """An adapted weight as the configuration has it."""
+
+    path: str
+    width: int
+    roles: tuple[Role, ...]
+
+    @property
+    def rows(self) -> int:
+        """How many rows the weight must have."""
+        return max((role.span.end for role in self.roles), default=0)
+
+
+def _saved(entry: dict[str, Any]) -> _Saved:
+    path, width = entry["path"], entry["in"]
+    roles = tuple(Role(**role) for role in entry["roles"])
+    numbers = [width, *(n for r in roles for n in (r.start, r.rows, r.block, r.stride))]
+    names = [path, *(n for r in roles for n in (r.name, r.group))]
+    if not roles or not all(isinstance(n, str) for n in names) or not all(type(n) is int and n >= 0 for n in numbers):
         raise FormatError(f"{entry} is no projection")
-    return Projection(path, (0, width), roles, "saved", None, read)
+    if any(r.rows < 1 or (r.block and (r.rows % r.block or r.stride < r.block)) for r in roles):
+        raise FormatError(f"{path} cannot have {roles}")
+    if not disjoint([role.span for role in roles]):
+        raise FormatError(f"the roles of {path} share rows")
+    return _Saved(path, width, roles)
 
 
 def _parameter_tensors(model: nn.Module) -> int:
@@ -243,23 +265,27 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _check_fit(
-    model: nn.Module, source: Path, config: dict[str, Any], projections: tuple[Projection, ...], base: dict[str, Tensor]
+    model: nn.Module,
+    sites: dict[str, Site],
+    source: Path,
+    config: dict[str, Any],
+    saved: tuple[_Saved, ...],
+    base: dict[str, Tensor],
 ) -> None:
     made_for = config["base"] if isinstance(config.get("base"), dict) else {}
     what = made_for.get("architecture") or made_for.get("class")
     this = _architecture(model) or type(model).__name__
     if made_for.get("architecture") and _architecture(model) and what != this:
         raise FormatError(f"the adapter in {source} was made for {what}; this model is {this}")
-    modules, held = dict(model.named_modules()), _held(model)
-    for p in projections:
-        module = modules.get(p.path)
-        last = max((r.start + r.rows for r in p.roles), default=0)
-        out, width = (module.out_features, module.in_features) if isinstance(module, nn.Linear) else (0, 0)
-        if width != p.shape[1] or out < last:
-            here = f"a Linear {out} x {width}" if out else "not there"
+    held = _held(model)
+    for entry in saved:
+        out, width = sites[entry.path].shape if entry.path in sites else (0, 0)
+        if width != entry.width or out < entry.rows:
+            here = f"{out} x {width}" if out else "not there"
             raise FormatError(
-                f"the adapter in {source} was made for {what}: it adapts {p.path}, at least {last} x {p.shape[1]}, "
-                f"which in this {type(model).__name__} is {here}. Load it into the architecture that it was trained on."
+                f"the adapter in {source} was made for {what}: it adapts {entry.path}, at least {entry.rows} x "
+                f"{entry.width}, which in this {type(model).__name__} is {here}. Load it into the architecture that it "
+                "was trained on."
             )
     count = _parameter_tensors(model)
     if made_for.get("parameter_tensors", count) != count:
@@ -276,9 +302,9 @@ def _check_fit(
             )
 
 
-def _check_vectors(source: Path, projections: tuple[Projection, ...], tensors: dict[str, Tensor], rank: int) -> None:
+def _check_vectors(source: Path, saved: tuple[_Saved, ...], tensors: dict[str, Tensor], rank: int) -> None:
     wanted = {}
-    for p in projections:
+    for p in saved:
         for role in p.roles:
             wanted[f"vectors/{p.path}/{role.name}.b"] = (role.rows,)
             wanted[f"vectors/{p.path}/{role.name}.d"] = (rank,)

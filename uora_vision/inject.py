@@ -6,14 +6,13 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 
 from .bank import Bank
 from .config import UoraConfig
 from .errors import StateError
 from .functional import WIDE
-from .layers import CHILD, Adapter, attach, detach, is_adapted
+from .layers import CHILD, Adapter, adapters_of, attach, detach, is_adapted
 from .plan import Plan, plan
 from .verify import verify
 from .walker import head_names
@@ -30,7 +29,7 @@ def inject(
     base stored in bfloat16 or float16 to within rounding of that type.
 
     Args:
-        model: any timm vision transformer.
+        model: of timm, open_clip, transformers or one's own; see `plan` for what would be adapted.
         config: options; the keyword arguments change single ones. See `UoraConfig`.
         example_input: if given, `verify` is run on it, and the model is left as it was when that fails.
 
@@ -60,28 +59,25 @@ def apply_plan(model: nn.Module, what: Plan) -> None:
     """Carry out a plan. Everything that can fail is made before the model is touched."""
     config = what.config
     modules = dict(model.named_modules())
-    targets = [linear for p in what.projections if isinstance(linear := modules[p.path], nn.Linear)]
-    coarse = [p.path for p, m in zip(what.projections, targets, strict=True)
-              if p.weight_is_read and m.weight.dtype not in WIDE]  # fmt: skip
+    weights = [modules[p.module_path]._parameters[p.tensor] for p in what.projections]
+    coarse = [p.path for p, w in zip(what.projections, weights, strict=True) if p.read and w.dtype not in WIDE]
     if coarse:
         warnings.warn(
-            f"{len(coarse)} weights ({coarse[0]}, ...) are read by the model itself and stored in "
-            f"{modules[coarse[0]].weight.dtype}: small updates to them are rounded away. Keep the base in float32 and "
-            "use torch.autocast.",
+            f"{len(coarse)} weights ({coarse[0]}, ...) are read by the model itself and stored in a half type: small "
+            "updates to them are rounded away. Keep the base in float32 and use torch.autocast.",
             stacklevel=3,
         )
-    first = targets[0].weight
-    dtype = first.dtype if first.is_floating_point() else torch.float32
+    first = weights[0]
     bank = Bank(
         config,
         (p.shape[1] for p in what.projections),
         (role.rows for p in what.projections for role in p.roles),
         device=first.device,
-        dtype=dtype,
+        dtype=first.dtype,
     )
     adapters = [
-        Adapter(p.path, p.roles, p.shape[1], bank, config.d_init, config.dropout, module.weight.device)
-        for p, module in zip(what.projections, targets, strict=True)
+        Adapter(p.path, p.roles, p.shape[1], bank, p.form, config.d_init, config.dropout, first.device)
+        for p in what.projections
     ]
     trained = set(base_parameters(model, config.train))
     bank.__dict__[FLAGS] = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -89,8 +85,9 @@ def apply_plan(model: nn.Module, what: Plan) -> None:
     try:
         for name, p in model.named_parameters():
             p.requires_grad_(name in trained)
-        for projection, module, adapter in zip(what.projections, targets, adapters, strict=True):
-            attach(module, adapter.train(module.training), projection.weight_is_read)
+        for projection, adapter in zip(what.projections, adapters, strict=True):
+            module = modules[projection.module_path]
+            attach(module, projection.tensor, adapter.train(module.training), projection.read)
     except BaseException:
         remove(model)
         raise
@@ -126,13 +123,13 @@ def bank_of(model: nn.Module) -> Bank:
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
-    """The adapters of an injected model by the path of their module, in the model's order.
+    """The adapters of an injected model by the path of their weight, in the model's order.
 
     Raises:
         StateError: there are none.
     """
     bank_of(model)
-    return {name: getattr(m, CHILD) for name, m in model.named_modules() if is_adapted(m)}
+    return {adapter.name: adapter for m in model.modules() for adapter in adapters_of(m).values()}
 
 
 def base_parameters(model: nn.Module, parts: Iterable[str]) -> list[str]:

@@ -1,12 +1,18 @@
 """How an adapter sits on a module: the vectors it trains, and the class that lets the module use them.
 
 An adapted module keeps its parameters, their names and its class as a base class: `type(m)` becomes a subclass made
-here, and the trained vectors live in one child module, `m.uora`. Removing the child and restoring the class gives the
-module back as it was.
+here, and the trained vectors live in child modules, `m.uora` for `m.weight` and `m.uora_<name>` for other tensors.
+Removing the children and restoring the class gives the module back as it was.
+
+There are two mechanisms. A module that is *called* computes the adapted projection itself, at the least cost. A
+tensor that is *read*, by the module's parent or by a forward of its own, is a property that hands out W + dW. A module
+can have both.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +21,11 @@ from torch import Tensor, nn
 
 from . import functional
 from .bank import Bank
+from .convolution import Geometry, convolve
+from .views import Form, Span, from_matrix, to_matrix
 
 CHILD = "uora"
-"""Name of the child module that holds an adapted module's vectors, and of the bank in the injected model."""
+"""Name of the child module that holds the vectors of a module's `weight`, and of the bank in the injected model."""
 
 
 @dataclass(frozen=True)
@@ -26,29 +34,38 @@ class Role:
 
     Args:
         name: what it does: q, k, v, proj, fc1, fc2, ...
-        group: `attn` or `mlp`.
+        group: `attn`, `mlp` or `conv`.
         start: its first output row in the weight.
         rows: how many output rows it has.
+        block: length of its runs of rows, for weights that interleave projections; 0 if its rows are one run.
+        stride: distance between the first rows of two runs.
     """
 
     name: str
     group: str
     start: int
     rows: int
+    block: int = 0
+    stride: int = 0
 
     @property
     def label(self) -> str:
         return f"{self.group}.{self.name}"
+
+    @property
+    def span(self) -> Span:
+        return Span(self.start, self.rows, self.block, self.stride)
 
 
 class Adapter(nn.Module):
     """The trained vectors of one adapted weight.
 
     Args:
-        name: path of the adapted module in the model.
+        name: path of the weight in the model: of its module, and the tensor's name if that is not `weight`.
         roles: the adapted projections in the weight, by ascending `start`.
         width: input width.
         bank: the shared matrices; referred to, not owned.
+        form: what the dimensions of the weight are.
         d_init: initial value of d.
         dropout: see `UoraConfig`.
     """
@@ -61,13 +78,14 @@ class Adapter(nn.Module):
         roles: tuple[Role, ...],
         width: int,
         bank: Bank,
+        form: Form = "matrix",
         d_init: float = 0.1,
         dropout: float = 0.0,
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
-        self.name, self.roles, self.width, self.dropout = name, roles, width, dropout
-        self.spans = tuple((role.start, role.rows) for role in roles)
+        self.name, self.roles, self.width, self.form, self.dropout = name, roles, width, form, dropout
+        self.spans = tuple(role.span for role in roles)
         # Past nn.Module's registration: the bank is a child of the model, once, not of every adapted module.
         self.__dict__["bank"] = bank
         rank = bank.config.rank
@@ -108,13 +126,15 @@ class Adapter(nn.Module):
             self.register_buffer(name, value, persistent=False)
 
     def matrices(self) -> tuple[list[Tensor], list[Tensor]]:
-        """A of the roles, each (r, in), one entry if all share it; B of each role, (rows, r)."""
-        shared = self.bank.a(self.width)
-        bm = [self.bank.b(role.rows) for role in self.roles]
+        """A of the roles, each (r, in), and B of the roles, each (rows, r): one entry where all of them share it."""
+        device = self.b.device  # of a replica it is another than the bank's
+        shared = self.bank.a(self.width).to(device)
+        rows = [role.rows for role in self.roles]
         if not self._own:
-            return [shared], bm
+            return [shared], [self.bank.b(n).to(device) for n in (rows[:1] if len(set(rows)) == 1 else rows)]
         # One view each: autograd functions must not be given one tensor twice when compiled.
-        a = [self.bank.a(self.width) for _ in self.roles]
+        a = [self.bank.a(self.width).to(device) for _ in rows]
+        bm = [self.bank.b(n).to(device) for n in rows]
         for k in self._own:
             index = self.get_buffer(f"own_index_{k}")
             a[k] = shared.index_copy(0, index, self.get_buffer(f"own_a_{k}"))
@@ -123,16 +143,27 @@ class Adapter(nn.Module):
 
     def project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The adapted projection, (..., in) -> (..., out); see `functional.project`."""
-        a, bm = self.matrices()
+        matrix, (a, bm) = to_matrix(weight, self.form), self.matrices()
         if self.training and self.dropout:
             dropped = nn.functional.dropout(x, self.dropout)
-            branch = functional.delta(dropped, self.b, self.d, self.spans, a, bm, weight.shape[0])
-            return nn.functional.linear(x, weight, bias) + branch
-        return functional.project(x, weight, bias, self.b, self.d, self.spans, a, bm)
+            branch = functional.delta(dropped, self.b, self.d, self.spans, a, bm, matrix.shape[0])
+            return nn.functional.linear(x, matrix, bias) + branch
+        return functional.project(x, matrix, bias, self.b, self.d, self.spans, a, bm)
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+        """The adapted convolution; see `convolution.convolve`."""
+        return convolve(x, weight, bias, geometry, self.b, self.d, self.spans, *self.matrices())
 
     def fold(self, weight: Tensor) -> Tensor:
-        """W + dW, (out, in), differentiable; see `functional.fold`."""
-        return functional.fold(weight, self.b, self.d, self.spans, *self.matrices())
+        """W + dW, differentiable; see `functional.fold`."""
+        return functional.fold(weight, self.form, self.b, self.d, self.spans, *self.matrices())
+
+    def merged(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """W + dW in `dtype`, in which it is computed too."""
+        a, bm = self.matrices()
+        matrix = to_matrix(weight.to(dtype), self.form)
+        matrix = functional.folded(matrix, self.b.to(dtype), self.d.to(dtype), self.spans, a, bm)
+        return from_matrix(matrix, self.form, weight.shape)
 
     def delta_weight(self, dtype: torch.dtype) -> list[Tensor]:
         """dW of each role, (rows, in), computed in `dtype`."""
@@ -143,72 +174,180 @@ class Adapter(nn.Module):
 
 
 class Adapted:
-    """Mixed in before the class of a module that holds an `Adapter` and is called."""
+    """Mixed in before the class of a module that has adapters; made by `adapted_class`."""
 
     _parameters: dict[str, Any]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return getattr(self, CHILD).project(x, self._parameters["weight"], self._parameters["bias"])
+    __dict__: dict[str, Any]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The class is made at run time, so copies and pickles name what it was made from."""
-        return _rebuild, (type(self).__mro__[1], base_class(self)), self.__dict__
+        cls: Any = type(self)
+        return _rebuild, (base_class(self), cls.called, cls.read, cls.stacked), self.__getstate__()
 
 
-class AdaptedWeight(Adapted):
-    """As `Adapted`, for a module whose parent reads `weight` itself: whoever reads it gets W + dW.
+class CalledLinear(Adapted):
+    def forward(self, x: Tensor) -> Tensor:
+        return getattr(self, CHILD).project(x, raw(self, "weight"), raw(self, "bias"))
 
-    The parameter keeps its name and value: parameters and state dicts do not go through this property.
-    """
+
+class CalledConv(Adapted):
+    def forward(self: Any, x: Tensor) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros" or isinstance(padding, str):
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x = nn.functional.pad(x, self._reversed_padding_repeated_twice, mode=mode)
+            padding = (0,) * len(self.stride)
+        geometry = Geometry(self.stride, padding, self.dilation, self.groups)
+        return getattr(self, CHILD).convolve(x, raw(self, "weight"), raw(self, "bias"), geometry)
+
+
+class ReadStack(Adapted):
+    """A stack of experts may read its tensor once per expert; during one forward it is folded once."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        base_forward = super().forward  # type: ignore[misc]
+        if torch.compiler.is_compiling():
+            return base_forward(*args, **kwargs)
+        self.__dict__[_FOLDS] = {}
+        try:
+            return base_forward(*args, **kwargs)
+        finally:
+            self.__dict__.pop(_FOLDS, None)
+
+
+class ReadRecurrent(Adapted):
+    """torch's LSTM and GRU read their tensors from a list that they keep."""
 
     @property
-    def weight(self) -> Tensor:
-        return getattr(self, CHILD).fold(self._parameters["weight"])
+    def _flat_weights(self: Any) -> list[Tensor]:
+        return [getattr(self, name) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, value: Any) -> None:
+        """torch renews the list when the module is moved; it is made from the parameters here."""
 
 
-_classes: dict[tuple[type, type], Any] = {}
+_FOLDS = "_uora_folds"
 
 
-def adapted_class(mixin: type[Adapted], base: type[nn.Linear]) -> Any:
-    """The adapted subclass of a module class, made once; `base.forward` must be that of nn.Linear."""
-    made = _classes.get((mixin, base))
-    if made is None:
-        made = _classes[mixin, base] = type(f"Uora{base.__name__}", (mixin, base), {"__module__": __name__})
-    return made
+def raw(module: Any, name: str) -> Any:
+    """A parameter of a module as it is stored. Replicas of DataParallel keep theirs among the plain attributes."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else module.__dict__[name]
+
+
+def _reading(name: str) -> property:
+    """The property that hands out W + dW in place of a parameter of that name. Parameters and state dicts do not go
+    through it."""
+
+    def get(self: Any) -> Tensor:
+        folds = self.__dict__.get(_FOLDS)
+        if folds is None:
+            return self._modules[child(name)].fold(raw(self, name))
+        key = name, torch.is_grad_enabled(), threading.get_ident()
+        if key not in folds:
+            folds[key] = self._modules[child(name)].fold(raw(self, name))
+        return folds[key]
+
+    def put(self: Any, value: Any) -> None:
+        self.__dict__[name] = value  # a replica gets its parameters so
+
+    return property(get, put)
+
+
+def child(tensor: str) -> str:
+    """Name of the child module that holds the vectors of a module's tensor."""
+    return CHILD if tensor == "weight" else f"{CHILD}_{tensor}"
+
+
+def call_form(module: nn.Module) -> Form | None:
+    """The form of the weight of a module that can be called adapted; None if its forward is its own."""
+    return _call_form(base_class(module))
+
+
+def _call_form(cls: type[nn.Module]) -> Form | None:
+    forward = cls.forward
+    if forward is nn.Linear.forward:
+        return "matrix"
+    if issubclass(cls, nn.Conv1d | nn.Conv2d | nn.Conv3d) and forward in _CONVOLUTIONS:
+        return "kernel"
+    if cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils":
+        return "transposed"
+    return None
+
+
+_CONVOLUTIONS: tuple[Callable[..., Any], ...] = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+_classes: dict[tuple[type, bool, tuple[str, ...], bool], Any] = {}
+
+
+def adapted_class(base: type[nn.Module], called: bool, read: tuple[str, ...], stacked: bool = False) -> Any:
+    """The adapted subclass of a module class, made once.
+
+    Args:
+        called: whether the module is called, and computes the projection of its weight adapted.
+        read: names of the tensors that are read as W + dW.
+        stacked: whether these are stacks of experts.
+    """
+    key = base, called, read, stacked
+    if key not in _classes:
+        mixins: list[type] = []
+        if called:
+            mixins.append(CalledConv if _call_form(base) == "kernel" else CalledLinear)
+        if stacked:
+            mixins.append(ReadStack)
+        if read and issubclass(base, nn.RNNBase):
+            mixins.append(ReadRecurrent)
+        body: dict[str, Any] = {name: _reading(name) for name in read}
+        body |= {"__module__": __name__, "called": called, "read": read, "stacked": stacked}
+        _classes[key] = type(f"Uora{base.__name__}", (*(mixins or [Adapted]), base), body)
+    return _classes[key]
 
 
 def base_class(module: Any) -> Any:
-    """The class that an adapted module had before."""
-    return next(c for c in type(module).__mro__[1:] if not issubclass(c, Adapted))
+    """The class of a module; of an adapted one, the class that it had before."""
+    return next(c for c in type(module).__mro__ if not issubclass(c, Adapted))
 
 
-def _rebuild(mixin: type[Adapted], base: type[nn.Linear]) -> Any:
-    cls = adapted_class(mixin, base)
+def _rebuild(base: type[nn.Module], called: bool, read: tuple[str, ...], stacked: bool) -> Any:
+    cls = adapted_class(base, called, read, stacked)
     return cls.__new__(cls)
 
 
-def attach(module: nn.Linear, adapter: Adapter, weight_is_read: bool = False) -> None:
-    """Give a module its adapter; the module computes y = (W + dW) x + bias from then on.
+def attach(module: nn.Module, tensor: str, adapter: Adapter, read: bool) -> None:
+    """Give a tensor of a module its adapter; the model computes with W + dW from then on.
 
     Args:
-        weight_is_read: whether the model may read `module.weight` and not call the module.
+        tensor: name of the parameter.
+        read: whether the model may read the tensor rather than call the module. A module whose forward is its own is
+            always read.
     """
-    module.add_module(CHILD, adapter)
-    module.__class__ = adapted_class(AdaptedWeight if weight_is_read else Adapted, type(module))
+    cls: Any = type(module)
+    adapted = isinstance(module, Adapted)
+    called = (tensor == "weight" and call_form(module) is not None) or (adapted and cls.called)
+    stacked = adapter.form.startswith("stack") or (adapted and cls.stacked)
+    names = (cls.read if adapted else ()) + ((tensor,) if read or not called else ())
+    module.add_module(child(tensor), adapter)
+    module.__class__ = adapted_class(base_class(module), called, names, stacked)
+    if isinstance(module, nn.RNNBase):
+        module.__dict__.pop("_flat_weights", None)
 
 
 def detach(module: nn.Module) -> None:
-    """Undo `attach`."""
-    delattr(module, CHILD)
+    """Undo every `attach` to a module."""
+    for name in list(adapters_of(module)):
+        delattr(module, child(name))
     module.__class__ = base_class(module)
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
 
 
 def is_adapted(module: nn.Module) -> bool:
     return isinstance(module, Adapted)
 
 
-def base_weight(module: nn.Module) -> nn.Parameter:
-    """The frozen weight of an adapted module."""
-    weight = module._parameters["weight"]
-    assert weight is not None
-    return weight
+def adapters_of(module: nn.Module) -> dict[str, Adapter]:
+    """The adapters of one module, by the name of the tensor."""
+    if not is_adapted(module):
+        return {}
+    found = {name: c for name, c in module._modules.items() if isinstance(c, Adapter)}
+    return {"weight" if name == CHILD else name.removeprefix(f"{CHILD}_"): c for name, c in found.items()}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .errors import DeadAdapterError
 from .inject import adapters, remove
-from .layers import Adapter, base_weight
+from .layers import Adapter, adapters_of, raw
 from .verify import call, float_tensors
 
 
@@ -61,16 +61,16 @@ def merge(
         DeadAdapterError: a merged weight would not be finite; nothing is changed.
     """
     found = adapters(model)
-    modules = {name: module for name, module in model.named_modules() if name in found}
+    weights = {a.name: raw(m, tensor) for m in model.modules() for tensor, a in adapters_of(m).items()}
     before = _outputs(model, example_input)
-    merged = {name: _merged(base_weight(modules[name]), adapter) for name, adapter in found.items()}
+    merged = {name: _merged(weights[name], adapter) for name, adapter in found.items()}
     broken = [name for name, (weight, _) in merged.items() if not weight.isfinite().all()]
     if broken:
         raise DeadAdapterError(
             f"merging would give weights that are not finite in {', '.join(broken)}; nothing was changed"
         )
     for name, (weight, _) in merged.items():
-        base_weight(modules[name]).copy_(weight)
+        weights[name].copy_(weight)
     remove(model)
     report = MergeReport(len(merged), max(error for _, error in merged.values()))
     if before is not None:
@@ -87,9 +87,7 @@ def merge(
 def _merged(weight: Tensor, adapter: Adapter) -> tuple[Tensor, float]:
     """The merged weight in its own type, and its largest rounding error."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    exact = weight.to(wide, copy=True)
-    for (start, rows), change in zip(adapter.spans, adapter.delta_weight(wide), strict=True):
-        exact[start : start + rows] += change
+    exact = adapter.merged(weight, wide)
     stored = exact.to(weight.dtype)
     return stored, (stored.to(wide) - exact).abs().max().item()
 

@@ -13,10 +13,12 @@ from torch import nn
 from .config import UoraConfig
 from .errors import ConfigError, TargetError
 from .layers import Role
+from .rules import ATTENTION, CONV, MLP, OTHER
 from .tables import render
-from .walker import ATTENTION, MLP, Finding, walk
+from .views import Form
+from .walker import UNKNOWN, Finding, walk
 
-GROUPS = {"attention": ATTENTION, "mlp": MLP}
+GROUPS = {"attention": ATTENTION, "mlp": MLP, "conv": CONV, "other": OTHER}
 
 
 @dataclass(frozen=True)
@@ -24,20 +26,29 @@ class Projection:
     """One weight to adapt.
 
     Args:
-        path: of its module.
-        shape: (out, in) of the weight.
+        module_path: of the module that holds it.
+        tensor: name of the parameter in the module.
+        form: what its dimensions are.
+        shape: (out, in) of the weight as a matrix.
         roles: the adapted roles, by ascending first row.
         rule: which rule knew it.
         block: number of its block, None outside of blocks.
-        weight_is_read: whether its parent may take the weight itself rather than call the module.
+        read: whether the model may take the tensor itself rather than call the module.
     """
 
-    path: str
+    module_path: str
+    tensor: str
+    form: Form
     shape: tuple[int, int]
     roles: tuple[Role, ...]
     rule: str
     block: int | None
-    weight_is_read: bool = False
+    read: bool = False
+
+    @property
+    def path(self) -> str:
+        """Of the module, and the tensor's name if that is not `weight`."""
+        return self.module_path if self.tensor == "weight" else f"{self.module_path}.{self.tensor}".lstrip(".")
 
     def parameters(self, rank: int) -> int:
         return sum(role.rows + rank for role in self.roles)
@@ -45,7 +56,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A Linear that is left as it is, and why."""
+    """A weight that is left as it is, and why."""
 
     path: str
     shape: tuple[int, int]
@@ -69,7 +80,7 @@ class Plan:
         return {
             "config": self.config.to_dict(),
             "parameters": self.parameters,
-            "projections": [asdict(p) for p in self.projections],
+            "projections": [{"path": p.path, **asdict(p)} for p in self.projections],
             "skipped": [asdict(s) for s in self.skipped],
         }
 
@@ -82,7 +93,7 @@ class Plan:
         counts: Counter[tuple[str, str, str, str]] = Counter()
         for p in self.projections:
             for role in p.roles:
-                reach = "adapted, weight read" if p.weight_is_read else "adapted"
+                reach = "adapted, read" if p.read else "adapted, called"
                 key = (role.label, f"{role.rows} x {p.shape[1]}", reach, p.rule)
                 rows[key] += 1
                 counts[key] += role.rows + rank
@@ -105,9 +116,12 @@ def plan(model: nn.Module, config: UoraConfig | None = None, **options: Any) -> 
     findings = list(walk(model))
     found = [(f, role) for f in findings for role in f.roles]
     if not found:
+        raise TargetError(f"{type(model).__name__} has no Linear and no convolution outside its head: nothing to adapt")
+    if config.targets == UoraConfig().targets and not any(role.group in (ATTENTION, MLP) for _, role in found):
         raise TargetError(
-            f"{type(model).__name__} has no attention or MLP projection that the rules know (of {len(findings)} Linear "
-            "layers). UORA adapts transformers; a convolutional network has nothing to adapt."
+            f"{type(model).__name__} has no attention or MLP projection that the rules know, but {_inventory(found)}. "
+            "targets='conv' adapts convolutions as flattened matrices, targets='other' other Linear layers; for a "
+            "transformer of your own see uora_vision.register_rule."
         )
     chosen = _match(found, config.targets) - _match(found, config.exclude)
     chosen &= _in_blocks(found, config.blocks)
@@ -118,17 +132,19 @@ def plan(model: nn.Module, config: UoraConfig | None = None, **options: Any) -> 
         )
     projections, skipped, number = [], [], 0
     for finding in findings:
+        site = finding.site
         mine = range(number, number := number + len(finding.roles))
         roles = tuple(role for i, role in zip(mine, finding.roles, strict=True) if i in chosen)
         if roles:
-            site = finding.site
             projections.append(
-                Projection(site.path, site.shape, roles, finding.rule, finding.block, site.weight_is_read)
+                Projection(
+                    site.module_path, site.tensor, site.form, site.shape, roles, finding.rule, finding.block, site.read
+                )
             )
         else:
-            skipped.append(
-                Skipped(finding.site.path, finding.site.shape, "not asked for" if finding.roles else finding.rule)
-            )
+            outside = finding.roles and finding.rule == UNKNOWN
+            reason = f"{UNKNOWN}; targets={finding.roles[0].group!r} adapts it" if outside else finding.rule
+            skipped.append(Skipped(site.path, site.shape, "not asked for" if finding.roles and not outside else reason))
     return Plan(config, tuple(projections), tuple(skipped))
 
 
@@ -145,9 +161,11 @@ def _match(found: list[tuple[Finding, Role]], terms: Any) -> set[int]:
 
 
 def _is(term: str, finding: Finding, role: Role) -> bool:
-    if term == "all" or GROUPS.get(term) == role.group:
+    if GROUPS.get(term) == role.group or (term == "all" and role.group in (ATTENTION, MLP)):
         return True
     path = finding.site.path
+    if role.group in (CONV, OTHER) and term == role.name:
+        return False  # names of roles are for what the rules know
     return term in (role.name, role.label, path) or any(
         fnmatch.fnmatchcase(p, term) for p in (path, f"{path}.{role.name}")
     )
@@ -164,4 +182,6 @@ def _in_blocks(found: list[tuple[Finding, Role]], blocks: Any) -> set[int]:
 
 
 def _inventory(found: list[tuple[Finding, Role]]) -> str:
-    return ", ".join(f"{label} ({n})" for label, n in Counter(role.label for _, role in found).items())
+    known = Counter(role.label for _, role in found if role.group not in (CONV, OTHER))
+    known.update(role.group for _, role in found if role.group in (CONV, OTHER))
+    return ", ".join(f"{label} ({n})" for label, n in known.items())

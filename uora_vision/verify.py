@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import DeadAdapterError
-from .layers import CHILD, is_adapted
+from .layers import adapters_of
 
 
 def verify(model: nn.Module, example_input: Any) -> dict[str, float]:
@@ -31,7 +31,7 @@ def verify(model: nn.Module, example_input: Any) -> dict[str, float]:
     from .inject import bank_of
 
     bank_of(model)
-    adapters = [getattr(m, CHILD) for m in model.modules() if is_adapted(m)]
+    adapters = [adapter for m in model.modules() for adapter in adapters_of(m).values()]
     vectors = [p for adapter in adapters for p in (adapter.b, adapter.d)]
     device = vectors[0].device
     flags = {m: m.training for m in model.modules()}
