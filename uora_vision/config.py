@@ -22,9 +22,10 @@ class UoraConfig:
 
     Args:
         rank: number of directions r of every adapted projection.
-        targets: what to adapt. Terms joined by `+`, or an iterable of terms. A term is a group (`attention`, `mlp`,
-            `all`), the shorthand `qv`, a role (`q`, `proj`, `attn.q`) or a pattern over paths (`blocks.1?.attn.*`,
-            which ends in the role: `blocks.3.attn.qkv.q`).
+        targets: what to adapt. Terms joined by `+`, or an iterable of terms. A term is a group (`attention`, `mlp`;
+            `all` for both; `conv`, convolutions outside of these; `other`, other Linear layers), the shorthand `qv`, a
+            role (`q`, `proj`, `attn.q`) or a pattern over paths (`blocks.1?.attn.*`, which ends in the role:
+            `blocks.3.attn.qkv.q`).
         exclude: terms of the same form, taken away from `targets`.
         blocks: numbers of the blocks to adapt, counted through the whole model; negative from its end. None for all.
         d_init: initial value of d.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .functional import WIDE, exact, fold, folded, left_matrix, vector_gradients
+from .functional import WIDE, autocasts, exact, fold, folded, left_matrix, vector_gradients
 from .views import Spans, from_matrix, in_order, take, to_matrix
 
 
@@ -37,21 +37,30 @@ def convolve(
     spans: Spans,
     a: Sequence[Tensor],
     bm: Sequence[Tensor],
+    dropout: float = 0.0,
 ) -> Tensor:
     """The adapted convolution, (batch, in, *spatial) -> (batch, out, *spatial); the batch may be missing.
 
     Args:
         weight: frozen kernel, (out, in / groups, *size).
         a: A of each role, (r, in / groups * size), or one for all; see `functional` for the others.
+        dropout: probability of dropping an input element of the low-rank branch.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if x.dim() < weight.dim():
-        return convolve(x[None], weight, bias, geometry, b, d, spans, a, bm).squeeze(0)
+        return convolve(x[None], weight, bias, geometry, b, d, spans, a, bm, dropout).squeeze(0)
+    dense = len(a) > 1 or weight.requires_grad
     with exact(x):
+        if dropout or (dense and weight.dtype not in WIDE):
+            # dW apart from W: it sees another input, or the sum would be rounded to the type of W.
+            zero = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+            change = fold(zero, "kernel", b, d, spans, a, bm).to(x.dtype)
+            branch = _conv(torch.dropout(x, dropout, dropout > 0), change, None, geometry)
+            return _conv(x, weight.to(x.dtype), bias, geometry) + branch
         if not torch.is_grad_enabled():
             return _forward(x, weight, bias, geometry, b, d, spans, a, bm)
-        if len(a) > 1 or weight.requires_grad:
+        if dense:
             kernel = fold(weight, "kernel", b, d, spans, a, bm).to(x.dtype)
             return _conv(x, kernel, bias, geometry)
         return _Convolve.apply(x, weight, bias, geometry, b, d, spans, a[0], *bm)
@@ -94,12 +103,8 @@ class _Convolve(torch.autograd.Function):
                 grad_bias = g.sum(dim=(0, *range(2, g.dim())))
             if need_b or need_d:
                 u = _reduce(kept, weight, geometry, a) if ctx.keep_x else kept
-                groups, rank = geometry.groups, d.shape[1]
-                p = torch.einsum(
-                    "bgon,bgrn->gor",
-                    g.reshape(len(g), groups, g.shape[1] // groups, -1),
-                    u.reshape(len(g), groups, rank, -1),
-                ).reshape(-1, rank)
+                g, u = (t.flatten(2).unflatten(1, (geometry.groups, -1)) for t in (g, u))
+                p = torch.einsum("bgon,bgrn->gor", g, u).flatten(0, 1)
                 if not in_order(ctx.spans, len(p)):
                     p = torch.cat([take(p, span) for span in ctx.spans])
                 grad_b, grad_d = vector_gradients(p, b, d, ctx.spans, bm)
@@ -118,7 +123,7 @@ def _forward(
     bm: Sequence[Tensor],
     u: Tensor | None = None,
 ) -> Tensor:
-    if weight.dtype in WIDE or len(a) > 1:
+    if weight.dtype in WIDE:
         return _conv(x, _kernel(weight, b, d, spans, a, bm).to(x.dtype), bias, geometry)
     # A kernel in a half type would round the sum W + dW, so the update is added to the output.
     u = _reduce(x, weight, geometry, a[0]) if u is None else u

@@ -56,7 +56,7 @@ def project(
         weight: frozen W, (out, in).
         bias: (out,) or None.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     with exact(x):
         if not torch.is_grad_enabled():
@@ -227,7 +227,8 @@ def _forward(
         joined = torch.cat([weight, left.to(weight.dtype)], dim=1)
         y = linear(torch.cat([flat, *u], dim=1), joined.to(x.dtype), bias)
     else:
-        y = linear(flat, weight.to(x.dtype), bias)
+        # Of x as it came: torch sums in another order for other strides, and with b = 0 this must be the base's y.
+        y = linear(x, weight.to(x.dtype), bias).reshape(-1, weight.shape[0])
         y = torch.addmm(y, u[0] if len(u) == 1 else torch.cat(list(u), dim=1), left.to(x.dtype).t())
     return y.view(*x.shape[:-1], weight.shape[0])
 
@@ -277,6 +278,11 @@ def _lefts(b: Tensor, d: Tensor, spans: Spans, bm: Sequence[Tensor]) -> Tensor:
 
 def exact(x: Tensor) -> AbstractContextManager[Any]:
     """Inside, products run in the types they are given: the sum W + dW must not be rounded by autocast."""
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x):
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for the device of a tensor. Of the meta device it cannot be asked."""
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)

@@ -31,7 +31,8 @@ def inject(
     Args:
         model: of timm, open_clip, transformers or one's own; see `plan` for what would be adapted.
         config: options; the keyword arguments change single ones. See `UoraConfig`.
-        example_input: if given, `verify` is run on it, and the model is left as it was when that fails.
+        example_input: if given, a trace of it corrects the rules (see `plan`), and `verify` is run on it; the model is
+            left as it was when that fails.
 
     Returns:
         The same model.
@@ -45,7 +46,7 @@ def inject(
         raise StateError("this model already has an adapter; merge() or remove() it first")
     if hasattr(model, CHILD):
         raise StateError(f"{type(model).__name__} has an attribute {CHILD!r} of its own, where the bank would go")
-    apply_plan(model, plan(model, config, **options))
+    apply_plan(model, plan(model, config, example_input=example_input, **options))
     if example_input is not None:
         try:
             verify(model, example_input)

@@ -11,6 +11,7 @@ can have both.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,6 +52,11 @@ class Role:
     @property
     def label(self) -> str:
         return f"{self.group}.{self.name}"
+
+    @property
+    def kind(self) -> str:
+        """The label without the number that tells experts, and groups of a convolution, apart."""
+        return re.sub(r"_\d+$", "", self.label)
 
     @property
     def span(self) -> Span:
@@ -152,7 +158,8 @@ class Adapter(nn.Module):
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
         """The adapted convolution; see `convolution.convolve`."""
-        return convolve(x, weight, bias, geometry, self.b, self.d, self.spans, *self.matrices())
+        dropout = self.dropout if self.training else 0.0
+        return convolve(x, weight, bias, geometry, self.b, self.d, self.spans, *self.matrices(), dropout)
 
     def fold(self, weight: Tensor) -> Tensor:
         """W + dW, differentiable; see `functional.fold`."""
@@ -182,7 +189,7 @@ class Adapted:
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The class is made at run time, so copies and pickles name what it was made from."""
         cls: Any = type(self)
-        return _rebuild, (base_class(self), cls.called, cls.read, cls.stacked), self.__getstate__()
+        return _rebuild, (base_class(self), cls.called, cls.read), self.__getstate__()
 
 
 class CalledLinear(Adapted):
@@ -201,30 +208,37 @@ class CalledConv(Adapted):
         return getattr(self, CHILD).convolve(x, raw(self, "weight"), raw(self, "bias"), geometry)
 
 
-class ReadStack(Adapted):
-    """A stack of experts may read its tensor once per expert; during one forward it is folded once."""
+class ReadWithin(Adapted):
+    """A module whose own forward reads its tensors, often more than once; each is folded once per forward."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        base_forward = super().forward  # type: ignore[misc]
+        base_forward = base_class(self).forward
         if torch.compiler.is_compiling():
-            return base_forward(*args, **kwargs)
+            return base_forward(self, *args, **kwargs)
         self.__dict__[_FOLDS] = {}
         try:
-            return base_forward(*args, **kwargs)
+            return base_forward(self, *args, **kwargs)
         finally:
             self.__dict__.pop(_FOLDS, None)
 
 
-class ReadRecurrent(Adapted):
+class ReadRecurrent(ReadWithin):
     """torch's LSTM and GRU read their tensors from a list that they keep."""
 
     @property
-    def _flat_weights(self: Any) -> list[Tensor]:
-        return [getattr(self, name) for name in self._flat_weights_names]
+    def _flat_weights(self: Any) -> list[Tensor | None]:
+        there = self._parameters.keys() | self.__dict__.keys()  # a replica gets its tensors one by one
+        return [getattr(self, name) if name in there else None for name in self._flat_weights_names]
 
     @_flat_weights.setter
     def _flat_weights(self, value: Any) -> None:
         """torch renews the list when the module is moved; it is made from the parameters here."""
+
+    def __setattr__(self: Any, name: str, value: Any) -> None:
+        nn.Module.__setattr__(self, name, value)  # torch's own would keep the list up to date
+
+    def flatten_parameters(self) -> None:
+        """Nothing: cuDNN's layout would be that of W + dW, which every forward makes anew."""
 
 
 _FOLDS = "_uora_folds"
@@ -277,29 +291,25 @@ def _call_form(cls: type[nn.Module]) -> Form | None:
 
 
 _CONVOLUTIONS: tuple[Callable[..., Any], ...] = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
-_classes: dict[tuple[type, bool, tuple[str, ...], bool], Any] = {}
+_classes: dict[tuple[type, bool, tuple[str, ...]], Any] = {}
 
 
-def adapted_class(base: type[nn.Module], called: bool, read: tuple[str, ...], stacked: bool = False) -> Any:
+def adapted_class(base: type[nn.Module], called: bool, read: tuple[str, ...]) -> Any:
     """The adapted subclass of a module class, made once.
 
     Args:
         called: whether the module is called, and computes the projection of its weight adapted.
         read: names of the tensors that are read as W + dW.
-        stacked: whether these are stacks of experts.
     """
-    key = base, called, read, stacked
+    key = base, called, read
     if key not in _classes:
-        mixins: list[type] = []
         if called:
-            mixins.append(CalledConv if _call_form(base) == "kernel" else CalledLinear)
-        if stacked:
-            mixins.append(ReadStack)
-        if read and issubclass(base, nn.RNNBase):
-            mixins.append(ReadRecurrent)
+            mixin: type = CalledConv if _call_form(base) == "kernel" else CalledLinear
+        else:
+            mixin = ReadRecurrent if issubclass(base, nn.RNNBase) else ReadWithin
         body: dict[str, Any] = {name: _reading(name) for name in read}
-        body |= {"__module__": __name__, "called": called, "read": read, "stacked": stacked}
-        _classes[key] = type(f"Uora{base.__name__}", (*(mixins or [Adapted]), base), body)
+        body |= {"__module__": __name__, "called": called, "read": read}
+        _classes[key] = type(f"Uora{base.__name__}", (mixin, base), body)
     return _classes[key]
 
 
@@ -308,8 +318,8 @@ def base_class(module: Any) -> Any:
     return next(c for c in type(module).__mro__ if not issubclass(c, Adapted))
 
 
-def _rebuild(base: type[nn.Module], called: bool, read: tuple[str, ...], stacked: bool) -> Any:
-    cls = adapted_class(base, called, read, stacked)
+def _rebuild(base: type[nn.Module], called: bool, read: tuple[str, ...]) -> Any:
+    cls = adapted_class(base, called, read)
     return cls.__new__(cls)
 
 
@@ -324,10 +334,9 @@ def attach(module: nn.Module, tensor: str, adapter: Adapter, read: bool) -> None
     cls: Any = type(module)
     adapted = isinstance(module, Adapted)
     called = (tensor == "weight" and call_form(module) is not None) or (adapted and cls.called)
-    stacked = adapter.form.startswith("stack") or (adapted and cls.stacked)
     names = (cls.read if adapted else ()) + ((tensor,) if read or not called else ())
     module.add_module(child(tensor), adapter)
-    module.__class__ = adapted_class(base_class(module), called, names, stacked)
+    module.__class__ = adapted_class(base_class(module), called, names)
     if isinstance(module, nn.RNNBase):
         module.__dict__.pop("_flat_weights", None)
 

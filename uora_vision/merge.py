@@ -88,6 +88,8 @@ def _merged(weight: Tensor, adapter: Adapter) -> tuple[Tensor, float]:
     """The merged weight in its own type, and its largest rounding error."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     exact = adapter.merged(weight, wide)
+    if wide == weight.dtype:
+        return exact, 0.0
     stored = exact.to(weight.dtype)
     return stored, (stored.to(wide) - exact).abs().max().item()
 

@@ -77,7 +77,7 @@ TABLE: dict[str, Packed] = {
     "diff_attention.DiffAttention.qkv": Packed(QKV),  # diff_attention.py:137
     "vision_transformer.ParallelScalingBlock.in_proj": Packed(("fc1", *QKV), lambda m: m.in_split),  # :420
     "vision_transformer.DiffParallelScalingBlock.in_proj": Packed(("fc1", *QKV), lambda m: m.in_split),  # :583
-    "mambaout.GatedConvBlock.fc1": Packed(("g", "i", "c"), lambda m: m.split_indices),  # mambaout.py:185
+    "mambaout.GatedConvBlock.fc1": Packed(("fc1_g", "fc1_x")),  # mambaout.py: act(g) * cat(i, conv(c))
     "mlp.GatedMlp.fc1": Packed("uv"),  # layers/mlp.py; taken apart by SpatialGatingUnit, mlp_mixer.py:216
     # transformers 5.23
     "modeling_gpt2.GPT2Attention.c_attn": Packed(QKV),  # split(self.split_size)

@@ -10,11 +10,14 @@ from typing import Any
 
 from torch import nn
 
+from .checks import check_weights, plain
 from .config import UoraConfig
 from .errors import ConfigError, TargetError
+from .evidence import Difference, corrected, differences, uses_of
 from .layers import Role
 from .rules import ATTENTION, CONV, MLP, OTHER
 from .tables import render
+from .trace import trace
 from .views import Form
 from .walker import UNKNOWN, Finding, walk
 
@@ -34,6 +37,7 @@ class Projection:
         rule: which rule knew it.
         block: number of its block, None outside of blocks.
         read: whether the model may take the tensor itself rather than call the module.
+        seen: what a trace saw consume it, such as `linear at eva.py:262`; empty without a trace.
     """
 
     module_path: str
@@ -44,6 +48,7 @@ class Projection:
     rule: str
     block: int | None
     read: bool = False
+    seen: tuple[str, ...] = ()
 
     @property
     def path(self) -> str:
@@ -65,11 +70,20 @@ class Skipped:
 
 @dataclass(frozen=True, repr=False)
 class Plan:
-    """What `inject` would adapt, and what it would leave. `print(plan)` shows a table."""
+    """What `inject` would adapt, and what it would leave. `print(plan)` shows a table.
+
+    Args:
+        config: the options.
+        projections: weights to adapt.
+        skipped: weights that are left.
+        differences: where a trace showed the weights to adapt otherwise than the rules have them; the plan follows the
+            trace. None if there was no example input to trace.
+    """
 
     config: UoraConfig
     projections: tuple[Projection, ...]
     skipped: tuple[Skipped, ...]
+    differences: tuple[Difference, ...] | None = None
 
     @property
     def parameters(self) -> int:
@@ -82,6 +96,7 @@ class Plan:
             "parameters": self.parameters,
             "projections": [{"path": p.path, **asdict(p)} for p in self.projections],
             "skipped": [asdict(s) for s in self.skipped],
+            "differences": None if self.differences is None else [asdict(d) for d in self.differences],
         }
 
     def to_json(self) -> str:
@@ -93,8 +108,8 @@ class Plan:
         counts: Counter[tuple[str, str, str, str]] = Counter()
         for p in self.projections:
             for role in p.roles:
-                reach = "adapted, read" if p.read else "adapted, called"
-                key = (role.label, f"{role.rows} x {p.shape[1]}", reach, p.rule)
+                reach = "read" if p.read else "called"
+                key = (role.kind, f"{role.rows} x {p.shape[1]}", ", ".join(p.seen) or reach, p.rule)
                 rows[key] += 1
                 counts[key] += role.rows + rank
         for s in self.skipped:
@@ -102,18 +117,34 @@ class Plan:
         table = [(label, n, shape, what, why, f"{counts[key]:,}" if counts[key] else "")
                  for key, n in rows.items() for label, shape, what, why in [key]]  # fmt: skip
         title = f"{len(self.projections)} weights to adapt at rank {rank}: {self.parameters:,} parameters"
-        return render(title, ("role", "count", "out x in", "", "rule or reason", "parameters"), table)
+        text = render(title, ("role", "count", "out x in", "reached", "rule or reason", "parameters"), table)
+        if self.differences is None:
+            return text
+        if not self.differences:
+            return f"{text}\nThe trace confirms it."
+        rows_ = [(d.path, d.kind, d.message) for d in self.differences]
+        return text + render("What the trace shows otherwise", ("weight", "", "trace"), rows_)
 
 
-def plan(model: nn.Module, config: UoraConfig | None = None, **options: Any) -> Plan:
+def plan(
+    model: nn.Module, config: UoraConfig | None = None, *, example_input: Any = None, **options: Any
+) -> Plan:
     """What `inject` would do with the same arguments. Touches nothing.
+
+    Args:
+        example_input: if given, the model is run on it once, and what is seen corrects the rules: how each weight is
+            reached, how the rows of a packed one are divided, and which of them attention uses as q, k and v.
 
     Raises:
         ConfigError, OptionError: an option is wrong.
         TargetError: nothing in the model matches a term.
     """
     config = (config or UoraConfig()).replace(**options)
-    findings = list(walk(model))
+    findings = list(walk(plain(model, config.targets)))
+    seen = None
+    if example_input is not None:
+        seen = trace(model, example_input)
+        ruled, findings = findings, [corrected(finding, seen) for finding in findings]
     found = [(f, role) for f in findings for role in f.roles]
     if not found:
         raise TargetError(f"{type(model).__name__} has no Linear and no convolution outside its head: nothing to adapt")
@@ -138,14 +169,18 @@ def plan(model: nn.Module, config: UoraConfig | None = None, **options: Any) -> 
         if roles:
             projections.append(
                 Projection(
-                    site.module_path, site.tensor, site.form, site.shape, roles, finding.rule, finding.block, site.read
-                )
+                    site.module_path, site.tensor, site.form, site.shape, roles, finding.rule, finding.block, site.read,
+                    () if seen is None else uses_of(site, seen),
+                )  # fmt: skip
             )
         else:
             outside = finding.roles and finding.rule == UNKNOWN
             reason = f"{UNKNOWN}; targets={finding.roles[0].group!r} adapts it" if outside else finding.rule
             skipped.append(Skipped(site.path, site.shape, "not asked for" if finding.roles and not outside else reason))
-    return Plan(config, tuple(projections), tuple(skipped))
+    check_weights(model, projections)
+    adapted = {p.path for p in projections}
+    differing = None if seen is None else differences([f for f in ruled if f.site.path in adapted], seen)
+    return Plan(config, tuple(projections), tuple(skipped), differing)
 
 
 def _match(found: list[tuple[Finding, Role]], terms: Any) -> set[int]:
@@ -166,7 +201,7 @@ def _is(term: str, finding: Finding, role: Role) -> bool:
     path = finding.site.path
     if role.group in (CONV, OTHER) and term == role.name:
         return False  # names of roles are for what the rules know
-    return term in (role.name, role.label, path) or any(
+    return term in (role.name, role.label, role.kind, role.kind.partition(".")[2], path) or any(
         fnmatch.fnmatchcase(p, term) for p in (path, f"{path}.{role.name}")
     )
 

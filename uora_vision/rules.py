@@ -53,7 +53,7 @@ _ATTENTION_WORDS = re.compile(r"attention|attn", re.IGNORECASE)
 _SQUEEZE = re.compile(r"^(se|SE[A-Z]\w*|\w*Squeeze\w*)$")
 POSITION = re.compile(r"rel_?pos|cpb|meta_mlp|pos_|_pos\b|position|bias", re.IGNORECASE)
 TALKING_HEADS = re.compile(r"talking|proj_[lw]$")
-_COORDINATES = 4  # so few inputs are positions or a single map, not features
+COORDINATES = 4  # so few inputs are positions or a single map, not features
 ROUTERS = re.compile(r"(^|[._])(router|gate|routing_fn)$")
 
 
@@ -139,7 +139,7 @@ def attention(unit: Unit) -> Claims:
     """Queries, keys and values, apart or packed, and the projection of what comes out."""
     found: dict[str, str] = {}
     for name, site in unit.members.items():
-        if not site.spatial and site.shape[1] > _COORDINATES and (token := _token(name, _QUERIES)):
+        if not site.spatial and site.shape[1] > COORDINATES and (token := _token(name, _QUERIES)):
             found[name] = token
     claims: Claims = {}
     for name, site in unit.members.items():
@@ -317,7 +317,7 @@ def _widens(into: Site, out_of: Site, ups: int) -> bool:
     hidden = out_of.shape[1] * out_of.groups
     given, width = into.shape[0], into.shape[1] * into.groups
     return (
-        width > _COORDINATES
+        width > COORDINATES
         and hidden <= given
         and (ups > 1 or given <= 3 * hidden)
         and 4 * hidden >= 3 * min(width, out_of.shape[0])

@@ -56,7 +56,7 @@ def summary(model: nn.Module) -> Summary:
     rows: dict[tuple[str, str], list[int]] = {}
     for adapter in found.values():
         for role in adapter.roles:
-            entry = rows.setdefault((role.label, f"{role.rows} x {adapter.width}"), [0, 0])
+            entry = rows.setdefault((role.kind, f"{role.rows} x {adapter.width}"), [0, 0])
             entry[0] += 1
             entry[1] += role.rows + rank
     mine = sum(p.numel() for adapter in found.values() for p in adapter.parameters())

@@ -42,17 +42,18 @@ def verify(model: nn.Module, example_input: Any) -> dict[str, float]:
     changed = [*(adapter.b for adapter in adapters), *zero]
     saved = [p.detach().clone() for p in changed]
     devices = [device] if device.type == "cuda" else []
+    generator, noise = torch.Generator(device).manual_seed(0), torch.Generator().manual_seed(0)
     try:
         with torch.random.fork_rng(devices), torch.enable_grad():
-            torch.manual_seed(0)
             model.eval()
             for p in vectors:
                 p.requires_grad_(True)
             with torch.no_grad():
                 for p in changed:
-                    p.normal_(std=0.1)
+                    p.normal_(std=0.1, generator=generator)
             output = call(model, example_input)
-            loss = sum((t.float() * torch.randn_like(t, dtype=torch.float32)).sum() for t in float_tensors(output))
+            outputs = float_tensors(output)
+            loss = sum((t.float() * torch.randn(t.shape, generator=noise).to(t.device)).sum() for t in outputs)
             grads: Sequence[Tensor | None] = [None] * len(vectors)
             if isinstance(loss, Tensor) and loss.requires_grad:
                 grads = torch.autograd.grad(loss, vectors, allow_unused=True)

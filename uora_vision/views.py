@@ -55,8 +55,12 @@ def add_(t: Tensor, span: Span, value: Tensor) -> None:
     """Add (rows, n) to the rows of a span, in place."""
     if not span.block:
         t.narrow(0, span.start, span.rows).add_(value)
-    else:
-        _runs(t, span).add_(value.view(-1, span.block, t.shape[1]).transpose(1, 2))
+        return
+    # By plain views, the last run apart: torch.compile would zero what lies between the runs of an unfolded tensor.
+    runs, last = span.rows // span.block - 1, span.rows - span.block
+    whole = t.narrow(0, span.start, runs * span.stride).unflatten(0, (runs, span.stride))
+    whole[:, : span.block].add_(value[:last].unflatten(0, (runs, span.block)))
+    t.narrow(0, span.end - span.block, span.block).add_(value[last:])
 
 
 def place(value: Tensor, spans: Spans, out: int) -> Tensor:

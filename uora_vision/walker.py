@@ -76,7 +76,7 @@ def head_names(model: nn.Module) -> tuple[str, ...]:
 
 _HEADS = (
     "head", "head_dist", "heads", "heads_dist", "aux_head", "fc", "classifier", "classif", "last_linear", "score",
-    "qa_outputs", "cls",
+    "qa_outputs", "cls", "cls_classifier", "distillation_classifier",
 )  # fmt: skip
 
 

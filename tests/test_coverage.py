@@ -1,0 +1,137 @@
+"""The proof of coverage: on a small model of every structural family, and that the published table is whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import coverage
+import pytest
+import torch
+from coverage_proof import prove
+from torch import Tensor, nn
+from typer.testing import CliRunner
+from zoo import Entry, entries
+
+DOCS = Path(__file__).parents[1] / "docs"
+# One for every way in which projections are held.
+FAMILIES = {
+    "Linear, called": "timm/test_vit",
+    "weight read, q k v biases apart": "timm/vit_small_patch16_dinov3_qkvb",
+    "windows, position MLP": "timm/swinv2_cr_tiny_ns_224",
+    "1x1 convolutions": "timm/test_convnext2",
+    "1x1 convolutional attention": "timm/mobilevitv2_050",
+    "interleaved heads": "timm/levit_128s",
+    "grouped convolution": "timm/efficientvit_b0",
+    "Conv1d": "timm/efficientvim_m1",
+    "parallel block": "timm/vit_pwee_patch16_reg1_gap_256",
+    "attention as pool, in a head": "timm/resnet50_clip",
+    "tokens": "timm/gmlp_ti16_224",
+    "LSTM": "timm/sequencer2d_s",
+    "lambda": "timm/lambda_resnet26t",
+    "halo": "timm/halonet26t",
+    "pure convolutional": "timm/test_resnet",
+    "nn.MultiheadAttention": "open_clip/ViT-S-32",
+    "separate q k v weights": "open_clip/coca_base",
+    "AttentionPool2d": "open_clip/RN50",
+    "transformers text tower": "open_clip/roberta-ViT-B-32",
+    "packed": "transformers/phi3",
+    "transposed": "transformers/gpt2",
+    "subclass with a forward of its own": "transformers/falcon_new",
+    "experts": "transformers/mixtral",
+    "transposed experts, interleaved gates": "transformers/gpt_oss",
+    "low-rank attention": "transformers/deepseek_v3",
+    "state space": "transformers/mamba",
+    "encoder and decoder": "transformers/t5",
+    "shared projections": "transformers/deberta-v2",
+    "vision and language": "transformers/llava",
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_way_to_hold_a_projection(family: str) -> None:
+    (entry,) = entries(FAMILIES[family])
+    row = prove(entry)
+    assert row["failures"] == [] and row["dead"] == 0 and row["alive"] >= 1
+    assert row["projections"] == (family != "pure convolutional")
+
+
+class Sly(nn.Module):
+    """An MLP that takes a weight in a way that no source shows."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.where = nn.Linear(8, 16), nn.Linear(16, 8), where
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.where == "read":
+            return self.fc2(nn.functional.linear(x, getattr(self.fc1, "wei" + "ght")))
+        return self.fc2(torch.cat([x, x], -1)) if self.where == "unused" else self.fc2(self.fc1(x))
+
+
+class Fake(Entry):
+    def meta(self) -> nn.Module:
+        return Sly(self.name).to("meta")
+
+    def real(self) -> tuple[nn.Module, Any]:
+        return Sly(self.name), torch.randn(3, 8)
+
+
+@pytest.mark.parametrize(
+    ("where", "wanted"),
+    [("called", None), ("read", "fc1: read at test_coverage.py"), ("unused", "fc1: nothing consumes it")],
+)
+def test_the_proof_finds_what_is_dead(where: str, wanted: str | None) -> None:
+    row = prove(Fake("mine", where, "sly"))
+    assert bool(row["failures"]) == (wanted is not None), row["failures"]
+    if wanted:
+        assert wanted in row["failures"][0] and "1 dead: fc1.fc1" in row["failures"]
+
+
+def test_a_model_that_breaks_is_a_row() -> None:
+    row = prove(Entry("timm", "no_such_model", "none"))
+    assert len(row["failures"]) == 1 and "no_such_model" in row["failures"][0]
+
+
+class TestCommand:
+    def run(self, *arguments: str) -> Any:
+        import typer
+
+        app = typer.Typer()
+        app.command()(coverage.main)
+        return CliRunner().invoke(app, [*arguments])
+
+    def test_it_goes_on_where_it_stopped_and_survives_a_cut_line(self, tmp_path: Path) -> None:
+        rows = tmp_path / "rows.jsonl"
+        row = {"library": "transformers", "name": "gptj", "projections": True, "failures": []}
+        rows.write_text(json.dumps(row) + "\n" + json.dumps({**row, "name": "gpt2"})[:40] + "\n")
+        result = self.run("--only", "transformers/gpt[2j]", "--rows", str(rows), "--workers", "1")
+        assert result.exit_code == 0 and "2 models, 1 of them in" in result.output
+        assert "transformers: 2 with projections proven" in result.output
+        assert json.loads(rows.read_text().splitlines()[-1])["name"] == "gpt2"
+
+    def test_a_pattern_that_matches_nothing(self, tmp_path: Path) -> None:
+        result = self.run("--only", "vit", "--rows", str(tmp_path / "rows"))
+        assert result.exit_code == 2 and "no model matches 'vit'" in result.output
+
+
+class TestPublished:
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return json.loads((DOCS / "coverage.json").read_text())
+
+    def test_no_model_was_left_out(self) -> None:
+        counts = {library: sum(r["library"] == library for r in self.rows) for library in coverage.LIBRARIES}
+        assert counts["timm"] >= 1371 and counts["open_clip"] >= 144 and counts["transformers"] >= 36
+        assert len({(r["library"], r["name"]) for r in self.rows}) == len(self.rows)
+        covered = sum(r["library"] == "timm" and r["projections"] for r in self.rows)
+        assert covered >= 812, "the models of timm 1.0.31 with attention or channel MLP"
+
+    def test_nothing_fails_and_nothing_is_dead(self) -> None:
+        assert [r["name"] for r in self.rows if r["failures"] or r["dead"]] == []
+
+    def test_the_page_is_made_of_the_rows(self) -> None:
+        first, second = ((DOCS / "coverage.md").read_text(), coverage.page(self.rows))
+        drop = lambda text: [line for line in text.splitlines() if not line.startswith("Written by")]  # noqa: E731
+        assert drop(first) == drop(second)
