@@ -31,6 +31,7 @@ def main(
     ),
     workers: Annotated[int, typer.Option(min=1, help="processes")] = os.cpu_count() or 1,
     fresh: Annotated[bool, typer.Option(help="begin again instead of going on")] = False,
+    structure_only: Annotated[bool, typer.Option(help="inject at full size on meta, run nothing: minutes")] = False,
 ) -> None:
     from zoo import entries
 
@@ -40,7 +41,8 @@ def main(
     wanted = entries(only)
     if not wanted:
         raise typer.BadParameter(f"no model matches {only!r}; patterns are such as 'timm/vit_*'", param_hint="--only")
-    todo = [entry for entry in wanted if f"{entry.library}/{entry.name}" not in done]
+    enough = {name for name, row in done.items() if structure_only or "dead" in row or row["failures"]}
+    todo = [entry for entry in wanted if f"{entry.library}/{entry.name}" not in enough]
     print(f"{len(wanted)} models, {len(wanted) - len(todo)} of them in {rows}")
     failed = sum(bool(row["failures"]) for row in done.values())
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -58,7 +60,7 @@ def main(
             while True:
                 # Only what runs is handed over, so that an interrupt has nothing to wait for but that.
                 while len(running) < workers and (entry := next(queue, None)) is not None:
-                    running[pool.submit(_prove, entry, known)] = f"{entry.library}/{entry.name}"
+                    running[pool.submit(_prove, entry, known, structure_only)] = f"{entry.library}/{entry.name}"
                 if not running:
                     break
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -98,34 +100,35 @@ def page(rows: list[dict[str, Any]]) -> str:
         "",
         f"Written by `scripts/coverage.py` with {versions}; one row per model in [coverage.json](coverage.json).",
         "",
-        "Every model is injected at full size on the meta device, where the number of trained parameters is compared",
-        "with the formula from the shapes, and with random weights on the CPU, as small as its options allow (`reduced`",
-        "in the JSON). There it is checked that a trace confirms the plan; that with b = 0 the outputs are the base's;",
-        "that with random b the outputs change and every b and d of every projection gets a gradient; that outputs with",
-        "and without gradients agree; and that merged and unmerged outputs agree in eval mode, in training mode and",
-        "under bfloat16 autocast, after which keys and classes are the base's. Models without attention and MLP (pure",
-        "convolutional networks) must say so, and pass the same checks, but for autocast, with `targets='conv'`.",
+        "*Injected*: at full size on the meta device, where the number of trained parameters is compared with the",
+        "formula from the shapes. *Proven*: with random weights on the CPU, as small as its options allow and with",
+        "long runs of equal blocks cut short (`real_parameters` in the JSON; `same_as` names the model of equal",
+        "shapes by which it was proven). A trace confirms the plan; with b = 0 the outputs are the base's; with",
+        "random b they change, and every b and d of every projection gets a gradient; outputs with and without",
+        "gradients agree; merged and unmerged outputs agree in eval mode, in training mode and under bfloat16",
+        "autocast; and keys and classes are the base's after merging. Models without attention and MLP",
+        "(convolutional networks) must say so, and pass the same checks, but for autocast, with `targets='conv'`.",
         "",
-        "| library | models | with projections | proven | pure convolutional | proven with `conv` | dead adapters |",
-        "|---|---|---|---|---|---|---|",
+        "| library | models | with projections | injected | proven | convolutional | injected | proven | dead |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for library in LIBRARIES:
         mine = [row for row in rows if row["library"] == library]
         with_, without = ([r for r in mine if bool(r.get("projections")) is flag] for flag in (True, False))
         lines.append(
-            f"| {library} | {len(mine)} | {len(with_)} | {_proven(with_)} | {len(without)} | {_proven(without)} | "
-            f"{sum(r.get('dead', 0) for r in mine)} |"
+            f"| {library} | {len(mine)} | {len(with_)} | {_injected(with_)} | {_proven(with_)} | {len(without)} | "
+            f"{_injected(without)} | {_proven(without)} | {sum(r.get('dead', 0) for r in mine)} |"
         )
     worst = {key: max(row.get(key, 0) for row in rows) for key in ("inject_s", "merged_eval", "merged_autocast")}
     lines += [
         "",
         f"{sum(row['weights'] for row in covered):,} weights in models with projections,",
-        f"{sum(row['read'] for row in covered):,} of them read by the model rather than called. Longest injection at full",
-        f"size: {worst['inject_s']:.2f} s. Largest difference of merged from unmerged outputs, relative to their norm:",
-        f"{worst['merged_eval']:.1g} in float32, {worst['merged_autocast']:.1g} under autocast.",
+        f"{sum(row['read'] for row in covered):,} of them read by the model rather than called. Longest injection at",
+        f"full size: {worst['inject_s']:.2f} s. Largest difference of merged from unmerged outputs, relative to their",
+        f"norm: {worst['merged_eval']:.1g} in float32, {worst['merged_autocast']:.1g} under autocast.",
         "",
-        "| library | family | models | proven | weights per model | of them read | roles |",
-        "|---|---|---|---|---|---|---|",
+        "| library | family | models | injected | proven | weights per model | of them read | roles |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for library in LIBRARIES:
         families = sorted({row["family"] for row in rows if row["library"] == library})
@@ -146,18 +149,25 @@ def _family_line(library: str, family: str, rows: list[dict[str, Any]]) -> str:
     weights = [row.get("weights", 0) for row in rows]
     span = f"{min(weights)}" if len(set(weights)) == 1 else f"{min(weights)}-{max(weights)}"
     reads = max(row.get("read", 0) for row in rows)
-    return f"| {library} | {family} | {len(rows)} | {_proven(rows)} | {span} | {reads} | {shown} |"
+    counts = f"{len(rows)} | {_injected(rows)} | {_proven(rows)}"
+    return f"| {library} | {family} | {counts} | {span} | {reads} | {shown} |"
+
+
+def _injected(rows: list[dict[str, Any]]) -> int:
+    return sum("weights" in row and not row["failures"] for row in rows)
 
 
 def _proven(rows: list[dict[str, Any]]) -> int:
-    return sum(not row["failures"] for row in rows)
+    return sum("dead" in row and not row["failures"] for row in rows)
 
 
 def _print_totals(rows: list[dict[str, Any]]) -> None:
-    kinds = Counter((row["library"], bool(row.get("projections")), bool(row["failures"])) for row in rows)
-    for (library, projections, failed), n in sorted(kinds.items()):
-        what = "with projections" if projections else "pure convolutional"
-        print(f"{library}: {n} {what} {'FAILED' if failed else 'proven'}")
+    kinds: Counter[tuple[str, str, str]] = Counter()
+    for row in rows:
+        what = "with projections" if row.get("projections") else "pure convolutional"
+        kinds[row["library"], what, "FAILED" if row["failures"] else "proven" if "dead" in row else "injected"] += 1
+    for (library, what, result), n in sorted(kinds.items()):
+        print(f"{library}: {n} {what} {result}")
 
 
 def _finished(rows: Path) -> dict[str, dict[str, Any]]:
@@ -177,13 +187,13 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _prove(entry: Any, known: Any) -> dict[str, Any]:
+def _prove(entry: Any, known: Any, structure_only: bool) -> dict[str, Any]:
     import warnings
 
     from coverage_proof import prove
 
     warnings.filterwarnings("ignore")
-    return prove(entry, known)
+    return prove(entry, known, structure_only)
 
 
 if __name__ == "__main__":

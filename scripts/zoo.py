@@ -1,8 +1,7 @@
 """Every model of timm and open_clip, and the main families of transformers, ready to be built.
 
-An entry builds its model whole on the meta device (structure, nothing allocated), or for real: float32 weights on
-the CPU, as small as the model's own options allow, with an example input. Nothing is downloaded. Real weights are
-noise such that every path is alive and, in eval mode, the output moves about as much as the input does.
+An entry builds its model whole on the meta device, or for real: small, float32, on the CPU, with an example input and
+noise for weights, such that every path is alive and the output moves about as much as the input. No downloads.
 """
 
 from __future__ import annotations
@@ -112,8 +111,7 @@ def _fill(model: nn.Module, skipped: set[int]) -> None:
 
 def _fan_in(module: Any, name: str, p: nn.Parameter) -> int:
     """The number of inputs that one output of this matrix sums over; 0 for what is no matrix."""
-    vector = p.numel() == max(p.shape, default=1)
-    if p.ndim < 2 or (vector and not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))):
+    if p.ndim < 2 or (p.numel() == max(p.shape) and not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))):
         return 0
     if isinstance(module, nn.Embedding):
         return 4
@@ -168,12 +166,14 @@ def _calibrate(model: nn.Module, example: Any) -> None:
 
 # How models of over 600M parameters are made shallow: patterns of names -> options, or blocks to keep of each stage.
 SHALLOW: dict[str, dict[str, Any]] = {
-    "vit_[57]b_*": {"depth": 2},
-    "samvit_huge*": {"depth": 4, "global_attn_indexes": (1, 3)},
+    "vit_[5hg]*_sapiens2": {"depth": 4, "num_kv_heads": (8, 8, 8, 8)},
+    "vit_7b_*": {"depth": 2},
     "hiera_huge*": {"stages": (1, 2, 4, 1)},
-    "regnety_1280 regnety_2560": {"depth": 9},
-    "davit_giant mvitv2_huge* swinv2_cr_giant* swinv2_cr_huge*": {"blocks": 2},
-    "coatnet_5_* convnext_xxlarge convnextv2_huge resnetv2_152x4_bit": {"blocks": 2},
+    "regnety_1280": {"depth": 10, "wa": 482.5},  # the same widths in fewer steps
+    "regnety_2560": {"depth": 10, "wa": 692.5},
+    "swinv2_cr_giant* swinv2_cr_huge*": {"depths": (2, 2, 2, 2)},
+    "coatnet_5_* conv*_xxlarge convnextv2_huge davit_giant mvitv2_huge* resnetv2_152x4*": {"blocks": 2},
+    "focalnet_huge*": {"drop_path_rate": 0.0, "blocks": 2},
     "aimv2_[13]b_* *huge_p* *giant* *gigantic* *enormous*": {"depth": 4},
 }
 
@@ -181,13 +181,11 @@ SHALLOW: dict[str, dict[str, Any]] = {
 SIDES: dict[str, int] = {
     "deepseek_vit_*": 42,
     "gemma4_vit_* inception_[rv]*": 96,
-    "crossvit_*_408": 204,
     "crossvit_*": 120,
-    "efficientvit_m[0-9]* efficientvim_* levit_*": 128,
-    "efficientformer_*": 224,
-    "bat_resnext26ts *halo*": 256,
-    "mobilevitv2*": 128,
+    "efficientvit_m[0-9]* efficientvim_* levit_* mobilevitv2*": 128,
     "shvit*": 192,
+    "efficientformer_* haloregnetz*": 224,
+    "bat_resnext26ts *halo*": 256,
 }
 
 
@@ -210,22 +208,18 @@ def _timm_image(name: str) -> dict[str, Any]:
 def _timm(name: str, small: bool) -> nn.Module:
     options = _timm_image(name) | _match(SHALLOW, name, {}) if small else {}
     options |= {"num_classes": 10} if small and not name.endswith("_enc") else {}
-    blocks = options.pop("blocks", None)
-    model: Any = timm.create_model(name, pretrained=False, **options)
-    for stage in model.stages if blocks else ():
-        stage.blocks = stage.blocks[:blocks]
-    return _shortened(model) if small else model
+    blocks = options.pop("blocks", 4)
+    model = timm.create_model(name, pretrained=False, **options)
+    return _shortened(model, blocks) if small else model
 
 
-def _shortened(model: nn.Module, large: int = 40_000_000, keep: int = 4) -> nn.Module:
-    """A large model with the first few of every long run of equal blocks."""
-    if sum(p.numel() for p in model.parameters()) <= large:
-        return model
-    for path, run in list(model.named_modules()):
-        blocks = list(run.children()) if isinstance(run, nn.Sequential | nn.ModuleList) else []
-        if len(blocks) > keep and len({repr(block) for block in blocks[1:]}) == 1 and next(blocks[0].children(), None):
-            parent = model.get_submodule(path.rpartition(".")[0])
-            setattr(parent, path.rpartition(".")[2], run[:keep])
+def _shortened(model: nn.Module, keep: int, large: int = 40_000_000) -> nn.Module:
+    """A model of over `large` parameters with the first `keep` of every longer run of equal blocks."""
+    runs = [path for path, module in model.named_modules() if isinstance(module, nn.Sequential | nn.ModuleList)]
+    for path in reversed(runs) if sum(p.numel() for p in model.parameters()) > large else ():
+        run: Any = model.get_submodule(path)
+        if len(run) > keep and len({repr(block) for block in [*run][1:]}) == 1 and next(run[0].children(), None):
+            model.set_submodule(path, run[:keep])
     return model
 
 
@@ -234,7 +228,7 @@ def _timm_example(name: str, model: Any, generator: torch.Generator) -> Tensor:
 
 
 def _timm_entry(name: str) -> Entry:
-    reduced = ", ".join(f"{option} {value}" for option, value in _match(SHALLOW, name, {}).items())
+    reduced = f"shallow where over 40M parameters: {_match(SHALLOW, name, {'blocks': 4})}"
     return Entry("timm", name, _model_to_module[name], reduced)
 
 
@@ -284,8 +278,8 @@ def _clip(name: str, small: bool) -> nn.Module:
         if hub := cfg["text_cfg"].get("hf_model_name"):
             config = transformers.AutoConfig.for_model(HUB[hub][0], **HUB[hub][1])
             if small:
-                counts = [key for key in config.to_dict() if key.endswith("_layers")]
-                config.update(dict.fromkeys(counts, 2) | {"vocab_size": SMALL_TEXT["vocab_size"]})
+                layers = {key: 2 for key in config.to_dict() if key.endswith("_layers")}
+                config.update(layers | {"vocab_size": SMALL_TEXT["vocab_size"]})
             config.save_pretrained(folder)
             cfg["text_cfg"]["hf_model_name"] = folder
         return open_clip.create_model(name, device="cpu" if small else "meta", pretrained_text=False, **cfg)
@@ -337,32 +331,28 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "falcon_new": ("CausalLM", {**FALCON, "num_kv_heads": 2}, {"new_decoder_architecture": True, "num_kv_heads": 8}),
     "mpt": ("CausalLM", {**TOKENS, "d_model": 64, "n_heads": 4, "n_layers": 2}, {}),
     "mixtral": ("CausalLM", {**GROUPED, "num_local_experts": 4}, {}),
-    "deepseek_v3": ("CausalLM", {
-        **PLAIN, "num_key_value_heads": 4, "first_k_dense_replace": 1, "q_lora_rank": 20, "kv_lora_rank": 24,
-        "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 10, "moe_intermediate_size": 36,
-        "n_routed_experts": 4, "n_group": 2, "topk_group": 2, "num_experts_per_tok": 2}, {}),
+    "deepseek_v3": ("CausalLM", {**PLAIN, "num_key_value_heads": 4, "first_k_dense_replace": 1, "q_lora_rank": 20,
+        "kv_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 10, "n_routed_experts": 4,
+        "moe_intermediate_size": 36, "n_group": 2, "topk_group": 2, "num_experts_per_tok": 2}, {}),
     "gpt_oss": ("CausalLM", {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}, {}),
     "gptj": ("CausalLM", {**GPT, "rotary_dim": 8}, {}),
     "codegen": ("CausalLM", {**GPT, "n_head": 8, "rotary_dim": 4, "n_ctx": 32}, {}),
     "t5": ("Seq2SeqLM", {**TOKENS, "d_model": 48, "d_kv": 16, "d_ff": 80, "num_heads": 4, "num_layers": 2}, {}),
-    "bart": ("Seq2SeqLM", {
-        **TOKENS, "d_model": 48, "encoder_layers": 2, "encoder_ffn_dim": 80, "encoder_attention_heads": 4,
-        "decoder_layers": 2, "decoder_ffn_dim": 88, "decoder_attention_heads": 2}, {}),
+    "bart": ("Seq2SeqLM", {**TOKENS, "d_model": 48, "encoder_layers": 2, "encoder_ffn_dim": 80, "decoder_ffn_dim": 88,
+        "encoder_attention_heads": 4, "decoder_layers": 2, "decoder_attention_heads": 2}, {}),
     "mamba": ("CausalLM", {**PLAIN, "state_size": 8, "time_step_rank": 5}, {}),
     "vit": ("ImageClassification", VISION, {}),
     "deit": ("ImageClassification", VISION, {"architectures": ["DeiTForImageClassificationWithTeacher"]}),
     "beit": ("ImageClassification", VISION, {"use_relative_position_bias": True}),
-    "swin": ("ImageClassification", {
-        "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4, "image_size": 32, "mlp_ratio": 3.0,
-    }, {}),
+    "swin": ("ImageClassification", {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4,
+        "image_size": 32, "mlp_ratio": 3.0}, {}),
     "dinov2": ("ImageClassification", {**VISION, "mlp_ratio": 3}, {}),
     "dinov3_vit": ("", {**VISION, "num_register_tokens": 2, "pos_embed_rescale": None}, {}),
     "clip": ("", {**TOWERS, "projection_dim": 24}, {}),
     "siglip": ("", TOWERS, {}),
     "siglip2": ("", TOWERS | {"vision_config": {**TOWERS["vision_config"], "num_patches": 16}}, {}),
-    "llava": ("ImageTextToText", {
-        "text_config": {**GROUPED, "model_type": "llama"}, "image_token_id": 98, "vision_feature_layer": -1,
-        "vision_config": {**TOWERS["vision_config"], "model_type": "clip_vision_model"}}, {}),
+    "llava": ("ImageTextToText", {"text_config": {**GROUPED, "model_type": "llama"}, "vision_feature_layer": -1,
+        "image_token_id": 98, "vision_config": {**TOWERS["vision_config"], "model_type": "clip_vision_model"}}, {}),
     **dict.fromkeys(("bert", "roberta"), ("SequenceClassification", PLAIN, {})),
     "deberta-v2": ("SequenceClassification", PLAIN, {
         "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True}),
@@ -381,15 +371,13 @@ def _hugging_face_example(name: str, model: Any, generator: torch.Generator) -> 
     """What the model's forward names, of: 24 tokens a row (so that every expert gets some), an image, or patches."""
     accepted, side = inspect.signature(model.forward).parameters, getattr(model.config, "image_size", 16)
     tokens = torch.randint(3, 98, (BATCH, 24), generator=generator)
-    pixels = torch.randn(BATCH, 3, side, side, generator=generator)
     if name == "llava":
         tokens[:, 2:18] = model.config.image_token_id
-    if "spatial_shapes" in accepted:
-        pixels = torch.randn(BATCH, 16, 48, generator=generator)
+    shape = (16, 48) if "spatial_shapes" in accepted else (3, side, side)
     inputs = {
         "input_ids": tokens,
         "decoder_input_ids": tokens[:, :9].flip(1),
-        "pixel_values": pixels,
+        "pixel_values": torch.randn(BATCH, *shape, generator=generator),
         "pixel_attention_mask": torch.ones(BATCH, 16, dtype=torch.long),
         "spatial_shapes": torch.full((BATCH, 2), 4),
         "use_cache": False,

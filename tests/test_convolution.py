@@ -258,7 +258,9 @@ MODULES: dict[str, tuple[type[nn.Module], dict[str, Any], tuple[int, ...]]] = {
     "reflect, same": (nn.Conv2d, {"kernel_size": 3, "padding": "same", "padding_mode": "reflect"}, (4, 6, 6)),
     "groups": (nn.Conv2d, {"kernel_size": 3, "groups": 2}, (4, 6, 6)),
     "1-D": (nn.Conv1d, {"kernel_size": 3, "stride": 2, "padding": 1}, (4, 9)),
-    "1-D, circular groups": (nn.Conv1d, {"kernel_size": 3, "groups": 2, "padding": 2, "padding_mode": "circular"}, (4, 9)),
+    "1-D, circular": (
+        nn.Conv1d, {"kernel_size": 3, "groups": 2, "padding": 2, "padding_mode": "circular"}, (4, 9),
+    ),
     "3-D": (nn.Conv3d, {"kernel_size": 2, "padding": "same", "groups": 2}, (4, 4, 5, 4)),
 }  # fmt: skip
 
@@ -305,7 +307,7 @@ class TestModules:
         uora.merge(model)
         torch.testing.assert_close(model(x).double(), want, rtol=1e-5, atol=1e-5)
 
-    @pytest.mark.parametrize("name", ["same", "1-D, circular groups"])
+    @pytest.mark.parametrize("name", ["same", "1-D, circular"])
     def test_compiled_as_one_graph(self, name: str) -> None:
         model, x = module(name)
         wake(uora.inject(model, targets="conv", rank=3))

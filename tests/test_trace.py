@@ -425,20 +425,69 @@ def test_a_thousand_parts_are_no_trouble() -> None:
     assert found.rows["packed.weight"] == tuple((k,) for k in range(1024))
 
 
+def rotated(y: Tensor) -> Tensor:
+    """Rotary embedding, with the halves of the last axis taken apart and put together."""
+    first, second = y.chunk(2, -1)
+    return y * 0.6 + torch.cat([-second, first], -1) * 0.8
+
+
+def rotated_halves(y: Tensor) -> Tensor:
+    first, second = y.chunk(2, -1)
+    return torch.cat([first * 0.6 - second * 0.8, second * 0.6 + first * 0.8], -1)
+
+
 @pytest.mark.parametrize(
-    "use",
+    ("change", "axis"),
     [
-        lambda y: F.gelu(y * 2 + 1).sum(),
-        lambda y: torch.cat([-y[..., 4:], y[..., :4]], -1).mul(2).add(y).matmul(torch.ones(8, 1, device=y.device)),
-        lambda y: F.layer_norm(y, (8,)).softmax(-1).sum(),
-        lambda y: F.pad(y, (1, 1), value=1.0).roll(1, 1).flip(-1).sum(),
-        lambda y: F.unfold(y.transpose(1, 2).unflatten(2, (5, 1)), (3, 1), padding=(1, 0)).sum(),
-        lambda y: y.permute(0, 2, 1).contiguous().view(2, -1).sum(),
+        (lambda y: F.gelu(y * 2 + 1), -1),
+        (lambda y: F.layer_norm(y, (8,)).softmax(-1), -1),
+        (lambda y: y.double().to(torch.half).clone(), -1),
+        (lambda y: rotated(y.unflatten(-1, (2, 4))).flatten(-2), -1),
+        (lambda y: rotated_halves(y.unflatten(-1, (2, 4))).flatten(-2), -1),
+        (lambda y: torch.view_as_real(torch.view_as_complex(y.unflatten(-1, (4, 2))) * 1j).flatten(-2), -1),
+        (lambda y: F.pad(y, (0, 0, 1, 1), value=1.0).roll(1, 1).flip(0), -1),
+        (lambda y: y.permute(2, 0, 1).contiguous().view(8, 10), 0),
+        (lambda y: torch.stack([y[..., :4], y[..., 4:]]).permute(1, 2, 0, 3).reshape(2, 5, 8), -1),
+        (lambda y: F.unfold(y.mT.unsqueeze(-1), (3, 1), padding=(1, 0)).view(2, 8, 3, 5), 1),
+        (lambda y: F.max_pool1d(y.mT, 2), 1),
+        (lambda y: y.amax(1, keepdim=True), -1),
+        (lambda y: y.mT.mean(-1), 1),
+        (lambda y: y[:, torch.arange(5, device=y.device) % 2], -1),
+        (lambda y: y.new_empty(2, 5, 8).copy_(y), -1),
     ],
-    ids=["elementwise", "rotary", "norm", "pad", "unfold", "memory"],
-)
-def test_rows_that_stay_together_are_no_groups(use: Callable[[Tensor], Any]) -> None:
-    assert packed(8, use).rows == {}
+    ids=[
+        "elementwise", "norm", "casts", "rotary", "rotary by halves", "complex rotary", "pad and roll", "memory",
+        "stack", "unfold", "pool", "maximum", "mean", "index", "copy",
+    ],
+)  # fmt: skip
+def test_rows_are_followed_without_being_parted(change: Callable[[Tensor], Tensor], axis: int) -> None:
+    """They stay one group, and when they are parted afterwards, each is still known."""
+    assert packed(8, lambda y: change(y).sum()).rows == {}
+    taken = trace(Packed(8, lambda y: [part.sum() for part in change(y).split([4, 4], axis)]), torch.randn(2, 5, 6))
+    assert taken.rows["packed.weight"] == tuple(in_turn(4, 4))
+
+
+def test_rows_written_into_a_part_of_a_tensor_are_there() -> None:
+    def use(y: Tensor) -> tuple[Tensor, Tensor]:
+        whole = y.new_zeros(2, 5, 10)
+        whole[..., :4].copy_(y[..., 4:])
+        whole[..., 4:8] = y[..., :4]
+        return whole[..., 2:6].sum(), whole[..., 8:].sum()
+
+    assert packed(8, use).rows["packed.weight"] == ((0, 1, 6, 7), (2, 3, 4, 5))
+
+
+def test_a_residual_stream_is_no_projection_s_output() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            first, second = (x + self.inner(x)).chunk(2, -1)
+            return first.sum(), second.sum()
+
+    assert traced(Residual, (2, 8)).rows == {}
 
 
 def test_gate_and_what_it_gates_are_two() -> None:
@@ -554,23 +603,17 @@ def test_model_and_random_state_are_as_before() -> None:
 
 
 def test_what_a_model_remembers_of_its_parameters_is_neither_missed_nor_left_behind() -> None:
-    """LeViT keeps its biases between eval forwards until training starts."""
+    """LeViT keeps its biases between eval forwards, until a call of train or eval."""
     model = Levit(**LEVIT).eval()
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         model(x)
         assert not trace(model, x).unused
-        model.train()
-        trace(model, x)
-        model.eval()
-        before = model(x)
-        model.train()
-        trace(model, x)
         for name, p in model.named_parameters():
             if name.endswith("attention_biases"):
                 p.normal_(std=3.0)
-        model.eval()
-        assert not torch.equal(model(x), before)
+        after = model(x)
+        assert torch.equal(after, model.eval()(x))
 
 
 class Failing(nn.Module):

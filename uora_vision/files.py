@@ -19,6 +19,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from .bank import pack_log, unpack_log
+from .checks import check_weights, plain
 from .config import UoraConfig
 from .errors import FormatError, StateError
 from .inject import adapters, apply_plan, bank_of, is_injected, remove
@@ -120,14 +121,15 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"{source} is damaged: {error!r}") from error
     base = {name.removeprefix("base/"): tensors.pop(name) for name in list(tensors) if name.startswith("base/")}
-    sites = {site.path: site for site in find_sites(model)}
+    sites = {site.path: site for site in find_sites(plain(model))}
+    projections = tuple(
+        Projection(s.module_path, s.tensor, s.form, s.shape, entry.roles, "saved", None, s.read)
+        for entry in saved if entry.path in sites for s in [sites[entry.path]]
+    )  # fmt: skip
+    check_weights(model, projections)
     _check_fit(model, sites, source, config, saved, base)
     _check_vectors(source, saved, tensors, options.rank)
 
-    projections = tuple(
-        Projection(s.module_path, s.tensor, s.form, s.shape, entry.roles, "saved", None, s.read)
-        for entry in saved for s in [sites[entry.path]]
-    )  # fmt: skip
     apply_plan(model, Plan(options, projections, ()))
     try:
         found = adapters(model)

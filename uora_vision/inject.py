@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from .bank import Bank
+from .checks import allow_fusing, forbid_fusing
 from .config import UoraConfig
 from .errors import StateError
 from .functional import WIDE
@@ -85,10 +86,14 @@ def apply_plan(model: nn.Module, what: Plan) -> None:
     model.add_module(CHILD, bank)
     try:
         for name, p in model.named_parameters():
-            p.requires_grad_(name in trained)
+            if p.is_floating_point():
+                p.requires_grad_(name in trained)
+            elif name in trained:
+                warnings.warn(f"{name} is of {p.dtype} and does not train", stacklevel=3)
         for projection, adapter in zip(what.projections, adapters, strict=True):
             module = modules[projection.module_path]
             attach(module, projection.tensor, adapter.train(module.training), projection.read)
+        forbid_fusing(model, (p.module_path for p in what.projections))
     except BaseException:
         remove(model)
         raise
@@ -97,13 +102,15 @@ def apply_plan(model: nn.Module, what: Plan) -> None:
 def remove(model: nn.Module) -> nn.Module:
     """Take the adapter out without merging it: the base as it was, its parameters trainable as they were."""
     bank = bank_of(model)
+    allow_fusing(model)
     for module in model.modules():
         if is_adapted(module):
             detach(module)
     delattr(model, CHILD)
     parameters = dict(model.named_parameters())
     for name, trains in bank.__dict__[FLAGS].items():
-        parameters[name].requires_grad_(trains)
+        if name in parameters and parameters[name].is_floating_point():  # parts without adapters may have been replaced since
+            parameters[name].requires_grad_(trains)
     return model
 
 

@@ -126,9 +126,7 @@ class Plan:
         return text + render("What the trace shows otherwise", ("weight", "", "trace"), rows_)
 
 
-def plan(
-    model: nn.Module, config: UoraConfig | None = None, *, example_input: Any = None, **options: Any
-) -> Plan:
+def plan(model: nn.Module, config: UoraConfig | None = None, *, example_input: Any = None, **options: Any) -> Plan:
     """What `inject` would do with the same arguments. Touches nothing.
 
     Args:
@@ -169,9 +167,16 @@ def plan(
         if roles:
             projections.append(
                 Projection(
-                    site.module_path, site.tensor, site.form, site.shape, roles, finding.rule, finding.block, site.read,
+                    site.module_path,
+                    site.tensor,
+                    site.form,
+                    site.shape,
+                    roles,
+                    finding.rule,
+                    finding.block,
+                    site.read,
                     () if seen is None else uses_of(site, seen),
-                )  # fmt: skip
+                )
             )
         else:
             outside = finding.roles and finding.rule == UNKNOWN

@@ -84,9 +84,6 @@ def trace(model: nn.Module, example_input: Any) -> Trace:
     ]
     try:
         with torch.random.fork_rng(sorted({p.device.index for p in model.parameters() if p.is_cuda})):
-            # timm's levit and tiny_vit keep what they compute from parameters between eval forwards, until training
-            # starts: with what is kept from before, its parameters look unused; what is kept from here would get stale.
-            model.train()
             model.eval()
             # No need of gradients to see inside nn.MultiheadAttention: an active mode rules out its fused path.
             with torch.no_grad(), tracer:
@@ -94,7 +91,7 @@ def trace(model: nn.Module, example_input: Any) -> Trace:
     finally:
         for hook in hooks:
             hook.remove()
-        model.train()
+        model.train()  # whatever its flag: models that keep things between eval forwards (timm's LeViT) drop them here
         for module, training in flags:  # parents come first
             if module.training != training:
                 module.train(training)
