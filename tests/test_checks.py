@@ -34,7 +34,10 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
     """All that a refusal must leave alone."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {
-        "modules": {n: (type(m), m.training, sorted(vars(m)), [k for k, _ in m.named_children()]) for n, m in model.named_modules()},
+        "modules": {
+            n: (type(m), m.training, sorted(vars(m)), [k for k, _ in m.named_children()])
+            for n, m in model.named_modules()
+        },
         "hooks": {n: {k: len(v) for k, v in vars(m).items() if "hooks" in k} for n, m in model.named_modules()},
         "tensors": {n: (id(t), type(t), t.requires_grad) for n, t in tensors.items()},
         "values": {n: t.detach().clone() for n, t in tensors.items() if has_values(t)},
@@ -228,7 +231,9 @@ def test_asking_does_not_move_the_state_of_a_spectral_norm() -> None:
     before = snapshot(model)["values"]
     refused(model, uora.StateError, QKV)
     uora.plan(model, targets="mlp")
-    assert all(torch.equal(t, before[n]) for n, t in snapshot(model)["values"].items()) and any("._u" in n for n in before)
+    assert all(torch.equal(t, before[n]) for n, t in snapshot(model)["values"].items()) and any(
+        "._u" in n for n in before
+    )
 
 
 def test_a_plain_model_is_looked_at_itself() -> None:

@@ -18,6 +18,7 @@ from conftest import wake
 from test_inject import assert_same, snapshot
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.optim import swa_utils
 from torch.utils.checkpoint import checkpoint
 
 import uora_vision as uora
@@ -33,16 +34,10 @@ GPT2: dict[str, Any] = {"vocab_size": 50, "n_embd": 32, "n_layer": 1, "n_head": 
 MIXTURE: dict[str, Any] = {
     "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
     "intermediate_size": 24, "num_local_experts": 3, "num_experts_per_tok": 2, "bos_token_id": 0, "eos_token_id": 1,
+    "head_dim": 16,
 }  # fmt: skip
 IDS = torch.tensor([[1, 7, 3, 9, 2], [4, 4, 8, 30, 11]])
 draw = torch.randn
-
-
-def mixture(config: Any, model: Any, experts: str, **options: Any) -> Made:
-    made = model(config(**MIXTURE, **options))
-    made.set_experts_implementation(experts)
-    return made, (IDS,)
-
 
 MODELS: dict[str, Callable[[], Made]] = {
     "vit": lambda: (timm.create_model("vit_tiny_patch16_224", **PLAIN), (draw(2, 3, 32, 32),)),
@@ -56,10 +51,10 @@ MODELS: dict[str, Callable[[], Made]] = {
     "clip": lambda: (open_clip.CLIP(16, *TOWERS), (draw(2, 3, 32, 32), torch.randint(50, (2, 8)))),
     "lstm": lambda: (nn.LSTM(6, 8, 2, bidirectional=True, batch_first=True, proj_size=3), (draw(2, 5, 6),)),
     "gpt2": lambda: (transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2)), (IDS,)),
-    **{f"{name}, {experts}": lambda c=config, m=model, e=experts, o=options: mixture(c, m, e, **o)
-       for name, config, model, options in (
-           ("mixtral", transformers.MixtralConfig, transformers.MixtralForCausalLM, {}),
-           ("gpt_oss", transformers.GptOssConfig, transformers.GptOssForCausalLM, {"head_dim": 16}))
+    **{f"{name}, {experts}": lambda m=model, c=config, e=experts: (m(c(**MIXTURE, experts_implementation=e)), (IDS,))
+       for name, model, config in (
+           ("mixtral", transformers.MixtralForCausalLM, transformers.MixtralConfig),
+           ("gpt_oss", transformers.GptOssForCausalLM, transformers.GptOssConfig))
        for experts in ("eager", "grouped_mm", "batched_mm")},
 }  # fmt: skip
 
@@ -148,6 +143,8 @@ def test_outputs_and_gradients_are_those_of_dense_weights(name: str) -> None:
     leaves = [v.detach().double().requires_grad_() for v in vectors(model)]
     plain.double(), model.to(dtype)
     args, wide = cast(args, dtype), cast(args, torch.float64)
+    for mode in (True, False):
+        assert all(adapter.training is mode for adapter in uora.adapters(model.train(mode)).values())
     want = run(lambda *a: functional_call(plain, dense_weights(model, plain, leaves), a), wide)
     got = run(model, args)
     assert close(got, want, tolerance) and not close(run(plain, wide), want, 0.05)
@@ -157,17 +154,20 @@ def test_outputs_and_gradients_are_those_of_dense_weights(name: str) -> None:
     assert close(gradients(model, got), grads, tolerance) and all(g.any() for g in grads)
 
 
-def through_a_file(model: nn.Module) -> nn.Module:
-    torch.save(model, file := io.BytesIO())
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda model: pickle.loads(pickle.dumps(model)),
-    "torch.save": through_a_file,
+    "torch.save": lambda model: torch.load(saved(model), weights_only=False),
 }
+AVERAGES: dict[str, Callable[[nn.Module], Any]] = {
+    "ModelEmaV3": lambda model: timm.utils.ModelEmaV3(model, decay=0.75),
+    "AveragedModel": lambda model: swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.75)),
+}
+
+
+def saved(model: nn.Module) -> io.BytesIO:
+    torch.save(model, file := io.BytesIO())
+    return io.BytesIO(file.getvalue())
 
 
 class TestCopies:
@@ -195,18 +195,14 @@ class TestCopies:
             assert close(run(replicate(model), args), want)
 
     @one_of_each
-    @pytest.mark.parametrize("how", ["ModelEmaV3", "AveragedModel"])
+    @pytest.mark.parametrize("how", AVERAGES)
     def test_an_average_over_time_has_the_mean_vectors_and_computes_with_them(self, name: str, how: str) -> None:
         model, args = adapted(name)
-        if how == "ModelEmaV3":
-            average: Any = timm.utils.ModelEmaV3(model, decay=0.75)
-        else:
-            mean = torch.optim.swa_utils.get_ema_multi_avg_fn(0.75)
-            average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=mean)
-            average.update_parameters(model)  # the first is a copy
+        average = AVERAGES[how](model)
+        update = average.update if how == "ModelEmaV3" else average.update_parameters
+        update(model)  # an AveragedModel takes the first as it is
         before = [p.detach().clone() for p in vectors(model)]
-        wake(model, 2.0, seed=2)
-        (average.update if how == "ModelEmaV3" else average.update_parameters)(model)
+        update(wake(model, 2.0, seed=2))
         want = [0.75 * old + 0.25 * new for old, new in zip(before, vectors(model), strict=True)]
         assert close(vectors(average.module), want)
         with torch.no_grad():
@@ -260,10 +256,8 @@ class TestStates:
         (plain, args), (other, _) = make(name), make(name)
         model = wake(uora.inject(plain, rank=4), 2.0)
         report = model.load_state_dict(other.state_dict(), strict=False)
-        assert not report.unexpected_keys and set(report.missing_keys) == {
-            key for key in model.state_dict() if ".uora" in f".{key}"
-        }
-        assert len(report.missing_keys) == len(vectors(model))
+        assert not report.unexpected_keys and len(report.missing_keys) == len(vectors(model))
+        assert all(".uora" in f".{key}" for key in report.missing_keys)
         assert close(run(model, args), run(dense(model, other, torch.float32), args))
 
     @one_of_each
@@ -292,8 +286,7 @@ class TestStates:
     @one_of_each
     def test_reading_a_weight(self, name: str) -> None:
         """As stored where the module is called, W + dW where the model reads it."""
-        plain, _ = make(name)
-        model = wake(uora.inject(copy.deepcopy(plain), rank=4), 2.0)
+        plain, model, _ = both(name)
         summed, read = dense(model, plain, torch.float32), 0
         for projection in uora.plan(plain, rank=4).projections:
             module = model.get_submodule(projection.module_path)
@@ -331,10 +324,7 @@ MASKS: dict[str, dict[str, Any]] = {
     "boolean": {"attn_mask": torch.ones(5, 5).triu(1).bool()},
     "float": {"attn_mask": torch.randn(5, 5, generator=torch.Generator().manual_seed(2))},
     "padding": {"key_padding_mask": torch.tensor([[False] * 5, [False] * 3 + [True] * 2])},
-    "both": {
-        "attn_mask": torch.ones(5, 5).triu(2).bool(),
-        "key_padding_mask": torch.tensor([[False] * 4 + [True]] * 2),
-    },
+    "both": {"attn_mask": torch.ones(5, 5).triu(2).bool(), "key_padding_mask": torch.arange(10).view(2, 5) % 5 > 3},
     "unaveraged": {"average_attn_weights": False},
 }  # fmt: skip
 
@@ -354,11 +344,9 @@ class TestAttention:
         with torch.no_grad(), torch.autograd.profiler.profile() as ran:
             fast = model(x, x, x, **options)
         assert calls(ran, "_native_multi_head_attention") == (batch_first and mask != "float")
+        assert (want[1] is None) != need_weights
         for result in (slow, fast):
-            torch.testing.assert_close(result[0], want[0], rtol=1e-4, atol=1e-5)
-            assert (result[1] is None) == (not need_weights)
-            if need_weights:
-                torch.testing.assert_close(result[1], want[1], rtol=1e-4, atol=1e-5)
+            assert close([*float_tensors(result)], [*float_tensors(want)])
         assert not close(plain(x, x, x, **options)[0], want[0], 0.1)
 
     def test_an_encoder_over_nested_tensors(self) -> None:
@@ -369,12 +357,11 @@ class TestAttention:
         model = wake(uora.inject(copy.deepcopy(plain), rank=4))
         x, padding = torch.randn(2, 5, 16), MASKS["padding"]["key_padding_mask"]
         want = dense(model, plain, torch.float32)(x, src_key_padding_mask=padding)
-        torch.testing.assert_close(model(x, src_key_padding_mask=padding), want, rtol=1e-4, atol=1e-5)
+        assert close(model(x, src_key_padding_mask=padding), want)
         with torch.no_grad(), torch.autograd.profiler.profile() as ran:
             got = model(x, src_key_padding_mask=padding)
         assert calls(ran, "_transformer_encoder_layer_fwd") == 2 and calls(ran, "_nested_tensor_from_mask") == 1
-        torch.testing.assert_close(got[~padding], want[~padding], rtol=1e-4, atol=1e-5)
-        assert not got[padding].any()
+        assert close(got[~padding], want[~padding]) and not got[padding].any()
 
 
 class TestTraining:
@@ -395,15 +382,6 @@ class TestTraining:
         assert switch is not None
         switch()
         assert close(gradients(model, run(model, args)), grads)
-
-    @one_of_each
-    def test_modes_switch_with_the_model(self, name: str) -> None:
-        model, args = adapted(name)
-        want = run(model, args)
-        assert all(a.training for a in (model.train(), *uora.adapters(model).values()))
-        run(model, args)
-        assert not any(a.training for a in (model.eval(), *uora.adapters(model).values()))
-        assert torch.equal(run(model, args), want)
 
     def test_threads_with_and_without_gradients_do_not_meet(self) -> None:
         model, args = adapted("mixtral, eager")

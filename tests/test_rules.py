@@ -56,7 +56,7 @@ class TestTraps:
     @pytest.mark.parametrize(
         "name",
         ["resnet50", "seresnet50", "tresnet_m", "vgg11", "efficientnet_b0", "mobilenetv3_small_100", "skresnet18",
-         "resnest14d", "ese_vovnet19b_dw", "ghostnet_100", "gcresnet50t", "regnety_002", "convmixer_768_32"],
+         "resnest14d", "resnest50d_4s2x40d", "ese_vovnet19b_dw", "ghostnet_100", "gcresnet50t", "regnety_002", "convmixer_768_32"],
     )  # fmt: skip
     def test_convolutional_networks_say_so_and_what_to_do(self, name: str) -> None:
         model = meta(name)

@@ -109,7 +109,9 @@ def remove(model: nn.Module) -> nn.Module:
     delattr(model, CHILD)
     parameters = dict(model.named_parameters())
     for name, trains in bank.__dict__[FLAGS].items():
-        if name in parameters and parameters[name].is_floating_point():  # parts without adapters may have been replaced since
+        if (
+            name in parameters and parameters[name].is_floating_point()
+        ):  # parts without adapters may have been replaced since
             parameters[name].requires_grad_(trains)
     return model
 

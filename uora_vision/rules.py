@@ -50,7 +50,7 @@ _MLPS: tuple[tuple[tuple[str, ...], str], ...] = (
 """Names of the layers that lead into the hidden width of an MLP, and of the one that leads out of it."""
 _MLP_WORDS = re.compile(r"mlp|ffn|feed_?forward|channel_mixer|glu", re.IGNORECASE)
 _ATTENTION_WORDS = re.compile(r"attention|attn", re.IGNORECASE)
-_SQUEEZE = re.compile(r"^(se|SE[A-Z]\w*|\w*Squeeze\w*)$")
+_SQUEEZE = re.compile(r"^(se|SE[A-Z]\w*|\w*Squeeze\w*|SplitAttn)$")
 POSITION = re.compile(r"rel_?pos|cpb|meta_mlp|pos_|_pos\b|position|bias", re.IGNORECASE)
 TALKING_HEADS = re.compile(r"talking|proj_[lw]$")
 COORDINATES = 4  # so few inputs are positions or a single map, not features
