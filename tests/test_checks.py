@@ -353,8 +353,11 @@ def mixed(*modules: nn.Module) -> None:
 
 
 class TestPeft:
-    @pytest.mark.parametrize("config", [peft.LoraConfig(r=2, target_modules=["qkv"]),
-                                        peft.VeraConfig(r=2, target_modules=["fc1"])], ids=["lora", "vera"])  # fmt: skip
+    @pytest.mark.parametrize(
+        "config",
+        [peft.LoraConfig(r=2, target_modules=["qkv"]), peft.VeraConfig(r=2, target_modules=["fc1"])],
+        ids=["lora", "vera"],
+    )
     def test_timm(self, config: peft.PeftConfig, images: Tensor) -> None:
         wrapped = peft.get_peft_model(small_vit(), config)
         refused(wrapped, uora.StateError, "PeftModel", "merge_and_unload()")

@@ -18,7 +18,8 @@ LINEAR = {"timm/efficientvit_b0"}
 WRAPPERS = {"linear", "conv", "c"}
 PACKED = [
     "timm/levit_128s", "timm/levit_conv_128s", "timm/tiny_vit_5m_224", "timm/efficientformer_l1",
-    "timm/efficientvit_b0", "timm/lowformer_b0", "timm/cpubone_b0_bfrobust", "timm/botnet26t_256", "timm/gcvit_xxtiny", "timm/twins_svt_small",
+    "timm/efficientvit_b0", "timm/lowformer_b0", "timm/cpubone_b0_bfrobust",
+    "timm/botnet26t_256", "timm/gcvit_xxtiny", "timm/twins_svt_small",
     "timm/hiera_tiny_224", "timm/vit_pwee_patch16_reg1_gap_256",
     "timm/maxvit_nano_rw_256", "timm/coatnet_nano_rw_224", "timm/visformer_tiny", "timm/nest_tiny",
     "open_clip/ViT-B-32", "transformers/gpt2", "transformers/gpt_neox", "transformers/bloom", "transformers/falcon",

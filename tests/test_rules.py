@@ -41,7 +41,8 @@ class TestTraps:
             ("cait_xxs24_224", "blocks.0.attn.proj_w", "mixes heads"),
             ("vit_tiny_patch16_224", "patch_embed.proj", "no rule knows it; targets='conv' adapts it"),
             ("vit_tiny_patch16_224", "head", "part of the head"),
-            ("swin_tiny_patch4_window7_224", "layers.1.downsample.reduction", "no rule knows it; targets='other' adapts it"),
+            ("swin_tiny_patch4_window7_224", "layers.1.downsample.reduction",
+             "no rule knows it; targets='other' adapts it"),
             ("hiera_tiny_224", "blocks.1.proj", "no rule knows it; targets='other' adapts it"),
             ("mvitv2_tiny", "stages.1.blocks.0.shortcut_proj_attn", "no rule knows it; targets='other' adapts it"),
             ("tnt_s_patch16_224", "blocks.0.proj", "no rule knows it; targets='other' adapts it"),
@@ -56,7 +57,8 @@ class TestTraps:
     @pytest.mark.parametrize(
         "name",
         ["resnet50", "seresnet50", "tresnet_m", "vgg11", "efficientnet_b0", "mobilenetv3_small_100", "skresnet18",
-         "resnest14d", "resnest50d_4s2x40d", "ese_vovnet19b_dw", "ghostnet_100", "gcresnet50t", "regnety_002", "convmixer_768_32"],
+         "resnest14d", "resnest50d_4s2x40d", "ese_vovnet19b_dw", "ghostnet_100", "gcresnet50t", "regnety_002",
+         "convmixer_768_32"],
     )  # fmt: skip
     def test_convolutional_networks_say_so_and_what_to_do(self, name: str) -> None:
         model = meta(name)
