@@ -104,7 +104,7 @@ class TestCommand:
 
     def test_it_goes_on_where_it_stopped_and_survives_a_cut_line(self, tmp_path: Path) -> None:
         rows = tmp_path / "rows.jsonl"
-        row = {"library": "transformers", "name": "gptj", "projections": True, "failures": []}
+        row = {"library": "transformers", "name": "gptj", "projections": True, "dead": 0, "failures": []}
         rows.write_text(json.dumps(row) + "\n" + json.dumps({**row, "name": "gpt2"})[:40] + "\n")
         result = self.run("--only", "transformers/gpt[2j]", "--rows", str(rows), "--workers", "1")
         assert result.exit_code == 0 and "2 models, 1 of them in" in result.output

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -312,7 +313,8 @@ class TestStates:
 def holdings(model: nn.Module) -> dict[str, list[Any]]:
     """What is in every dict and list of every module, by identity."""
     held = {f"{n} {k}": v for n, m in model.named_modules() for k, v in vars(m).items() if isinstance(v, dict | list)}
-    return {key: [id(v) for v in (x.values() if isinstance(x, dict) else x)] for key, x in held.items()}
+    seen = lambda v: id(v() if isinstance(v, weakref.ref) else v)  # noqa: E731
+    return {key: [seen(v) for v in (x.values() if isinstance(x, dict) else x)] for key, x in held.items()}
 
 
 def calls(profile: Any, operation: str) -> int:

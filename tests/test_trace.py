@@ -589,9 +589,15 @@ def test_same_module_under_two_names() -> None:
 # What a trace leaves behind
 
 
+class Noise(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.rand_like(x)
+
+
 def test_model_and_random_state_are_as_before() -> None:
-    model = timm.create_model("vit_base_patch16_224", **PLAIN, proj_drop_rate=0.5).train()
-    model.blocks.eval()
+    vit = timm.create_model("vit_base_patch16_224", **PLAIN, proj_drop_rate=0.5)
+    model = nn.Sequential(Noise(), vit).train()
+    vit.blocks.eval()
     flags = [m.training for m in model.modules()]
     values = copy.deepcopy(model.state_dict())
     random = torch.get_rng_state()
