@@ -86,7 +86,7 @@ def apply_plan(model: nn.Module, what: Plan) -> None:
     model.add_module(CHILD, bank)
     try:
         for name, p in model.named_parameters():
-            if p.is_floating_point():
+            if p.is_floating_point() or p.is_complex():
                 p.requires_grad_(name in trained)
             elif name in trained:
                 warnings.warn(f"{name} is of {p.dtype} and does not train", stacklevel=3)
@@ -107,12 +107,10 @@ def remove(model: nn.Module) -> nn.Module:
         if is_adapted(module):
             detach(module)
     delattr(model, CHILD)
-    parameters = dict(model.named_parameters())
-    for name, trains in bank.__dict__[FLAGS].items():
-        if (
-            name in parameters and parameters[name].is_floating_point()
-        ):  # parts without adapters may have been replaced since
-            parameters[name].requires_grad_(trains)
+    flags = bank.__dict__[FLAGS]
+    for name, p in model.named_parameters():  # parts without adapters may have been replaced since
+        if name in flags and (p.is_floating_point() or p.is_complex()):
+            p.requires_grad_(flags[name])
     return model
 
 
