@@ -307,6 +307,7 @@ class TestModules:
         uora.merge(model)
         torch.testing.assert_close(model(x).double(), want, rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["same", "1-D, circular"])
     def test_compiled_as_one_graph(self, name: str) -> None:
         model, x = module(name)

@@ -446,7 +446,11 @@ def rotated_halves(y: Tensor) -> Tensor:
         (lambda y: rotated_halves(y.unflatten(-1, (2, 4))).flatten(-2), -1),
         (lambda y: torch.view_as_real(torch.view_as_complex(y.unflatten(-1, (4, 2))) * 1j).flatten(-2), -1),
         (lambda y: F.pad(y, (0, 0, 1, 1), value=1.0).roll(1, 1).flip(0), -1),
-        (lambda y: y.permute(2, 0, 1).contiguous().view(8, 10), 0),
+        (
+            lambda y: y.unflatten(-1, (2, 4)).transpose(1, 2).contiguous().view(4, 5, 4)  # heads in the batch
+            .view(2, 2, 5, 4).transpose(1, 2).flatten(-2),
+            -1,
+        ),
         (lambda y: torch.stack([y[..., :4], y[..., 4:]]).permute(1, 2, 0, 3).reshape(2, 5, 8), -1),
         (lambda y: F.unfold(y.mT.unsqueeze(-1), (3, 1), padding=(1, 0)).view(2, 8, 3, 5), 1),
         (lambda y: F.max_pool1d(y.mT, 2), 1),
