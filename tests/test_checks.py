@@ -380,7 +380,7 @@ class TestPeft:
         model = transformers.ViTModel(config)
         query = uora.plan(model, targets="q").projections[0].path
         assert len(uora.plan(model).projections) == 6
-        model.add_adapter(peft.LoraConfig(r=2, target_modules=[query.rpartition(".")[2]]))
+        peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=[query.rpartition(".")[2]]), model)
         refused(model, uora.StateError, f"{query} is a Linear of PEFT")
 
 

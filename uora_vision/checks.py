@@ -1,16 +1,15 @@
-"""What a model and its weights must be for an adapter to go in, and what an adapted model must not do.
+"""What a model and its weights must be for an adapter to go in.
 
-A weight can be hidden: parametrized, quantised, behind a wrapper, in a compiled module. Whether that matters depends on
-whether it would be adapted. So the rules look at a stand-in in which nothing is hidden, and only what they choose there
-is held against the model.
+A weight can be hidden: parametrized, quantised in an unknown way, behind a wrapper, in a compiled module. Whether that
+matters depends on whether it would be adapted. So the rules look at a stand-in in which nothing is hidden, and only
+what they choose there is held against the model.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from .errors import ConfigError, StateError, TargetError, UoraError
+from .quantised import is_quantised, is_quantised_linear
 from .rules import CONV, OTHER, _registered
 from .sites import Site, Unit, find_sites
 from .views import Form
@@ -94,6 +94,11 @@ def check_weights(model: nn.Module, projections: Iterable[Projection]) -> None:
                 raise obstacle.error
         weight = modules[p.module_path]._parameters[p.tensor]
         assert weight is not None
+        if p.read and is_quantised(weight):
+            raise TargetError(
+                f"{p.path} ({type(weight).__name__}) is quantised, and the model reads this weight itself rather than "
+                f"call its layer: there W + dW would have to be formed. Load it unquantised. {_leave_out(p.path)}"
+            )
         low, high = _DIMENSIONS[p.form]
         if not low <= weight.dim() <= high:
             raise TargetError(
@@ -176,10 +181,11 @@ def _hidden(model: nn.Module) -> Iterator[Hidden]:
             yield Hidden(path, None, False, error)
         else:
             for tensor, p in module._parameters.items():
-                if p is not None and (kind := _odd(p)):
+                if p is not None and (kind := _odd(p)) and not (tensor == "weight" and is_quantised_linear(module)):
                     error = TargetError(
                         f"{tensor} of {where} is {kind}; an adapter goes on a dense torch.nn.Parameter of float32, "
-                        f"float64, bfloat16 or float16. {_leave_out(_path(path, tensor))}"
+                        "float64, bfloat16 or float16, or on a Linear quantised by bitsandbytes or torchao. "
+                        f"{_leave_out(_path(path, tensor))}"
                     )
                     yield Hidden(path, tensor, False, error)
 
@@ -208,6 +214,9 @@ def _stand_in(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
             shapes[name] = new.__dict__.pop(name).shape
         none = {name: None for name, p in module._parameters.items() if p is None}
         empty = {name: nn.Parameter(torch.empty(shape, device="meta")) for name, shape in shapes.items()}
+        packed = module._parameters.get("weight")
+        if packed is not None and is_quantised_linear(module):
+            empty["weight"] = packed  # its layer can be adapted as it is
         new.__dict__["_parameters"] = none | empty
         new.__dict__["_modules"] = {n: None if c is None else _stand_in(c, made) for n, c in children.items()}
     return made[module]
@@ -353,46 +362,3 @@ def _path(module_path: str, tensor: str) -> str:
 
 def _leave_out(path: str) -> str:
     return f"Or leave it out: exclude={path!r}."
-
-
-_FUSING = ("fuse", "reparameterize", "switch_to_deploy", "convert_to_deploy", "fuse_model")
-"""Methods by which models of timm and torchvision compute new weights from those they have."""
-
-
-class MergeFirst:
-    """Stands in an adapted model for a method that would make new weights without the adapter."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise StateError(
-            f"{self.name}() would make new weights and lose the adapter. merge() the model first (or a copy of it, to "
-            "keep the adapter), or remove() the adapter."
-        )
-
-
-def forbid_fusing(model: nn.Module, paths: Iterable[str]) -> None:
-    """Make the modules on the way to the given ones refuse to fuse or re-parametrize themselves; copies and pickles of
-    the model refuse too."""
-    modules = dict(model.named_modules())
-    above = {".".join(parts[:i]) for path in paths for parts in [path.split(".")] for i in range(len(parts) + 1)}
-    for path in above:
-        for name in _FUSING:
-            if _takes_nothing(getattr(type(modules[path]), name, None)):
-                modules[path].__dict__[name] = MergeFirst(f"{path}.{name}".lstrip("."))
-
-
-def allow_fusing(model: nn.Module) -> None:
-    """Undo `forbid_fusing`."""
-    for module in model.modules():
-        for name in [name for name, value in vars(module).items() if isinstance(value, MergeFirst)]:
-            del module.__dict__[name]
-
-
-def _takes_nothing(method: Any) -> bool:
-    """Whether a method can be called without arguments; one of such a name with some fuses features, in the forward."""
-    if not inspect.isroutine(method):
-        return False
-    _, *others = inspect.signature(method).parameters.values()
-    return all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in others)

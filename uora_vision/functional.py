@@ -13,7 +13,8 @@ Two forms compute the same y, and the operation counts choose between them (UORA
 - *folded*, for many tokens: W + L A is formed once, at a cost that does not depend on the number of tokens, and y is
   one product. It is formed again for the input gradient rather than kept.
 - *factored*, for few tokens, or when W is stored in a type too coarse to hold the sum (bfloat16, float16). Over a
-  coarse W it is one product too, [x, u] [W, L]^T, and the update is added before y is rounded.
+  coarse W it is one product too, [x, u] [W, L]^T, and the update is added before y is rounded. A quantised W has its
+  own product, and the update is added to what comes out of it.
 
 The gradients of b and d need only P = g^T (x A^T), (rows x r), so the forward keeps u = x A^T, N x r, and never
 anything of size N x out. When r is so large that P costs less as (g^T x) A^T, x is kept in place of u.
@@ -33,6 +34,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from .reduced import Reduced
 from .views import Form, Spans, add_, from_matrix, in_order, place, take, to_matrix
 
 WIDE = (torch.float32, torch.float64)
@@ -48,6 +50,7 @@ def project(
     spans: Spans,
     a: Sequence[Tensor],
     bm: Sequence[Tensor],
+    reduced: Reduced | None = None,
 ) -> Tensor:
     """The adapted projection, (..., in) -> (..., out).
 
@@ -55,13 +58,50 @@ def project(
         x: (..., in).
         weight: frozen W, (out, in).
         bias: (out,) or None.
+        reduced: shared by projections that may have their input in common.
     """
+    source = x
     if autocasts(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     with exact(x):
         if not torch.is_grad_enabled():
             return _forward(x, weight, bias, b, d, spans, a, bm)
-        return _Project.apply(x, weight, bias, b, d, spans, len(a), *a, *bm)
+        keep_x = weight.requires_grad or _large(x.shape[-1], len(a), b, d)
+        u = None if keep_x or reduced is None else reduced(source, x.dtype, a)
+        return _Project.apply(x, weight, bias, b, d, u, spans, len(a), *a, *bm)
+
+
+def add_update(
+    x: Tensor,
+    y: Tensor,
+    b: Tensor,
+    d: Tensor,
+    spans: Spans,
+    a: Sequence[Tensor],
+    bm: Sequence[Tensor],
+    reduced: Reduced | None = None,
+) -> Tensor:
+    """y plus the low-rank branch of x, where the frozen layer has computed y itself (quantised weights): (..., out).
+
+    The layer has rounded y to its type already, and the sum is rounded to it again. Over a y in bfloat16, updates far
+    below half a unit in its last place are mostly lost in the outputs (of those of 2^-9 of y's standard deviation about
+    a fifth, of 2^-11 about 70%); gradients are not rounded so, and b and d grow in float32 all the same. A layer that
+    computes in float32 loses nothing.
+
+    Args:
+        x: (..., in).
+        y: (..., out), the frozen layer's output for x.
+        reduced: shared by projections that may have their input in common.
+    """
+    source = x
+    if autocasts(x):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    with exact(x):
+        if not torch.is_grad_enabled():
+            flat = x.reshape(-1, x.shape[-1])
+            return _added(y, [flat @ m.to(x.dtype).t() for m in a], b, d, spans, bm)
+        u = None if reduced is None or _large(x.shape[-1], len(a), b, d) else reduced(source, x.dtype, a)
+        return _AddUpdate.apply(x, y, b, d, u, spans, len(a), *a, *bm)
 
 
 def fold(
@@ -105,15 +145,15 @@ class _Project(torch.autograd.Function):
         bias: Tensor | None,
         b: Tensor,
         d: Tensor,
+        u: Tensor | None,
         spans: Spans,
         n_a: int,
         *banks: Tensor,
     ) -> Tensor:
         a, bm = banks[:n_a], banks[n_a:]
         flat = x.reshape(-1, x.shape[-1])
-        width, rows, rank = x.shape[-1], b.numel(), d.shape[1]
-        keep_x = ctx.needs_input_grad[1] or rank * (width * n_a + rows) > width * rows
-        kept = (flat,) if keep_x else tuple(flat @ m.to(x.dtype).t() for m in a)
+        keep_x = ctx.needs_input_grad[1] or _large(x.shape[-1], n_a, b, d)
+        kept = (flat,) if keep_x else (u,) if u is not None else tuple(flat @ m.to(x.dtype).t() for m in a)
         ctx.save_for_backward(weight, b, d, *banks, *kept)
         ctx.spans, ctx.n_a, ctx.n_banks, ctx.keep_x = spans, n_a, len(banks), keep_x
         return _forward(x, weight, bias, b, d, spans, a, bm, None if keep_x else kept)
@@ -135,11 +175,41 @@ class _Project(torch.autograd.Function):
             if need_bias:
                 grad_bias = flat.sum(0)
             if need_b or need_d:
-                p = _products(flat, kept, spans, whole=n_a == 1)
-                if ctx.keep_x:
-                    p = [part @ a[k % n_a].to(g.dtype).t() for k, part in enumerate(p)]
-                grad_b, grad_d = vector_gradients(torch.cat(p), b, d, spans, bm)
-        return grad_x, grad_w, grad_bias, grad_b, grad_d, *[None] * (2 + ctx.n_banks)
+                p = _products(flat, kept, spans, a, ctx.keep_x)
+                grad_b, grad_d = vector_gradients(p, b, d, spans, bm)
+        return grad_x, grad_w, grad_bias, grad_b, grad_d, *[None] * (3 + ctx.n_banks)
+
+
+class _AddUpdate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, b: Tensor, d: Tensor, u: Tensor | None, spans: Spans, n_a: int, *banks: Tensor
+    ) -> Tensor:
+        a, bm = banks[:n_a], banks[n_a:]
+        flat = x.reshape(-1, x.shape[-1])
+        each = (u,) if u is not None else tuple(flat @ m.to(x.dtype).t() for m in a)
+        ctx.keep_x = _large(x.shape[-1], n_a, b, d)
+        kept = (flat,) if ctx.keep_x else each
+        ctx.save_for_backward(b, d, *banks, *kept)
+        ctx.spans, ctx.n_a, ctx.n_banks = spans, n_a, len(banks)
+        return _added(y, each, b, d, spans, bm)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        b, d, *rest = ctx.saved_tensors
+        a, bm, kept = rest[: ctx.n_a], rest[ctx.n_a : ctx.n_banks], rest[ctx.n_banks :]
+        grad_x = grad_b = grad_d = None
+        flat = g.reshape(-1, g.shape[-1]).to(kept[0].dtype)
+        with exact(g):
+            if ctx.needs_input_grad[0]:
+                left = left_matrix(b, d, ctx.spans, ctx.n_a, bm, g.shape[-1]).to(flat.dtype)
+                grad_x = (flat @ left) @ torch.cat([m.to(flat.dtype) for m in a])
+                grad_x = grad_x.view(*g.shape[:-1], a[0].shape[1])
+            if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+                p = _products(flat, kept, ctx.spans, a, ctx.keep_x)
+                grad_b, grad_d = vector_gradients(p, b, d, ctx.spans, bm)
+        return grad_x, g if ctx.needs_input_grad[1] else None, grad_b, grad_d, *[None] * (3 + ctx.n_banks)
 
 
 class _Fold(torch.autograd.Function):
@@ -255,15 +325,37 @@ def _fold(
     return (wide + from_matrix(change, form, weight.shape)).to(weight.dtype)
 
 
-def _products(g: Tensor, kept: Sequence[Tensor], spans: Spans, whole: bool) -> list[Tensor]:
-    """g^T u of each role, (rows, r), or g^T x, (rows, in); if `whole` and the roles are in order, one for all."""
-    if whole and in_order(spans, g.shape[1]):
-        return [g.t() @ kept[0]]
-    return [take(g.t(), span) @ kept[k % len(kept)] for k, span in enumerate(spans)]
+def _added(y: Tensor, u: Sequence[Tensor], b: Tensor, d: Tensor, spans: Spans, bm: Sequence[Tensor]) -> Tensor:
+    """y + u L^T in the type of y, for u (N, r) of each A."""
+    left = left_matrix(b, d, spans, len(u), bm, y.shape[-1]).to(u[0].dtype).t()
+    joined, flat = u[0] if len(u) == 1 else torch.cat(list(u), dim=1), y.reshape(-1, y.shape[-1])
+    if y.dtype == joined.dtype:
+        return torch.addmm(flat, joined, left).view(y.shape)
+    return (flat + joined @ left).to(y.dtype).view(y.shape)
+
+
+def _large(width: int, n_a: int, b: Tensor, d: Tensor) -> bool:
+    """Whether r is so large that P costs less as (g^T x) A^T than as g^T (x A^T)."""
+    rows, rank = b.numel(), d.shape[1]
+    return rank * (width * n_a + rows) > width * rows
+
+
+def _products(g: Tensor, kept: Sequence[Tensor], spans: Spans, a: Sequence[Tensor], keep_x: bool) -> Tensor:
+    """P = g^T u, (sum of rows, r), span after span, from what the forward kept: x, or u of each A."""
+    if len(a) == 1 and in_order(spans, g.shape[1]):
+        p = [g.t() @ kept[0]]
+    else:
+        p = [take(g.t(), span) @ kept[k % len(kept)] for k, span in enumerate(spans)]
+    if keep_x:
+        p = [part @ a[k % len(a)].to(g.dtype).t() for k, part in enumerate(p)]
+    return torch.cat(p)
 
 
 def _folds(tokens: int, weight: Tensor) -> bool:
-    """Whether one product of size r * in * out costs less than those of the tokens, r * tokens * (in + out)."""
+    """Whether one product of size r * in * out costs less than those of the tokens, r * tokens * (in + out).
+
+    With and without gradients alike, so that both compute the same y (re-entrant checkpointing relies on it).
+    """
     out, width = weight.shape
     return weight.dtype in WIDE and tokens * (width + out) > width * out
 

@@ -6,15 +6,18 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from .bank import Bank
-from .checks import allow_fusing, forbid_fusing
 from .config import UoraConfig
 from .errors import StateError
 from .functional import WIDE
-from .layers import CHILD, Adapter, adapters_of, attach, detach, is_adapted
+from .fusing import allow_fusing, forbid_fusing
+from .layers import CHILD, REDUCED, Adapter, adapters_of, attach, detach, is_adapted
 from .plan import Plan, plan
+from .quantised import is_quantised
+from .reduced import Reduced
 from .verify import verify
 from .walker import head_names
 
@@ -75,13 +78,14 @@ def apply_plan(model: nn.Module, what: Plan) -> None:
         (p.shape[1] for p in what.projections),
         (role.rows for p in what.projections for role in p.roles),
         device=first.device,
-        dtype=first.dtype,
+        dtype=torch.float32 if is_quantised(first) else first.dtype,
     )
     adapters = [
         Adapter(p.path, p.roles, p.shape[1], bank, p.form, config.d_init, config.dropout, first.device)
         for p in what.projections
     ]
     trained = set(base_parameters(model, config.train))
+    bank.__dict__[REDUCED] = Reduced()
     bank.__dict__[FLAGS] = {name: p.requires_grad for name, p in model.named_parameters()}
     model.add_module(CHILD, bank)
     try:

@@ -23,10 +23,15 @@ from torch import Tensor, nn
 from . import functional
 from .bank import Bank
 from .convolution import Geometry, convolve
+from .quantised import is_quantised, is_quantised_linear, own_forward
 from .views import Form, Span, from_matrix, to_matrix
 
 CHILD = "uora"
 """Name of the child module that holds the vectors of a module's `weight`, and of the bank in the injected model."""
+
+
+REDUCED = "_uora_reduced"
+"""Where a bank keeps the `Reduced` of its adapters."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,15 @@ class Adapter(nn.Module):
             dropped = nn.functional.dropout(x, self.dropout)
             branch = functional.delta(dropped, self.b, self.d, self.spans, a, bm, matrix.shape[0])
             return nn.functional.linear(x, matrix, bias) + branch
-        return functional.project(x, matrix, bias, self.b, self.d, self.spans, a, bm)
+        return functional.project(x, matrix, bias, self.b, self.d, self.spans, a, bm, self.bank.__dict__.get(REDUCED))
+
+    def add_update(self, x: Tensor, y: Tensor) -> Tensor:
+        """y + low-rank branch of x, for a layer that has computed its y itself; see `functional.add_update`."""
+        a, bm = self.matrices()
+        if self.training and self.dropout:
+            dropped = nn.functional.dropout(x, self.dropout)
+            return (y + functional.delta(dropped, self.b, self.d, self.spans, a, bm, y.shape[-1])).to(y.dtype)
+        return functional.add_update(x, y, self.b, self.d, self.spans, a, bm, self.bank.__dict__.get(REDUCED))
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
         """The adapted convolution; see `convolution.convolve`."""
@@ -194,7 +207,10 @@ class Adapted:
 
 class CalledLinear(Adapted):
     def forward(self, x: Tensor) -> Tensor:
-        return getattr(self, CHILD).project(x, raw(self, "weight"), raw(self, "bias"))
+        adapter, weight = getattr(self, CHILD), raw(self, "weight")
+        if is_quantised(weight):
+            return adapter.add_update(x, own_forward(self, base_class(self).forward, x))
+        return adapter.project(x, weight, raw(self, "bias"))
 
 
 class CalledConv(Adapted):
@@ -276,7 +292,7 @@ def child(tensor: str) -> str:
 
 def call_form(module: nn.Module) -> Form | None:
     """The form of the weight of a module that can be called adapted; None if its forward is its own."""
-    return _call_form(base_class(module))
+    return "matrix" if is_quantised_linear(module) else _call_form(base_class(module))
 
 
 def _call_form(cls: type[nn.Module]) -> Form | None:

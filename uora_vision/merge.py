@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import DeadAdapterError
+from .errors import DeadAdapterError, StateError
 from .inject import adapters, remove
 from .layers import Adapter, adapters_of, raw
+from .quantised import dequantised, float_type, is_quantised
 from .verify import call, float_tensors
 
 
@@ -42,7 +43,11 @@ class MergeReport:
 
 @torch.no_grad()
 def merge(
-    model: nn.Module, example_input: Any = None, *, on_report: Callable[[MergeReport], None] | None = None
+    model: nn.Module,
+    example_input: Any = None,
+    *,
+    dequantize: bool = False,
+    on_report: Callable[[MergeReport], None] | None = None,
 ) -> nn.Module:
     """Add every dW to its weight, in place, and take the adapter out: the original classes and state-dict keys.
 
@@ -51,27 +56,44 @@ def merge(
 
     Args:
         example_input: if given, the outputs before and after are compared, in eval mode.
+        dequantize: replace every adapted layer that is stored quantised by an nn.Linear that holds the values of its
+            codes plus dW: in the type of its inputs for torchao, in that of the base's first parameter of floats (its
+            embedding) for bitsandbytes. Hooks on the old layer are lost. Other quantised layers stay as they are.
         on_report: called with what was measured; by default a line is printed when an example input is given.
 
     Returns:
         The same model, trainable where it was before `inject`.
 
     Raises:
-        StateError: the model is not injected.
+        StateError: the model is not injected, or has adapters on quantised weights and `dequantize` is not set.
         DeadAdapterError: a merged weight would not be finite; nothing is changed.
     """
     found = adapters(model)
     weights = {a.name: raw(m, tensor) for m in model.modules() for tensor, a in adapters_of(m).items()}
+    packed = {a.name: m for m in model.modules() for a in adapters_of(m).values() if is_quantised(weights[a.name])}
+    if packed and not dequantize:
+        raise StateError(
+            f"{len(packed)} of {len(found)} adapted weights ({next(iter(packed))}, ...) are quantised, and their codes "
+            "cannot hold W + dW. merge(model, dequantize=True) replaces these layers by plain ones of floats; or keep "
+            "the adapter beside the base, as save() does."
+        )
     before = _outputs(model, example_input)
-    merged = {name: _merged(weights[name], adapter) for name, adapter in found.items()}
+    floats = _float_type(model)
+    types = {name: float_type(w, floats) if name in packed else w.dtype for name, w in weights.items()}
+    merged = {
+        name: _merged(dequantised(packed[name]) if name in packed else weights[name], adapter, types[name])
+        for name, adapter in found.items()
+    }
     broken = [name for name, (weight, _) in merged.items() if not weight.isfinite().all()]
     if broken:
         raise DeadAdapterError(
             f"merging would give weights that are not finite in {', '.join(broken)}; nothing was changed"
         )
     for name, (weight, _) in merged.items():
-        weights[name].copy_(weight)
+        if name not in packed:
+            weights[name].copy_(weight)
     remove(model)
+    _replace(model, {module: _plain_linear(module, merged[name][0]) for name, module in packed.items()})
     report = MergeReport(len(merged), max(error for _, error in merged.values()))
     if before is not None:
         after = _outputs(model, example_input)
@@ -84,14 +106,37 @@ def merge(
     return model
 
 
-def _merged(weight: Tensor, adapter: Adapter) -> tuple[Tensor, float]:
-    """The merged weight in its own type, and its largest rounding error."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
+def _merged(weight: Tensor, adapter: Adapter, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """The merged weight in a type, and its largest rounding error."""
+    wide = torch.promote_types(dtype, torch.float32)
     exact = adapter.merged(weight, wide)
-    if wide == weight.dtype:
+    if wide == dtype:
         return exact, 0.0
-    stored = exact.to(weight.dtype)
+    stored = exact.to(dtype)
     return stored, (stored.to(wide) - exact).abs().max().item()
+
+
+def _float_type(model: nn.Module) -> torch.dtype:
+    """The type of the base's first parameter of floats, as of its embedding; float32 if it has none."""
+    base = (p for m in model.modules() if not isinstance(m, Adapter) for p in m._parameters.values())
+    return next((p.dtype for p in base if type(p) is nn.Parameter and p.is_floating_point()), torch.float32)
+
+
+def _plain_linear(module: nn.Module, weight: Tensor) -> nn.Linear:
+    """An nn.Linear of this weight and the old bias, in the old one's mode, frozen as it was."""
+    bias = module._parameters["bias"]
+    plain = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=bias.requires_grad)
+    return plain.train(module.training)
+
+
+def _replace(model: nn.Module, new: dict[nn.Module, nn.Linear]) -> None:
+    """Put modules in the place of others, under every path that those have."""
+    for path, module in list(model.named_modules(remove_duplicate=False)) if new else ():
+        if module in new:
+            model.set_submodule(path, new[module])
 
 
 def _outputs(model: nn.Module, example_input: Any) -> list[Tensor] | None:

@@ -15,6 +15,7 @@ from .config import UoraConfig
 from .errors import ConfigError, TargetError
 from .evidence import Difference, corrected, differences, uses_of
 from .layers import Role
+from .quantised import is_quantised
 from .rules import ATTENTION, CONV, MLP, OTHER
 from .tables import render
 from .trace import trace
@@ -184,7 +185,12 @@ def plan(model: nn.Module, config: UoraConfig | None = None, *, example_input: A
             skipped.append(Skipped(site.path, site.shape, "not asked for" if finding.roles and not outside else reason))
     check_weights(model, projections)
     adapted = {p.path for p in projections}
-    differing = None if seen is None else differences([f for f in ruled if f.site.path in adapted], seen)
+    differing = None
+    if seen is not None:
+        ruled = [f for f in ruled if f.site.path in adapted]
+        # Kernels take the codes of a quantised weight out of sight.
+        hidden = {f.site.path for f in ruled if is_quantised(f.site.weight)}
+        differing = tuple(d for d in differences(ruled, seen) if d.kind != "unused" or d.path not in hidden)
     return Plan(config, tuple(projections), tuple(skipped), differing)
 
 

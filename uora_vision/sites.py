@@ -12,6 +12,7 @@ from functools import cache
 from torch import Tensor, nn
 
 from .layers import base_class, call_form
+from .quantised import full_shape
 from .views import Form, matrix_shape
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -52,8 +53,8 @@ class Site:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in) of the weight as a matrix."""
-        return matrix_shape(self.weight.shape, self.form)
+        """(out, in) of the weight as a matrix; of a quantised one, before it was packed."""
+        return matrix_shape(full_shape(self.module, self.weight), self.form)
 
 
 @dataclass(frozen=True)

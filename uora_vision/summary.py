@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .inject import adapters
+from .quantised import full_shape
 from .tables import render
 
 
@@ -60,7 +61,8 @@ def summary(model: nn.Module) -> Summary:
             entry[0] += 1
             entry[1] += role.rows + rank
     mine = sum(p.numel() for adapter in found.values() for p in adapter.parameters())
-    everything = sum(p.numel() for p in model.parameters())
+    sizes = {p: full_shape(m, p).numel() for m in model.modules() for p in m._parameters.values() if p is not None}
+    everything = sum(sizes.values())  # of packed weights, what they stand for
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen_vectors = sum(p.numel() for a in found.values() for p in a.parameters() if not p.requires_grad)
     return Summary(
