@@ -261,15 +261,25 @@ OWN = {"l.q/A": ("A32", 32), "l.q/B": ("B32", 32), "l.v/A": ("A32", 32)}
 
 
 def play(b: Bank, what: list[tuple[str, set[int], float, str, int]]) -> None:
-    step = 1
+    step, drawn = 1, set()
     for matrix, indices, alpha, interpolation, wait in what:
-        step += wait
+        step += wait or (step, matrix) in drawn  # a matrix is re-drawn at most once a step
+        drawn.add((step, matrix))
         like, width = OWN.get(matrix, (None, None))
         index = ids(*sorted(indices))
         b.redraw(matrix, index, torch.full((len(index),), alpha), step, interpolation, like, width)  # type: ignore[arg-type]
 
 
 class TestLog:
+    def test_a_matrix_is_redrawn_once_a_step(self) -> None:
+        b = bank()
+        play(b, [("A32", {0}, 0.0, "spherical", 0), ("l.q/A", {0}, 0.5, "linear", 0)])
+        before = b.a(32).clone()
+        with pytest.raises(uora.ConfigError, match="A32 was re-drawn at step 1 already"):
+            b.redraw("A32", ids(1), torch.zeros(1), 1, "spherical")
+        assert torch.equal(b.a(32), before) and len(b.log) == 2
+        b.redraw("A32", ids(1), torch.zeros(1), 2, "spherical")
+
     @settings(max_examples=40, deadline=None)
     @given(events)
     def test_seed_and_packed_log_rebuild_the_bank_to_the_bit(self, what: list) -> None:

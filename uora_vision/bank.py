@@ -133,7 +133,13 @@ class Bank(nn.Module):
                 degrees towards a fresh row orthogonal to all, which keeps the rows orthonormal.
             like: for a layer's own copy: the shared matrix that it starts from.
             width: for a layer's own copy: its width, of which the shared matrix may be the longer.
+
+        Raises:
+            ConfigError: there is no such matrix, it was re-drawn at this step already (a log holds one redraw of a
+                matrix per step), or it is too narrow for spherical interpolation.
         """
+        if any(e.matrix == matrix for e in itertools.takewhile(lambda e: e.step == step, reversed(self.log))):
+            raise ConfigError(f"{matrix} was re-drawn at step {step} already; give all of its indices in one call")
         indices, alpha = indices.cpu(), alpha.to("cpu", torch.float64)
         draws = self._draws.setdefault(matrix, torch.zeros(self.config.rank, dtype=torch.int64))
         if matrix in self._state:
