@@ -22,9 +22,10 @@ from .bank import pack_log, unpack_log
 from .checks import check_weights, plain
 from .config import UoraConfig
 from .errors import FormatError, StateError
-from .inject import adapters, apply_plan, bank_of, is_injected, remove
+from .inject import adapters, apply_plan, bank_of, check_whole, is_injected, remove
 from .layers import Adapter, Role
 from .plan import Plan, Projection
+from .sharded import class_name, whole, writes
 from .sites import Site, find_sites
 from .views import disjoint
 from .walker import head_names
@@ -40,6 +41,9 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
 
     Each file is replaced as a whole once it is completely on disk, so an interrupted save leaves the last one.
 
+    Of a model that `fully_shard` spreads over processes, all of them must call this: their shards are gathered, and the
+    first process alone writes.
+
     Returns:
         The folder.
 
@@ -49,18 +53,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     """
     found, bank = adapters(model), bank_of(model)
     log, matrices = pack_log(bank.log)
-    tensors = {f"log/{name}": t for name, t in log.items()}
-    for path, adapter in found.items():
-        for k, (role, b) in enumerate(
-            zip(adapter.roles, adapter.b.split([r.rows for r in adapter.roles]), strict=True)
-        ):
-            tensors[f"vectors/{path}/{role.name}.b"] = b
-            tensors[f"vectors/{path}/{role.name}.d"] = adapter.d[k]
-    vectors = {id(p) for adapter in found.values() for p in adapter.parameters()}
-    base: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in vectors}
-    # A frozen BatchNorm in training mode still moves its statistics, and the adapter was trained with them.
-    base |= {name: t for name, t in model.named_buffers() if name.endswith(STATISTICS)}
-    tensors |= {f"base/{name}": p for name, p in base.items()}
+    tensors = {f"log/{name}": t for name, t in log.items()} | changing_tensors(model)
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     for name, t in tensors.items():
         if not t.isfinite().all():
@@ -71,7 +64,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "base": {
-            "class": type(model).__name__,
+            "class": class_name(model),
             "architecture": _architecture(model),
             "parameter_tensors": _parameter_tensors(model),
         },
@@ -87,6 +80,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         "versions": {"torch": torch.__version__},
     }
     target = Path(folder)
+    if not writes(list(model.parameters())):
+        return target
     target.mkdir(parents=True, exist_ok=True)
     # All that changes between the checkpoints of one run goes into one file, so a crash between the two does no harm.
     metadata = {"format": FORMAT, "matrices": json.dumps(matrices), "config": json.dumps(config["config"])}
@@ -102,14 +97,15 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         The same model, with the trained parts of the base (the head) restored too.
 
     Raises:
-        StateError: the model already has an adapter.
+        StateError: the model already has an adapter, or is spread over processes.
         FormatError: a file is missing, damaged, of a newer version, or does not fit this model.
     """
     if is_injected(model):
         raise StateError("this model already has an adapter; merge() or remove() it before loading another")
+    check_whole(model)
     source = Path(folder)
     config = _read_config(source / CONFIG_FILE)
-    tensors, metadata = _read_tensors(source / TENSOR_FILE)
+    tensors, metadata = read_tensors(source / TENSOR_FILE)
     try:
         if json.loads(metadata["config"]) != config["config"]:
             raise FormatError("its two files are of different adapters, as after a save that was interrupted")
@@ -148,6 +144,25 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
             if isinstance(held[name], nn.Parameter):
                 held[name].requires_grad_(True)
     return model
+
+
+def changing_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes, by its name in the file: views of the vectors, and the base's trained parts.
+
+    Of a sharded model they are copies, gathered: every process must ask for them.
+    """
+    found = adapters(model)
+    tensors: dict[str, Tensor] = {}
+    for path, adapter in found.items():
+        d, b = whole(adapter.d), whole(adapter.b).split([r.rows for r in adapter.roles])
+        for k, role in enumerate(adapter.roles):
+            tensors[f"vectors/{path}/{role.name}.b"] = b[k]
+            tensors[f"vectors/{path}/{role.name}.d"] = d[k]
+    vectors = {id(p) for adapter in found.values() for p in adapter.parameters()}
+    base: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in vectors}
+    # A frozen BatchNorm in training mode still moves its statistics, and the adapter was trained with them.
+    base |= {name: t for name, t in model.named_buffers() if name.endswith(STATISTICS)}
+    return tensors | {f"base/{name}": whole(t) for name, t in base.items()}
 
 
 def _held(model: nn.Module) -> dict[str, Tensor]:
@@ -248,7 +263,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata."""
     try:
         with safe_open(path, framework="pt") as file:

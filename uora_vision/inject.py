@@ -18,10 +18,14 @@ from .layers import CHILD, REDUCED, Adapter, adapters_of, attach, detach, is_ada
 from .plan import Plan, plan
 from .quantised import is_quantised
 from .reduced import Reduced
+from .sharded import is_sharded
 from .verify import verify
 from .walker import head_names
 
 FLAGS = "_uora_flags"
+UNSENT = "_uora_unsent"
+TORCH_UNSENT = "_ddp_params_and_buffers_to_ignore"
+"""Where DistributedDataParallel looks for names of tensors that it shall not send."""
 
 
 def inject(
@@ -42,7 +46,7 @@ def inject(
         The same model.
 
     Raises:
-        StateError: the model already has an adapter.
+        StateError: the model already has an adapter, or is spread over processes.
         ConfigError, OptionError, TargetError: see `plan`.
         DeadAdapterError: see `verify`.
     """
@@ -50,6 +54,7 @@ def inject(
         raise StateError("this model already has an adapter; merge() or remove() it first")
     if hasattr(model, CHILD):
         raise StateError(f"{type(model).__name__} has an attribute {CHILD!r} of its own, where the bank would go")
+    check_whole(model)
     apply_plan(model, plan(model, config, example_input=example_input, **options))
     if example_input is not None:
         try:
@@ -98,6 +103,7 @@ def apply_plan(model: nn.Module, what: Plan) -> None:
             module = modules[projection.module_path]
             attach(module, projection.tensor, adapter.train(module.training), projection.read)
         forbid_fusing(model, (p.module_path for p in what.projections))
+        _keep_from_sending(model)
     except BaseException:
         remove(model)
         raise
@@ -106,16 +112,53 @@ def apply_plan(model: nn.Module, what: Plan) -> None:
 def remove(model: nn.Module) -> nn.Module:
     """Take the adapter out without merging it: the base as it was, its parameters trainable as they were."""
     bank = bank_of(model)
+    check_whole(model)
     allow_fusing(model)
     for module in model.modules():
         if is_adapted(module):
             detach(module)
     delattr(model, CHILD)
+    _allow_sending(model, bank)
     flags = bank.__dict__[FLAGS]
     for name, p in model.named_parameters():  # parts without adapters may have been replaced since
         if name in flags and (p.is_floating_point() or p.is_complex()):
             p.requires_grad_(flags[name])
     return model
+
+
+def check_whole(model: nn.Module) -> None:
+    """Adapters go into, and out of, models that each process holds as a whole.
+
+    Raises:
+        StateError: the model holds DTensors.
+    """
+    if any(map(is_sharded, model.parameters())):
+        raise StateError(
+            "the parameters of this model are spread over processes. Call inject() or load() before fully_shard(); to "
+            "merge or remove, save() the adapter and load() it into a base that is not sharded."
+        )
+
+
+def _keep_from_sending(model: nn.Module) -> None:
+    """Tell DistributedDataParallel to leave the matrices alone: by default it sends every buffer of the first process
+    to the others before each forward, and every process makes and re-draws its own, equal ones."""
+    bank = bank_of(model)
+    names = {f"{CHILD}.{name}" for name, _ in bank.named_buffers()}
+    for path, module in model.named_modules():
+        if isinstance(module, Adapter):
+            # Those that a re-draw in the scope `layer` will give it.
+            names |= {f"{path}.own_{part}_{k}" for k in range(len(module.roles)) for part in ("index", "a", "b")}
+    there = set(getattr(model, TORCH_UNSENT, ()))
+    bank.__dict__[UNSENT] = names - there
+    setattr(model, TORCH_UNSENT, there | names)
+
+
+def _allow_sending(model: nn.Module, bank: Bank) -> None:
+    left = set(getattr(model, TORCH_UNSENT, ())) - bank.__dict__.get(UNSENT, set())
+    if left:
+        setattr(model, TORCH_UNSENT, left)
+    elif hasattr(model, TORCH_UNSENT):
+        delattr(model, TORCH_UNSENT)
 
 
 def is_injected(model: nn.Module) -> bool:

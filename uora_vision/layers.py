@@ -24,6 +24,7 @@ from . import functional
 from .bank import Bank
 from .convolution import Geometry, convolve
 from .quantised import is_quantised, is_quantised_linear, own_forward
+from .sharded import is_sharded
 from .views import Form, Span, from_matrix, to_matrix
 
 CHILD = "uora"
@@ -271,6 +272,8 @@ def _reading(name: str) -> property:
     through it."""
 
     def get(self: Any) -> Tensor:
+        if is_sharded(raw(self, name)):
+            return raw(self, name)  # fully_shard looks its shard up here; whoever computes finds the whole weight
         folds = self.__dict__.get(_FOLDS)
         if folds is None:
             return self._modules[child(name)].fold(raw(self, name))
@@ -331,7 +334,8 @@ def adapted_class(base: type[nn.Module], called: bool, read: tuple[str, ...]) ->
 
 def base_class(module: Any) -> Any:
     """The class of a module; of an adapted one, the class that it had before."""
-    return next(c for c in type(module).__mro__ if not issubclass(c, Adapted))
+    classes = type(module).__mro__  # fully_shard may have put classes of its own in front
+    return classes[classes.index(Adapted) + 1] if Adapted in classes else classes[0]
 
 
 def _rebuild(base: type[nn.Module], called: bool, read: tuple[str, ...]) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import DeadAdapterError, StateError
-from .inject import adapters, remove
+from .inject import adapters, check_whole, remove
 from .layers import Adapter, adapters_of, raw
 from .quantised import dequantised, float_type, is_quantised
 from .verify import call, float_tensors
@@ -65,10 +65,12 @@ def merge(
         The same model, trainable where it was before `inject`.
 
     Raises:
-        StateError: the model is not injected, or has adapters on quantised weights and `dequantize` is not set.
+        StateError: the model is not injected, is spread over processes, or has adapters on quantised weights and
+            `dequantize` is not set.
         DeadAdapterError: a merged weight would not be finite; nothing is changed.
     """
     found = adapters(model)
+    check_whole(model)
     weights = {a.name: raw(m, tensor) for m in model.modules() for tensor, a in adapters_of(m).items()}
     packed = {a.name: m for m in model.modules() for a in adapters_of(m).values() if is_quantised(weights[a.name])}
     if packed and not dequantize:

@@ -23,6 +23,7 @@ from .errors import ConfigError, FormatError
 from .files import own_matrices, refresh_own
 from .inject import adapters, bank_of
 from .layers import Adapter
+from .sharded import clear, joined
 
 Scope = Literal["shared", "quorum", "layer"]
 
@@ -161,11 +162,14 @@ class Reinitializer:
     def step(self) -> int:
         """Look at every d once and draw dead directions again. One device synchronisation, however large the model.
 
+        Every process of a distributed run calls it: each sees the same d, gathered first where `fully_shard` spreads
+        it, and so draws the same rows again.
+
         Returns:
             How many directions fired.
         """
         self.steps += 1
-        d = torch.cat([a.d for a in self._adapters.values()]).abs()
+        d = joined([a.d for a in self._adapters.values()]).abs()
         tau = self.threshold(self.steps) if callable(self.threshold) else self.threshold
         below = d < (tau * d.median(dim=1, keepdim=True).values if self.relative else tau)
         self._counts = self._counts.to(d.device)
@@ -266,7 +270,7 @@ class Reinitializer:
             if mine.any():
                 for value in self.optimizer.state.get(adapter.d, {}).values():
                     if isinstance(value, Tensor) and value.shape == adapter.d.shape:
-                        value[mine.to(value.device)] = 0
+                        clear(value, mine)
 
 
 def _is_number(value: object) -> bool:

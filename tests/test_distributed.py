@@ -1,0 +1,376 @@
+"""Two processes train what one trains: torch's DDP and FSDP2, over gloo on the CPU."""
+
+from __future__ import annotations
+
+import functools
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import small_vit, wake
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.nn.parallel import DistributedDataParallel
+
+import uora_vision as uora
+
+fsdp = pytest.importorskip("torch.distributed.fsdp")
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+
+WORLD, STEPS, BATCH, LIMIT = 2, 6, 8, 60
+OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True)
+TOLERANCE = 1e-10
+Wrap = Callable[[nn.Module], nn.Module]
+
+
+def vit() -> nn.Module:
+    return small_vit().double()
+
+
+def llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2,
+        )  # fmt: skip
+        return LlamaForCausalLM(config).double().eval()
+
+
+def attention() -> nn.Module:
+    """The module with the adapters is one that can be sharded itself, and its forward is its own."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return _Attentions([nn.MultiheadAttention(16, 2, batch_first=True) for _ in range(2)]).double().eval()
+
+
+class _Attentions(nn.Module):
+    def __init__(self, layers: list[nn.MultiheadAttention]) -> None:
+        super().__init__()
+        self.blocks, self.head = nn.ModuleList(layers), nn.Linear(16, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)[:, :64].reshape(len(x), 4, 16)
+        for block in self.blocks:
+            x = x + block(x, x, x, need_weights=False)[0]
+        return self.head(x.mean(1))
+
+
+MAKERS: dict[str, Callable[[], nn.Module]] = {"vit": vit, "llama": llama, "attention": attention}
+
+
+def loss_of(model: nn.Module, step: int, rank: int, world: int) -> Tensor:
+    """Mean over this process's part of the batch of a step."""
+    g = torch.Generator().manual_seed(100 + step)
+    if "Llama" in type(getattr(model, "module", model)).__name__:
+        tokens = torch.randint(50, (BATCH, 7), generator=g).chunk(world)[rank]
+        return model(input_ids=tokens, labels=tokens).loss
+    images = torch.randn(BATCH, 3, 32, 32, generator=g, dtype=torch.float64).chunk(world)[rank]
+    labels = torch.randint(7, (BATCH,), generator=g).chunk(world)[rank]
+    return nn.functional.cross_entropy(model(images), labels)
+
+
+def alone(model: nn.Module) -> nn.Module:
+    return model
+
+
+def ddp(model: nn.Module, **options: Any) -> nn.Module:
+    return DistributedDataParallel(model, **options)
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    inner = model.model if hasattr(model, "model") else model
+    for block in inner.layers if hasattr(inner, "layers") else inner.blocks:  # type: ignore[union-attr]
+        fsdp.fully_shard(block)
+    return fsdp.fully_shard(model)
+
+
+def sharded_root(model: nn.Module) -> nn.Module:
+    return fsdp.fully_shard(model)
+
+
+class Run:
+    """A training run that can be left and continued."""
+
+    def __init__(self, kind: str, wrap: Wrap, scope: Any, rank: int, world: int, folder: Path | None = None) -> None:
+        self.rank, self.world = rank, world
+        self.model = MAKERS[kind]()
+        if folder is None:
+            wake(uora.inject(self.model, rank=8), scale=0.3)
+        else:
+            uora.load(self.model, folder)
+        self.model.double()
+        self.wrapped = wrap(self.model)
+        groups = uora.param_groups(self.model, lr=1e-2, head_lr=3e-3, weight_decay=0.05)
+        self.optimizer = torch.optim.AdamW(groups)
+        self.reinit = uora.Reinitializer(
+            self.model, threshold=0.2, relative=True, every=2, scope=scope, reset_moments=True,
+            optimizer=self.optimizer,
+        )  # fmt: skip
+        if folder is not None:
+            state = torch.load(folder / "state.pt")
+            self.reinit.load_state_dict(state["reinit"])
+            set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=OPTIONS)
+
+    def steps(self, first: int, last: int) -> None:
+        for step in range(first, last):
+            loss_of(self.wrapped, step, self.rank, self.world).backward()
+            nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.reinit.step()
+
+    def leave(self, folder: Path) -> None:
+        with torch.no_grad():  # load() makes b and d in float32
+            for adapter in uora.adapters(self.model).values():
+                for p in adapter.parameters():
+                    p.copy_(p.float().double())
+        uora.save(self.model, folder)
+        optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=OPTIONS)
+        if self.rank == 0:
+            torch.save({"reinit": self.reinit.state_dict(), "optimizer": optimizer}, folder / "state.pt")
+
+    def result(self) -> dict[str, Any]:
+        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        types = {type(p).__name__ for p in trained.values()}
+        return {
+            "trained": {n: getattr(p, "full_tensor", lambda p=p: p)().detach().clone() for n, p in trained.items()},
+            "banks": {n: t.clone() for n, t in self.model.uora.named_buffers()},
+            "counts": self.reinit.state_dict()["counts"],
+            "history": torch.from_numpy(self.reinit.history()),
+            "firings": self.reinit.firings,
+            "types": types,
+        }
+
+
+def trained(rank: int, world: int, *, kind: str, wrap: Wrap, scope: str = "shared") -> dict[str, Any]:
+    run = Run(kind, wrap, scope, rank, world)
+    run.steps(0, STEPS)
+    return run.result()
+
+
+def first_half(rank: int, world: int, *, wrap: Wrap, folder: Path) -> None:
+    run = Run("vit", wrap, "layer", rank, world)
+    run.steps(0, STEPS // 2)
+    run.leave(folder)
+
+
+def second_half(rank: int, world: int, *, wrap: Wrap, folder: Path) -> dict[str, Any]:
+    run = Run("vit", wrap, "layer", rank, world, folder)
+    run.steps(STEPS // 2, STEPS)
+    return run.result()
+
+
+def port() -> int:
+    with closing(socket.socket()) as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _process(rank: int, where: int, folder: Path, work: Callable[..., Any], options: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    try:
+        store = dist.TCPStore("127.0.0.1", where, WORLD, is_master=rank == 0)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
+        torch.save(("done", work(rank, WORLD, **options)), folder / f"{rank}.pt")
+        dist.destroy_process_group()
+    except Exception:
+        torch.save(("failed", traceback.format_exc()), folder / f"{rank}.pt")
+        raise
+
+
+@pytest.fixture
+def spawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
+    """Run `work(rank, world, **options)` in two processes and return what each returned."""
+    # The server imports once what every process needs; it is not a copy of this process, with its threads.
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "timm", "torch.distributed.fsdp", "torch.distributed.checkpoint"])
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+
+    def start(work: Callable[..., Any], **options: Any) -> list[Any]:
+        folder = tmp_path / f"{time.monotonic_ns()}"
+        folder.mkdir()
+        where = port()
+        processes = [
+            context.Process(target=_process, args=(rank, where, folder, work, options), daemon=True)
+            for rank in range(WORLD)
+        ]
+        for process in processes:
+            process.start()
+        end = time.monotonic() + LIMIT
+        while any(p.is_alive() for p in processes) and time.monotonic() < end:
+            if any(p.exitcode for p in processes):
+                end = min(end, time.monotonic() + 2)  # the other may wait for it for ever
+            time.sleep(0.02)
+        hung = [rank for rank, p in enumerate(processes) if p.is_alive()]
+        for process in processes:
+            process.kill()
+            process.join()
+        files = [folder / f"{rank}.pt" for rank in range(WORLD)]
+        out = [torch.load(f, weights_only=False) if f.exists() else ("failed", "no result") for f in files]
+        assert all(state == "done" for state, _ in out), "\n".join(str(o) for s, o in out if s == "failed")
+        assert not hung, f"processes {hung} did not end in {LIMIT} s"
+        return [value for _, value in out]
+
+    return start
+
+
+@functools.cache
+def reference(kind: str, scope: str = "shared") -> dict[str, Any]:
+    return trained(0, 1, kind=kind, wrap=alone, scope=scope)
+
+
+def assert_same(got: list[dict[str, Any]], want: dict[str, Any]) -> None:
+    assert want["firings"] > 0 and len(set(want["history"][:, 0].tolist())) > 1
+    for one in got:
+        assert torch.equal(one["history"], want["history"]) and torch.equal(one["counts"], want["counts"])
+        assert all(torch.equal(t, want["banks"][n]) for n, t in one["banks"].items())
+        assert one["trained"].keys() == want["trained"].keys()
+        differences = {n: (t - want["trained"][n]).abs().max().item() for n, t in one["trained"].items()}
+        print(f"largest difference {max(differences.values()):.1e}, {want['firings']} firings")
+        assert max(differences.values()) < TOLERANCE, differences
+    assert all(torch.equal(t, got[1]["trained"][n]) for n, t in got[0]["trained"].items())
+
+
+Spawn = Callable[..., list[Any]]
+
+
+def buffers_sent(rank: int, world: int, *, clear: bool, outer: bool = False, **options: Any) -> dict[str, Any]:
+    """Bytes that DDP sends for buffers in two forwards."""
+    model = wake(uora.inject(vit(), rank=8), scale=0.3)
+    if clear:
+        del model._ddp_params_and_buffers_to_ignore
+    model.register_buffer("statistics", torch.full((3,), float(rank), dtype=torch.float64))
+    wrapped = ddp(nn.Sequential(model) if outer else model, **options)
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    sent: list[int] = []
+    original = wrapped._distributed_broadcast_coalesced
+
+    def count(tensors: list[Tensor], *args: Any, **kwargs: Any) -> Any:
+        sent.append(sum(t.nbytes for t in tensors))
+        return original(tensors, *args, **kwargs)
+
+    wrapped._distributed_broadcast_coalesced = count  # type: ignore[method-assign]
+    (wrapped(x).square().mean() + wrapped(x + 1).square().mean()).backward()
+    return {"bytes": sum(sent), "statistics": model.statistics.tolist()}
+
+
+BANKS = (64 + 256) * 2 * 8 * 8
+"""Bytes of A and B of the small ViT: two widths, rank 8, float64."""
+
+
+class TestDdp:
+    @pytest.mark.parametrize(("kind", "scope"), [("vit", "shared"), ("vit", "layer")])
+    def test_two_processes_train_what_one_trains(self, spawn: Spawn, kind: str, scope: str) -> None:
+        assert_same(spawn(trained, kind=kind, wrap=ddp, scope=scope), reference(kind, scope))
+
+    def test_without_sending_any_buffers(self, spawn: Spawn) -> None:
+        wrap = functools.partial(ddp, broadcast_buffers=False)
+        assert_same(spawn(trained, kind="vit", wrap=wrap), reference("vit"))
+
+    def test_banks_are_not_sent_and_other_buffers_are(self, spawn: Spawn) -> None:
+        for got in spawn(buffers_sent, clear=False):
+            assert got == {"bytes": 2 * 3 * 8, "statistics": [0.0] * 3}
+
+    def test_they_would_be_sent_before_every_forward(self, spawn: Spawn) -> None:
+        """What torch does without the list that inject() leaves: the reason for it."""
+        assert [got["bytes"] for got in spawn(buffers_sent, clear=True)] == [2 * (3 * 8 + BANKS)] * 2
+
+    def test_a_module_around_the_injected_one_hides_the_list(self, spawn: Spawn) -> None:
+        assert spawn(buffers_sent, clear=False, outer=True)[0]["bytes"] == 2 * (3 * 8 + BANKS)
+        assert spawn(buffers_sent, clear=False, outer=True, broadcast_buffers=False)[0]["bytes"] == 0
+
+    def test_the_list_names_own_rows_too_and_goes_with_the_adapter(self) -> None:
+        model = vit()
+        model._ddp_params_and_buffers_to_ignore = ["mine"]
+        wake(uora.inject(model, rank=8), scale=0.3)
+        uora.Reinitializer(model, threshold=0.2, relative=True, scope="layer").step()
+        present = {n for n, _ in model.named_buffers() if "uora" in n}
+        assert any("own_" in n for n in present)
+        assert present | {"mine"} <= set(model._ddp_params_and_buffers_to_ignore)
+        uora.remove(model)
+        assert set(model._ddp_params_and_buffers_to_ignore) == {"mine"}
+        other = uora.remove(uora.inject(vit(), rank=8))
+        assert not hasattr(other, "_ddp_params_and_buffers_to_ignore")
+
+
+class TestFsdp2:
+    @pytest.mark.parametrize(
+        ("kind", "wrap", "scope"),
+        [
+            ("vit", sharded, "shared"),
+            ("vit", sharded, "layer"),
+            ("vit", sharded_root, "shared"),
+            ("attention", sharded, "shared"),
+        ],
+    )
+    def test_two_processes_train_what_one_trains(self, spawn: Spawn, kind: str, wrap: Wrap, scope: str) -> None:
+        got = spawn(trained, kind=kind, wrap=wrap, scope=scope)
+        assert got[0]["types"] == {"DTensor"}
+        assert_same(got, reference(kind, scope))
+
+    def test_what_needs_whole_parameters_says_so(self, spawn: Spawn) -> None:
+        for messages in spawn(refused):
+            assert len(messages) == 4 and all("before fully_shard()" in m for m in messages)
+
+    def test_save_writes_what_one_process_writes_and_only_once(self, spawn: Spawn, tmp_path: Path) -> None:
+        assert spawn(saved, folder=tmp_path / "two") == [True, False]
+        uora.save(wake(uora.inject(vit(), rank=8), scale=0.3), tmp_path / "one")
+        two = tmp_path / "two" / "0"
+        assert (two / "adapter_config.json").read_bytes() == (tmp_path / "one" / "adapter_config.json").read_bytes()
+        got, want = (load_file(folder / "adapter_model.safetensors") for folder in (two, tmp_path / "one"))
+        assert got.keys() == want.keys() and all(torch.equal(got[n], want[n]) for n in want)
+
+
+def refused(rank: int, world: int) -> list[str]:
+    plain, injected = sharded(vit()), sharded(uora.inject(vit(), rank=8))
+    out = []
+    for act in (
+        lambda: uora.inject(plain), lambda: uora.load(plain, "nowhere"),
+        lambda: uora.merge(injected), lambda: uora.remove(injected),
+    ):  # fmt: skip
+        with pytest.raises(uora.StateError) as caught:
+            act()
+        out.append(str(caught.value))
+    return out
+
+
+def saved(rank: int, world: int, *, folder: Path) -> bool:
+    model = sharded(wake(uora.inject(vit(), rank=8), scale=0.3))
+    return uora.save(model, folder / str(rank)).exists()
+
+
+@pytest.mark.slow
+class TestLlama:
+    def test_two_processes_train_what_one_trains(self, spawn: Spawn) -> None:
+        for got in zip(*spawn(llamas), strict=True):
+            assert_same(list(got), reference("llama"))
+
+
+def llamas(rank: int, world: int) -> list[dict[str, Any]]:
+    return [trained(rank, world, kind="llama", wrap=wrap) for wrap in (ddp, sharded)]
+
+
+class TestCheckpoint:
+    @pytest.mark.parametrize("wrap", [ddp, sharded])
+    def test_from_two_processes_into_one_and_back(self, spawn: Spawn, tmp_path: Path, wrap: Wrap) -> None:
+        folders = [tmp_path / n for n in ("one", "two")]
+        first_half(0, 1, wrap=alone, folder=folders[0])
+        spawn(first_half, wrap=wrap, folder=folders[1])
+        want = second_half(0, 1, wrap=alone, folder=folders[0])
+        assert_same([second_half(0, 1, wrap=alone, folder=folders[1])] * 2, want)
+        assert_same(spawn(second_half, wrap=wrap, folder=folders[0]), want)
