@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import kill, wake
+from conftest import kill, small_vit, wake
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -285,3 +286,20 @@ class TestSchedules:
         seen: list[int] = []
         reinit = uora.Reinitializer(model, threshold=lambda step: seen.append(step) or (1e-3 if step == 3 else 1e-4))
         assert [reinit.step() for _ in range(4)] == [0, 0, 1, 0] and seen == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("scope", ["shared", "layer"])
+def test_a_second_training_goes_on_from_the_log_of_the_first(scope: str, tmp_path: Path) -> None:
+    first = uora.inject(small_vit(), rank=8)
+    kill(first, {"blocks.0.attn.qkv.q": [1]})
+    reinit = uora.Reinitializer(first, scope=scope, threshold=1e-3)  # type: ignore[arg-type]
+    assert reinit.step() > 0
+    uora.save(first, tmp_path / "first")
+    second = uora.load(small_vit(), tmp_path / "first")
+    again = uora.Reinitializer(second, scope=scope, threshold=1e-3)  # type: ignore[arg-type]
+    assert again.firings == 0 and again.step() > 0 and again.steps == 2
+    uora.save(second, tmp_path / "second")
+    third = uora.load(small_vit(), tmp_path / "second")
+    assert [e.step for e in third.uora.log] == [e.step for e in second.uora.log] and third.uora.log[-1].step == 2
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(wake(third)(x), wake(second)(x))

@@ -138,7 +138,8 @@ class Reinitializer:
         self._members = self._group()
         self._counts = torch.zeros(len(self._places), rank, dtype=torch.int64, device=self._device)
         self._history: list[Tensor] = []
-        self.steps = 0
+        # The log of a model that was trained before goes on; it holds one redraw of a matrix per step.
+        self.steps = self.bank.log[-1].step if self.bank.log else 0
 
     @property
     def _device(self) -> torch.device:

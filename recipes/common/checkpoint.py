@@ -11,12 +11,18 @@ import numpy as np
 import torch
 from torch import nn
 
+from uora_vision.errors import FormatError
+from uora_vision.integrations.state import changing_state
+from uora_vision.integrations.state import load_changing_state as _load_changing_state
+
+from .errors import CheckpointError
+
+__all__ = [
+    "changing_state", "load_changing_state", "random_state", "read_checkpoint", "set_random_state", "write_checkpoint",
+]  # fmt: skip
+
 FORMAT = "uora-vision recipe checkpoint"
 VERSION = 1
-
-
-class CheckpointError(ValueError):
-    """The checkpoint cannot be used; the message says why and what to do."""
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -55,26 +61,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def changing_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All that training can change: trained parameters and saved buffers, by name."""
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    return {name: value.detach().cpu() for name, value in model.state_dict().items() if name not in frozen}
-
-
 def load_changing_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
     """Inverse of `changing_state`.
 
     Raises:
         CheckpointError: the model has other trained parameters.
     """
-    wanted = {name: value.shape for name, value in changing_state(model).items()}
-    found = {name: value.shape for name, value in state.items()}
-    if wanted != found:
-        odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-        raise CheckpointError(
-            f"the checkpoint is of another model or method: {odd[0]} differs, and {len(odd) - 1} more"
-        )
-    model.load_state_dict(state, strict=False)
+    try:
+        _load_changing_state(model, state)
+    except FormatError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def random_state() -> dict[str, Any]:

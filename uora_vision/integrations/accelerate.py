@@ -1,0 +1,91 @@
+"""UORA in a training loop of one's own on Accelerate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ..errors import FormatError, StateError
+from ..reinit import Reinitializer
+from .state import after_step, changing_state, injected_in, innermost, load_changing_state
+
+MODEL_FILE = "uora_model.pt"
+
+
+class AcceleratedReinitializer(Reinitializer):
+    """A `Reinitializer` to call after every `optimizer.step()`, also one that Accelerate turns into nothing."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> None:
+        super().__init__(model, optimizer=optimizer, **options)
+        self._stepped = False
+        after_step(optimizer, self._mark)
+
+    def step(self) -> int:
+        """As in `Reinitializer`, if the optimizer has stepped since: not while gradients accumulate, nor when the
+        gradient scaler skipped the step.
+
+        Returns:
+            How many directions fired.
+        """
+        if not self._stepped:
+            return 0
+        self._stepped = False
+        return super().step()
+
+    def _mark(self) -> None:
+        self._stepped = True
+
+
+def prepare_reinitializer(
+    accelerator: Accelerator, model: nn.Module, optimizer: Any, **options: Any
+) -> AcceleratedReinitializer:
+    """A reinitializer whose state `accelerator.save_state` and `load_state` keep.
+
+    They keep, of this model, only what training changes, in `uora_model.pt`. One adapted model per accelerator.
+
+    Args:
+        model, optimizer: as `accelerator.prepare` returned them.
+        options: those of `Reinitializer`.
+
+    Raises:
+        StateError: the model is not injected, or was not prepared by this accelerator.
+        ConfigError: an option cannot be used.
+    """
+    inner = injected_in(model)
+    if _index(accelerator._models, inner) is None:
+        raise StateError("accelerator.prepare() comes first, then prepare_reinitializer() with what it returned")
+    reinit = AcceleratedReinitializer(inner, innermost(optimizer), **options)
+
+    def whole(models: list[nn.Module], i: int) -> nn.Module:
+        return accelerator.unwrap_model(models[i], keep_torch_compile=False)
+
+    def save_changing(models: list[nn.Module], weights: list[dict[str, Any]], folder: str) -> None:
+        i = _index(models, inner)
+        if i is None or i >= len(weights):  # FSDP and DeepSpeed have written the model by now
+            return
+        del weights[i]
+        if accelerator.is_main_process:
+            torch.save(changing_state(whole(models, i)), Path(folder) / MODEL_FILE)
+
+    def load_changing(models: list[nn.Module], folder: str) -> None:
+        i, path = _index(models, inner), Path(folder) / MODEL_FILE
+        if i is None:
+            return
+        if not path.is_file():
+            raise FormatError(f"{path} does not exist; the checkpoint was written without prepare_reinitializer()")
+        load_changing_state(whole(models, i), torch.load(path, map_location="cpu", weights_only=True))
+        del models[i]
+
+    accelerator.register_save_state_pre_hook(save_changing)
+    accelerator.register_load_state_pre_hook(load_changing)
+    accelerator.register_for_checkpointing(reinit)
+    return reinit
+
+
+def _index(models: list[nn.Module], model: nn.Module) -> int | None:
+    """The place of the model that is, or holds, this one."""
+    return next((i for i, m in enumerate(models) if any(part is model for part in m.modules())), None)

@@ -1,0 +1,92 @@
+"""UORA in Lightning, from either of its packages: `lightning.pytorch` if installed, or else `pytorch_lightning`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ImportError:
+    from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
+
+from ..errors import StateError
+from ..inject import adapters, bank_of
+from ..reinit import Reinitializer
+from .state import after_step, frozen_names, injected_in, keep_missing_base
+
+KEY = "uora_reinit"
+
+
+class UoraCallback(Callback):
+    """Re-draws dead directions after every optimizer step that is taken. Takes the options of `Reinitializer`.
+
+    Checkpoints hold the state of `reinit` and no frozen weights; `fit(ckpt_path=...)` goes on from them, and `validate`
+    and `test` read them. The LightningModule builds and injects its model in `__init__`. The number of firings so far
+    is logged as `firings`.
+
+    Raises, in fit:
+        StateError: the module holds no injected model, no optimizer trains it, or a checkpoint has no such state.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+        self.reinit: Reinitializer | None = None
+        self._ends: list[Callable[[], None]] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._release()
+        self._ends.append(keep_missing_base(injected_in(pl_module)).remove)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if KEY not in checkpoint:
+            raise StateError(
+                "the checkpoint has no reinitialisation state, so the banks that it was trained with are lost; it was "
+                "written without UoraCallback, or with save_weights_only=True"
+            )
+        self._reinit(injected_in(pl_module)).load_state_dict(checkpoint[KEY])
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        model = injected_in(pl_module)
+        optimizer = next((o for o in trainer.optimizers if _trains(o, model)), None)
+        if optimizer is None:
+            raise StateError("no optimizer has the adapter's d; configure_optimizers must give it, see param_groups()")
+        reinit = self._reinit(model, optimizer)
+        reinit.optimizer = optimizer
+        # Not a hook of Lightning: they also come after a step that the gradient scaler skipped.
+        self._ends.append(after_step(optimizer, reinit.step))
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if self.reinit is not None:
+            pl_module.log("firings", float(self.reinit.firings), on_step=True, on_epoch=False, batch_size=1)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        model = injected_in(pl_module)
+        prefix = next(f"{name}." if name else "" for name, m in pl_module.named_modules() if m is model)
+        # Of other frozen parts nothing is known: one may be a teacher that moves without gradients.
+        for name in frozen_names(model):
+            checkpoint["state_dict"].pop(prefix + name, None)
+        checkpoint[KEY] = self._reinit(model).state_dict()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._release()
+
+    def _reinit(self, model: nn.Module, optimizer: Any = None) -> Reinitializer:
+        if self.reinit is None or self.reinit.bank is not bank_of(model):
+            options = self.options
+            if optimizer is None:  # it comes with on_train_start, and only a step needs it
+                options = {**options, "reset_moments": False}
+            self.reinit = Reinitializer(model, optimizer=optimizer, **options)
+        self.reinit.reset_moments = bool(self.options.get("reset_moments"))
+        return self.reinit
+
+    def _release(self) -> None:
+        while self._ends:
+            self._ends.pop()()
+
+
+def _trains(optimizer: Any, model: nn.Module) -> bool:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return any(id(adapter.d) in held for adapter in adapters(model).values())

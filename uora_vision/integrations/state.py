@@ -1,0 +1,149 @@
+"""What the integrations share: which part of a model changes, when an optimizer has stepped, and how a run goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..bank import Bank, unpack_log
+from ..errors import FormatError, StateError
+from ..files import TENSOR_FILE, changing_tensors, own_matrices, read_tensors, refresh_own
+from ..inject import adapters, bank_of, check_whole
+from ..layers import CHILD
+from ..sharded import whole
+
+
+def injected_in(module: nn.Module) -> nn.Module:
+    """The injected model inside a wrapper: a LightningModule, DistributedDataParallel, a compiled module.
+
+    Raises:
+        StateError: there is none, or more than one.
+    """
+    found = [m for m in module.modules() if isinstance(m._modules.get(CHILD), Bank)]
+    if len(found) != 1:
+        raise StateError(
+            f"{type(module).__name__} holds {len(found)} models with an adapter, not one; call inject() or load() "
+            "before training starts"
+        )
+    return found[0]
+
+
+def trained_d(model: nn.Module) -> Tensor:
+    """Every d of an injected model in one vector on the CPU, to tell two states of a run apart."""
+    return torch.cat([whole(adapter.d).detach().flatten().cpu() for adapter in adapters(model).values()])
+
+
+def frozen_names(model: nn.Module) -> set[str]:
+    """The names in a model's state_dict of what does not train, with the parts of a packed weight."""
+    # A tied weight is in the state_dict under each of its names.
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {n for n in model.state_dict() if n in frozen or any(n[:i] in frozen for i in _dots(n))}
+
+
+def changing_state(model: nn.Module) -> dict[str, Tensor]:
+    """All that training can change: trained parameters and saved buffers, by name."""
+    frozen = frozen_names(model)
+    return {name: value.detach().cpu() for name, value in model.state_dict().items() if name not in frozen}
+
+
+def load_changing_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Inverse of `changing_state`.
+
+    Raises:
+        FormatError: the model has other trained parameters.
+    """
+    wanted = {name: value.shape for name, value in changing_state(model).items()}
+    found = {name: value.shape for name, value in state.items()}
+    if wanted != found:
+        odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        raise FormatError(f"the checkpoint is of another model or method: {odd[0]} differs, and {len(odd) - 1} more")
+    model.load_state_dict(state, strict=False)
+
+
+def keep_missing_base(model: nn.Module) -> RemovableHandle:
+    """Let load_state_dict, a strict one too, leave frozen weights as they are where the state has none."""
+
+    def fill(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        held = module.state_dict()
+        for name in frozen_names(module):
+            state.setdefault(prefix + name, held[name])
+
+    return model.register_load_state_dict_pre_hook(fill)
+
+
+def restore(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Put what `save` wrote back into a model that has this adapter already: vectors, trained base and banks.
+
+    Raises:
+        StateError: the model is not injected, or is spread over processes.
+        FormatError: the file is missing, damaged, or of another adapter.
+    """
+    check_whole(model)
+    bank, found, path = bank_of(model), adapters(model), Path(folder) / TENSOR_FILE
+    saved, metadata = read_tensors(path)
+    try:
+        config, matrices = json.loads(metadata["config"]), json.loads(metadata["matrices"])
+        log = unpack_log({name: saved.pop(f"log/{name}") for name in ("entries", "alpha")}, matrices)
+    except (KeyError, ValueError) as error:
+        raise FormatError(f"{path} is damaged: {error!r}") from error
+    held = changing_tensors(model)
+    shapes, here = ({name: t.shape for name, t in tensors.items()} for tensors in (saved, held))
+    odd = sorted(n for n in shapes.keys() | here.keys() if shapes.get(n) != here.get(n))
+    if odd or config != json.loads(json.dumps(bank.config.to_dict())):
+        raise FormatError(
+            f"{path} is of another adapter than this model has: {odd[0] if odd else 'the options'} differ. Inject with "
+            "the options of the run that is continued."
+        )
+    bank.replay(log, own_matrices(found))
+    refresh_own(found)
+    with torch.no_grad():
+        for name, value in saved.items():
+            held[name].copy_(value)
+
+
+def innermost(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside those that Accelerate, Lightning and DeepSpeed wrap around it."""
+    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def after_step(optimizer: Any, call: Callable[[], Any]) -> Callable[[], None]:
+    """Have `call` run after each step that the optimizer takes: not after one that a gradient scaler skips.
+
+    Returns:
+        Call it to end this.
+    """
+    depth = 0
+
+    def before(*_: Any) -> None:
+        nonlocal depth
+        depth += 1
+
+    def after(stepped: torch.optim.Optimizer, *_: Any) -> None:
+        nonlocal depth
+        depth -= 1  # a step that calls its parent class's step runs the hooks of both
+        # A fused optimizer is called for a skipped step too, and skips it on the device.
+        overflow = getattr(stepped, "found_inf", None)
+        if depth == 0 and (overflow is None or not overflow.item()):
+            call()
+
+    inner = innermost(optimizer)
+    handles = [inner.register_step_pre_hook(before), inner.register_step_post_hook(after)]
+
+    def end() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return end
+
+
+def _dots(name: str) -> list[int]:
+    return [i for i, letter in enumerate(name) if letter == "."]

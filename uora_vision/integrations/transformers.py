@@ -1,0 +1,143 @@
+"""UORA in transformers' Trainer and those derived from it, TRL's SFTTrainer among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..errors import StateError
+from ..files import TENSOR_FILE, save
+from ..inject import bank_of
+from ..reinit import Reinitializer
+from .state import after_step, injected_in, innermost, restore, trained_d
+
+REINIT_FILE = "uora_reinit.pt"
+ADAPTER_FOLDER = "uora_adapter"
+
+T = TypeVar("T", bound=Trainer)
+
+
+class UoraCallback(TrainerCallback):
+    """Re-draws dead directions after every optimizer step that is taken. Takes the options of `Reinitializer`.
+
+    Every checkpoint folder gets the adapter and the state of `reinit`, and `train(resume_from_checkpoint=...)` goes on
+    from them. The number of firings so far is logged as `firings`.
+
+    Raises, when training begins:
+        StateError: the model is not injected, or there is no state to resume from.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+        self.reinit: Reinitializer | None = None
+        self.resumed: Path | None = None
+        self._stop: Callable[[], None] | None = None
+
+    def attach(self, trainer: Trainer) -> UoraCallback:
+        """Go to the front of the trainer's callbacks, so that the ones that write logs see `firings`."""
+        callbacks = trainer.callback_handler.callbacks
+        callbacks[:] = [self, *(c for c in callbacks if c is not self)]
+        return self
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        model, optimizer = injected_in(given["model"]), innermost(given["optimizer"])
+        if self.reinit is None or self.reinit.bank is not bank_of(model):
+            self.reinit = Reinitializer(model, optimizer=optimizer, **self.options)
+        self.reinit.optimizer = optimizer
+        if state.global_step:
+            self._load(model, [f for f in (self.resumed, args.resume_from_checkpoint) if f], args, state.global_step)
+        self._release()
+        self._stop = after_step(optimizer, self.reinit.step)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        if self.reinit is None or not args.should_save:
+            return
+        folder = next((f for f in _folders(args, state.global_step) if f.is_dir()), None)
+        if folder is None:
+            raise StateError(f"the Trainer has written no checkpoint-{state.global_step} in {args.output_dir}")
+        model = injected_in(given["model"])
+        if not (folder / TENSOR_FILE).exists():  # in the folder itself, from_pretrained would take it for one of peft
+            save(model, folder / ADAPTER_FOLDER)
+        torch.save({"d": trained_d(model), "reinit": self.reinit.state_dict()}, folder / REINIT_FILE)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        if self.reinit is None or logs is None:
+            return
+        logs["firings"] = self.reinit.firings
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:  # a copy, made before
+            state.log_history[-1]["firings"] = self.reinit.firings
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        self._release()
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load(injected_in(given["model"]), [state.best_model_checkpoint], args, state.best_global_step or 0)
+
+    def _load(self, model: torch.nn.Module, first: list[Any], args: TrainingArguments, step: int) -> None:
+        """Take the state from the first folder whose d is the model's: output_dir may hold another run's checkpoint."""
+        assert self.reinit is not None
+        folders = [*map(Path, first), *_folders(args, step)]
+        for path in (folder / REINIT_FILE for folder in folders):
+            if path.is_file():
+                saved = torch.load(path, map_location="cpu", weights_only=True)
+                if torch.equal(saved["d"], trained_d(model)):
+                    self.reinit.load_state_dict(saved["reinit"])
+                    return
+        raise StateError(
+            f"no {REINIT_FILE} of this run at step {step} in {', '.join(dict.fromkeys(map(str, folders)))}; resume "
+            "from a checkpoint that was written with UoraCallback, and set output_dir to its parent folder"
+        )
+
+    def _release(self) -> None:
+        if self._stop is not None:
+            self._stop()
+            self._stop = None
+
+
+def adapter_only(base: type[T]) -> type[T]:
+    """A Trainer, derived from `base`, whose checkpoints hold an adapter (see `save`) in place of the whole model.
+
+    Resuming and `load_best_model_at_end` read it, and `load(model, folder)` reads what `save_model(folder)` writes.
+    The trainer's model must be the injected one. Its `UoraCallback`s are attached.
+    """
+
+    class AdapterOnly(base):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            for callback in self._uora():
+                callback.attach(self)
+
+        def _uora(self) -> list[UoraCallback]:
+            return [c for c in self.callback_handler.callbacks if isinstance(c, UoraCallback)]
+
+        def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+            if not self.args.should_save:
+                return
+            folder = save(injected_in(self.model), output_dir or str(self.args.output_dir))
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+            torch.save(self.args, folder / "training_args.bin")
+
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            restore(injected_in(self.model if model is None else model), resume_from_checkpoint)
+            for callback in self._uora():
+                callback.resumed = Path(resume_from_checkpoint)
+
+        def _load_best_model(self) -> None:
+            restore(injected_in(self.model), str(self.state.best_model_checkpoint))
+
+    AdapterOnly.__name__ = AdapterOnly.__qualname__ = f"AdapterOnly{base.__name__}"
+    return AdapterOnly
+
+
+def _folders(args: TrainingArguments, step: int) -> list[Path]:
+    """Where the Trainer may have put the checkpoint of a step; a search over options has a folder for each trial."""
+    root, name = Path(str(args.output_dir)), f"checkpoint-{step}"
+    return [root / name, *sorted(root.glob(f"*/{name}"))]
