@@ -43,7 +43,6 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
-import timm
 import torch
 import typer
 from benchmark_subject import PEFT, Dtype, Method, Settings, Subject, make_base, parse_methods
@@ -137,7 +136,7 @@ def measure(
     start, memory = time.perf_counter(), dict[Method, Memory]()
     # Children of a server that has imported everything and done nothing else: they start at once, and equally large.
     processes = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
-    processes.set_forkserver_preload(["timm", "uora_vision", "peft"])
+    processes.set_forkserver_preload(settings.packages)
     for method in bar.track(methods, description="memory"):
         with ProcessPoolExecutor(max_workers=1, mp_context=processes) as pool:
             try:
@@ -187,7 +186,7 @@ def table(title: str, rows: list[Row]) -> str:
         beyond = row.memory.saved - floor.memory.saved
         peak = "" if row.memory.peak is None else f"{row.memory.peak / 1e6:,.0f}"
         lines.append([*cells, f"{row.memory.saved / 1e6:,.1f}", f"{beyond / 1e6:+,.1f}", peak])
-    columns = ("method", "trained besides the head", "forward", "to floor", "step", "to floor", "saved MB",
+    columns = ("method", "trained besides", "forward", "to floor", "step", "to floor", "saved MB",
                "beyond floor", "peak MB")  # fmt: skip
     return render(title, columns, lines)
 
@@ -246,7 +245,9 @@ def machine(settings: Settings) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     known = {"python": platform.python_version(), "uora_vision": uora.__version__}
-    return known | {name: importlib.metadata.version(name) for name in ("torch", "timm", "peft") if has(name)}
+    return known | {
+        name: importlib.metadata.version(name) for name in ("torch", "timm", "transformers", "peft") if has(name)
+    }
 
 
 def has(package: str) -> bool:
@@ -266,27 +267,44 @@ def main(
     compile: Annotated[bool, typer.Option("--compile", help="with torch.compile")] = False,
     output: Annotated[Path | None, typer.Option(help="folder; by default a new one in runs/")] = None,
 ) -> None:
+    import timm
+
+    if ":" not in model and not timm.is_model(model):
+        raise typer.BadParameter(f"timm has no model {model!r}; timm.list_models() gives all names")
+    settings = Settings(model, batch, device or default_device(), dtype, img_size, threads, compile)
+    parts = [model + (f" at {img_size}" if img_size else ""), f"batch {batch}"]
+    try:
+        run(settings, methods, rounds, minutes, parts, output or new_folder("benchmark_step"))
+    except uora.UoraError as error:
+        raise typer.BadParameter(f"{model}: {error}") from error
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def new_folder(name: str) -> Path:
+    return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def run(settings: Settings, methods: str, rounds: int, minutes: float, parts: list[str], output: Path) -> None:
+    """Measure; print the table, and write the numbers and a picture.
+
+    Args:
+        methods: names, separated by commas.
+        parts: what the title says of the model and its input.
+    """
     console = Console()
     chosen = parse_methods(methods)
     if not has("peft") and any(m.kind in PEFT for m in chosen):
         left = ", ".join(m.label for m in chosen if m.kind in PEFT)
         console.print(f"PEFT is not installed, so these are left out: {left}. To have them: pip install peft")
         chosen = [m for m in chosen if m.kind not in PEFT]
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if ":" not in model and not timm.is_model(model):
-        raise typer.BadParameter(f"timm has no model {model!r}; timm.list_models() gives all names")
-    settings = Settings(model, batch, device, dtype, img_size, threads, compile)
-    output = output or Path("runs") / f"benchmark_step-{datetime.now():%Y%m%d-%H%M%S}"
     output.mkdir(parents=True, exist_ok=True)
-
-    try:
-        with Progress(console=console, transient=True) as bar:
-            rows = measure(settings, chosen, rounds, minutes, console.print, bar)
-    except uora.UoraError as error:
-        raise typer.BadParameter(f"{model}: {error}") from error
+    with Progress(console=console, transient=True) as bar:
+        rows = measure(settings, chosen, rounds, minutes, console.print, bar)
     where = machine(settings)
-    parts = [model + (f" at {img_size}" if img_size else ""), f"batch {batch}", dtype.value]
-    parts += ["compiled"] if compile else []
+    parts = [*parts, settings.dtype.value] + (["compiled"] if settings.compile else [])
     parts += [where["gpu"]] if where["gpu"] else [where["cpu"], f"threads: {where['threads']}"]
     title = ", ".join([*parts, f"rounds: {len(rows[0].step)}", settings.clock])
     print(table(title, rows))

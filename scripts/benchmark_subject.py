@@ -1,4 +1,4 @@
-"""What `benchmark_step.py` measures: one model under one method, with a batch to train on."""
+"""What `benchmark_step.py` and `benchmark_llm.py` measure: one model under one method, with a batch to train on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-import timm
 import torch
 import typer
 from torch import Tensor, nn
@@ -41,7 +40,7 @@ class Dtype(StrEnum):
 
 @dataclass(frozen=True)
 class Settings:
-    """What all methods have in common.
+    """What all methods have in common: here a timm model that classifies images.
 
     Args:
         model: name of a timm model.
@@ -64,6 +63,47 @@ class Settings:
         if self.device.startswith("cuda"):
             return "CUDA events"
         return "processor time" if self.threads == 1 else "wall time"
+
+    @property
+    def weights(self) -> torch.dtype:
+        """Type in which the weights are stored."""
+        return torch.bfloat16 if self.dtype is Dtype.bf16 else torch.float32
+
+    @property
+    def packages(self) -> list[str]:
+        """What a process that measures imports."""
+        return ["timm", "uora_vision", "peft"]
+
+    def make(self) -> nn.Module:
+        """The model with random weights, in float32 on the CPU.
+
+        Raises:
+            typer.BadParameter: an image size is given and the model takes none.
+        """
+        import timm
+
+        size = {} if self.img_size is None else {"img_size": self.img_size}
+        try:
+            return timm.create_model(self.model, num_classes=CLASSES, **size)
+        except TypeError as error:
+            raise typer.BadParameter(f"{self.model} cannot be made: {error}") from error
+
+    def head(self, model: nn.Module) -> list[nn.Parameter]:
+        """What every method trains besides."""
+        return list(model.get_classifier().parameters())  # type: ignore[operator]  every timm model has it
+
+    def data(self, model: nn.Module) -> tuple[Tensor, Tensor]:
+        """A random batch: inputs, (batch, ...), and labels, one per row of logits."""
+        import timm
+
+        channels, height, width = timm.data.resolve_model_data_config(model)["input_size"]
+        images = torch.randn(self.batch, channels, self.img_size or height, self.img_size or width)
+        return images.to(self.weights), torch.randint(CLASSES, (self.batch,))
+
+    def logits(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        """(..., classes)."""
+        logits: Tensor = model(inputs)
+        return logits
 
 
 @dataclass(frozen=True)
@@ -101,10 +141,11 @@ def parse_methods(text: str) -> list[Method]:
 
 
 class Subject:
-    """A model under one method, with a batch of random images: `forward()` and `step()` are what is timed.
+    """A model under one method, with a batch of random inputs: `forward()` and `step()` are what is timed.
 
     Args:
-        base: a timm model, shared with other subjects and not changed; only full fine-tuning copies its weights.
+        base: the model of the settings, shared with other subjects and not changed; only full fine-tuning copies its
+            weights.
     """
 
     def __init__(self, settings: Settings, method: Method, base: nn.Module) -> None:
@@ -115,24 +156,21 @@ class Subject:
         self.settings = settings
         self.base = copy.deepcopy(base, memo)
         self.paths = [p.path for p in uora.plan(base, targets=TARGETS).projections]
-        head = list(self.base.get_classifier().parameters())  # type: ignore[operator]  every timm model has it
+        head = settings.head(self.base)
         model, groups = self._adapt(method, head)
         self.trained = sum(p.numel() for group in groups for p in group["params"])
         self.head = sum(p.numel() for p in head)
         self.model = torch.compile(model) if settings.compile else model
         self.optimizer = torch.optim.AdamW(groups, lr=1e-4)
         self.reinit = uora.Reinitializer(self.base, optimizer=self.optimizer) if method.kind == "uora" else None
-        dtype = torch.bfloat16 if settings.dtype is Dtype.bf16 else torch.float32
-        shape = input_shape(settings, base)
-        self.images = torch.randn(settings.batch, *shape).to(settings.device, dtype)
-        self.labels = torch.randint(CLASSES, (settings.batch,)).to(settings.device)
+        self.inputs, self.labels = (t.to(settings.device) for t in settings.data(base))
 
     def _adapt(self, method: Method, head: list[nn.Parameter]) -> tuple[nn.Module, list[dict[str, Any]]]:
         """The model to call, and what it trains."""
         model = self.base
         match method.kind:
             case "uora":
-                uora.inject(model, rank=method.rank, targets=TARGETS)
+                uora.inject(model, rank=method.rank, targets=TARGETS, train=())
             case "lora":
                 import peft
 
@@ -158,22 +196,22 @@ class Subject:
     def forward(self) -> None:
         self.model.eval()
         with self._autocast():
-            self.model(self.images)
+            self.settings.logits(self.model, self.inputs)
 
-    def step(self, images: int | None = None, watch: contextlib.AbstractContextManager[Any] | None = None) -> None:
-        """One step on the first `images` of the batch, the forward inside `watch`."""
+    def step(self, samples: int | None = None, watch: contextlib.AbstractContextManager[Any] | None = None) -> None:
+        """One step on the first `samples` of the batch, the forward inside `watch`."""
         self.model.train()
         self.optimizer.zero_grad()
         with watch or contextlib.nullcontext(), self._autocast():
-            logits = self.model(self.images[:images])
-            loss = nn.functional.cross_entropy(logits.float(), self.labels[:images])
+            logits = self.settings.logits(self.model, self.inputs[:samples])
+            loss = nn.functional.cross_entropy(logits.float().flatten(0, -2), self.labels[:samples].flatten())
         loss.backward()
         self.optimizer.step()
         if self.reinit:
             self.reinit.step()
 
     def warm_up(self) -> None:
-        """What only the first call does. One image is enough, unless kernels are made for each shape."""
+        """What only the first call does. One sample is enough, unless kernels are made for each shape."""
         whole = self.settings.compile or self.settings.device.startswith("cuda")
         self.step(None if whole else 1)
 
@@ -211,26 +249,14 @@ def _gradient_starts(device: str) -> Callable[[nn.Module, tuple[Tensor]], tuple[
 
 
 def make_base(settings: Settings) -> nn.Module:
-    """The timm model with random weights, ready for the settings' device and type.
+    """The settings' model on their device and in their type.
 
     Raises:
-        typer.BadParameter: an image size is given and the model takes none.
+        typer.BadParameter: see `Settings.make`.
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
     # Compiled code is kept per function, and all methods share the functions of the model's class.
     torch._dynamo.config.recompile_limit = 64
-    size = {} if settings.img_size is None else {"img_size": settings.img_size}
     torch.manual_seed(0)
-    try:
-        model = timm.create_model(settings.model, num_classes=CLASSES, **size)
-    except TypeError as error:
-        raise typer.BadParameter(f"{settings.model} cannot be made: {error}") from error
-    dtype = torch.bfloat16 if settings.dtype is Dtype.bf16 else torch.float32
-    return model.to(settings.device, dtype)
-
-
-def input_shape(settings: Settings, model: nn.Module) -> tuple[int, int, int]:
-    """(channels, height, width) of an image."""
-    channels, height, width = timm.data.resolve_model_data_config(model)["input_size"]
-    return (channels, settings.img_size or height, settings.img_size or width)
+    return settings.make().to(settings.device, settings.weights)

@@ -90,5 +90,5 @@ def test_missing_peft_says_what_to_install(vit: nn.Module, monkeypatch: pytest.M
 
 
 def test_a_model_without_a_head_is_an_error(make_vit: Callable[..., nn.Module]) -> None:
-    with pytest.raises(MethodError, match="no classifier"):
+    with pytest.raises(MethodError, match="would train nothing: VisionTransformer has no head"):
         apply_method(make_vit(num_classes=0), options(Method.linear))

@@ -17,8 +17,9 @@ import pytest
 import timm
 import torch
 import vit_cifar100
-from common import checkpoint
+from common import checkpoint, cli
 from common.methods import Method
+from rich.console import Console
 from safetensors.torch import load_file
 
 import uora_vision as uora
@@ -51,7 +52,7 @@ def recipe(tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
         line = ["vit_cifar100.py", "--data", data, "--model", model or tiny, *map(str, words)]
         monkeypatch.setattr(sys, "argv", line)
         capsys.readouterr()
-        code = vit_cifar100.run()
+        code = cli.main(vit_cifar100.app)
         return code, capsys.readouterr().err
 
     return call
@@ -153,11 +154,11 @@ def test_a_failed_write_leaves_a_checkpoint_to_resume_from(recipe: Call, tmp_pat
     assert recipe(*words, "--output", tmp_path / "whole")[0] == 0
     replace, writes = os.replace, []
 
-    def killed_in_the_third_write(*paths: Any) -> None:
-        writes.append(paths)
+    def killed_in_the_third_write(source: Any, target: Any) -> None:
+        writes.extend([target] if Path(target).name == "checkpoint.pt" else [])
         if len(writes) == 3:
             raise KeyboardInterrupt
-        replace(*paths)
+        replace(source, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.os, "replace", killed_in_the_third_write)
@@ -186,7 +187,7 @@ def test_an_interrupt_leaves_a_checkpoint_and_says_how_to_go_on(
         patch.setattr(training.Run, "step", interrupted)
         patch.setattr(sys, "argv", ["vit_cifar100.py"])
         said: list[str] = []
-        patch.setattr(vit_cifar100.Console, "print", lambda self, text, **_: said.append(str(text)))
+        patch.setattr(Console, "print", lambda self, text, **_: said.append(str(text)))
         assert recipe(*words, "--output", tmp_path / "pieces")[0] == 130
     assert "stopped after step 2 (interrupted)" in said[-1]
     assert said[-1].endswith("--resume")

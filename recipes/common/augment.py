@@ -25,11 +25,12 @@ INTERPOLATION = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC, "lanc
 
 
 class Augment(StrEnum):
-    """What varies in the training images: nothing, the position, or the position and left-right."""
+    """What varies in the training images: nothing, the position, the position and left-right, or also the size."""
 
     none = "none"
     crop = "crop"
     flip = "crop+flip"
+    resized = "resized-crop+flip"
 
 
 class Domain(StrEnum):
@@ -43,12 +44,18 @@ class Domain(StrEnum):
 
 @dataclass(frozen=True)
 class InputFormat:
-    """What a model reads: (height, width) in pixels, and the mean and deviation of each channel in 0..1."""
+    """What a model reads: (height, width) in pixels, and the mean and deviation of each channel in 0..1.
+
+    `squash`: an image is made square by scaling alone, not by cutting what stands out.
+    `crop`: share of an image's shorter side that is kept around its centre.
+    """
 
     size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str = "bicubic"
+    squash: bool = False
+    crop: float = 1.0
 
 
 class DomainShift:
@@ -76,15 +83,18 @@ class ModelInput:
     def __init__(self, form: InputFormat, augment: Augment = Augment.none) -> None:
         height, width = form.size
         mode = INTERPOLATION.get(form.interpolation, cv2.INTER_CUBIC)
-        if height == width:  # keep the proportions, cut what stands out
-            fit = [A.SmallestMaxSize(height, interpolation=mode), A.CenterCrop(height, width)]
+        if height == width and not form.squash:  # keep the proportions, cut what stands out
+            edge = max(height, int(height / form.crop))
+            fit = [A.SmallestMaxSize(edge, interpolation=mode), A.CenterCrop(height, width)]
         else:
             fit = [A.Resize(height, width, interpolation=mode)]
         vary: list[A.BasicTransform] = []
-        if augment is not Augment.none:
+        if augment is Augment.resized:  # 8% to all of the area, as timm does for ImageNet
+            fit = [A.RandomResizedCrop(form.size, interpolation=mode)]
+        elif augment is not Augment.none:
             edge = max(1, height // 8)
             vary = [A.Pad(padding=edge, border_mode=cv2.BORDER_REFLECT_101), A.RandomCrop(height, width)]
-        if augment is Augment.flip:
+        if augment in (Augment.flip, Augment.resized):
             vary.append(A.HorizontalFlip(p=0.5))
         self.transform = A.Compose([*fit, *vary, A.Normalize(form.mean, form.std)])
 

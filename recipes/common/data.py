@@ -6,7 +6,8 @@
 - a folder of parquet files, or anything `datasets.load_dataset` reads from disk;
 - a folder with torchvision's `cifar-100-python` inside;
 - a folder of images: `train/CLASS/*.png` and `test/CLASS/*.png` (or `val`);
-- `cifar100`: through torchvision, which downloads it once;
+- `cifar100`, `food101`, `flowers102`: through torchvision, which downloads them once; `resisc45`: from the hub;
+- `timm:NAME`: what `timm.data.create_dataset` takes, such as `timm:torch/places365` or `timm:hfds/OWNER/NAME`;
 - anything else: the name of a data set on the Hugging Face hub.
 """
 
@@ -14,21 +15,22 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from .errors import DataError
 from .network import fail_fast_without_network
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+TORCHVISION = {"cifar100": "CIFAR100", "food101": "Food101", "flowers102": "Flowers102"}
+HUB = {"resisc45": "timm/resisc45"}
 SPLITS = {"train": ("train", "training"), "test": ("test", "val", "valid", "validation")}
-
-
-class DataError(ValueError):
-    """The data cannot be used; the message says what was found and what to do."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,13 @@ class ImageSet:
     """Images with labels.
 
     Args:
-        items: one entry per image: an array (h, w, 3) of uint8, a path, or the encoded bytes.
+        items: one entry per image: an array (h, w, 3) of uint8, a path, the encoded bytes, or what gives a PIL image
+            when called.
         labels: (n,) int64, indices into `names`.
         names: what each class is called.
     """
 
-    items: Sequence[np.ndarray | Path | bytes]
+    items: Sequence[np.ndarray | Path | bytes | Callable[[], Image.Image]]
     labels: np.ndarray
     names: tuple[str, ...]
 
@@ -53,6 +56,8 @@ class ImageSet:
         item = self.items[index]
         if isinstance(item, np.ndarray):
             return item
+        if callable(item):
+            return np.asarray(item().convert("RGB"))
         source = io.BytesIO(item) if isinstance(item, bytes) else item
         try:
             with Image.open(source) as image:
@@ -127,12 +132,14 @@ def load_images(source: str, split: str, classes: Sequence[int | str] | None = N
         data = _digits(split)
     elif path.is_dir():
         data = _folder(path, split)
-    elif path.exists() or ("/" in source.removeprefix("./") and path.parent.is_dir()):
+    elif path.exists() or (":" not in source and "/" in source.removeprefix("./") and path.parent.is_dir()):
         raise DataError(f"{source} is not a folder; give a folder of parquet files or of images")
-    elif source == "cifar100":
-        data = _torchvision(Path.home() / ".cache" / "uora_vision", split, download=True)
+    elif source in TORCHVISION:
+        data = _torchvision(source, Path.home() / ".cache" / "uora_vision", split, download=True)
+    elif source.startswith("timm:"):
+        data = _timm(source.removeprefix("timm:"), split)
     else:
-        data = _hub(source, split)
+        data = _hub(HUB.get(source, source), split)
     if len(data) == 0:
         raise DataError(f"{source} holds no {split} image")
     return data if classes is None else data.keep_classes(classes)
@@ -152,7 +159,7 @@ def _folder(path: Path, split: str) -> ImageSet:
     if any(path.rglob("*.parquet")) or (path / "dataset_dict.json").exists():
         return _hub(str(path), split)
     if (path / "cifar-100-python").is_dir():
-        return _torchvision(path, split, download=False)
+        return _torchvision("cifar100", path, split, download=False)
     for name in SPLITS[split]:
         if (path / name).is_dir():
             return _image_folder(path / name)
@@ -182,17 +189,51 @@ def _image_folder(path: Path) -> ImageSet:
     return ImageSet(items, np.array(labels, dtype=np.int64), tuple(names))
 
 
-def _torchvision(root: Path, split: str, download: bool) -> ImageSet:
-    from torchvision.datasets import CIFAR100
+def _torchvision(name: str, root: Path, split: str, download: bool) -> ImageSet:
+    from torchvision import datasets
 
+    kind = TORCHVISION[name]
+    chosen: dict[str, Any] = {"train": split == "train"} if name == "cifar100" else {"split": split}
     try:
-        data = CIFAR100(str(root), train=split == "train", download=download)
+        data = getattr(datasets, kind)(str(root), **chosen, download=download)
     except Exception as error:  # torchvision raises URLError, RuntimeError or OSError, depending on what broke
+        told = "CIFAR-100" if name == "cifar100" else kind
         raise DataError(
-            f"CIFAR-100 could not be loaded from {root}: {error}. Without a network, give a copy with --data FOLDER, "
+            f"{told} could not be loaded from {root}: {error}. Without a network, give a copy with --data FOLDER, "
             "or try the embedded example with --demo."
         ) from error
-    return ImageSet(data.data, np.array(data.targets, dtype=np.int64), tuple(data.classes))
+    if name == "cifar100":
+        return ImageSet(data.data, np.array(data.targets, dtype=np.int64), tuple(data.classes))
+    return ImageSet(data._image_files, np.array(data._labels, dtype=np.int64), tuple(data.classes))
+
+
+def _timm(name: str, split: str) -> ImageSet:
+    import timm.data
+
+    found, reasons, root = None, [], Path.home() / ".cache" / "uora_vision"
+    root.mkdir(parents=True, exist_ok=True)
+    fail_fast_without_network()
+    for part in SPLITS[split]:
+        try:
+            found = timm.data.create_dataset(name, root=str(root), split=part, download=True)
+            break
+        except Exception as error:  # each kind of data set raises types of its own
+            reasons.append((str(error).strip().splitlines() or [type(error).__name__])[0])
+    if found is None:
+        raise DataError(
+            f"timm cannot give the {split} split of {name!r}: {reasons[0]}. Check the name and the network; without a "
+            "network, give a folder with --data, or try the embedded example with --demo."
+        )
+    if not hasattr(found, "__getitem__") or not hasattr(found, "__len__"):
+        raise DataError(f"timm reads {name!r} only from front to back; give a data set whose images can be picked")
+    labels = np.array([found[i][1] for i in range(len(found))], dtype=np.int64)  # once, through every image
+    names = getattr(found, "classes", None) or [str(i) for i in range(int(labels.max(initial=-1)) + 1)]
+    items = [partial(_first, found, i) for i in range(len(found))]
+    return ImageSet(items, labels, tuple(names))
+
+
+def _first(examples: Any, index: int) -> Image.Image:
+    return examples[index][0]
 
 
 def _hub(name: str, split: str) -> ImageSet:

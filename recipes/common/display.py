@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-
-if TYPE_CHECKING:
-    from .training import Progress
 
 
 class Display:
@@ -42,28 +39,29 @@ class Display:
             finally:
                 self.bar = self.task = None
 
-    def step(self, progress: Progress, rate: float, firings: int, per_epoch: int) -> None:
-        if self.bar is None or self.task is None:
-            return
-        share = progress.hits / progress.seen
-        numbers = f"loss {progress.loss / progress.seen:.3f} accuracy {share:.1%} lr {rate:.0e}"
-        epoch = (progress.step - 1) // per_epoch + 1
-        self.bar.update(
-            self.task,
-            completed=progress.step,
-            description=f"{self.name} {epoch}",
-            numbers=f"{numbers} firings {firings:,}",
-        )
+    def step(self, step: int, epoch: int, numbers: dict[str, float]) -> None:
+        """Move the bar to `step`; `numbers` by name, such as `train/loss`."""
+        if self.bar is not None and self.task is not None:
+            shown = " ".join(f"{(name := key.rpartition('/')[2])} {_score(name, v)}" for key, v in numbers.items())
+            self.bar.update(self.task, completed=step, description=f"{self.name} {epoch}", numbers=shown)
 
     def epoch(self, entry: dict[str, Any], epochs: int) -> None:
-        if self.quiet or entry["test_accuracy"] is None:
+        scores = [(key, value) for key, value in entry.items() if key.startswith(("train_", "test_"))]
+        if self.quiet or not any(key.startswith("test_") for key, _ in scores):
             return
         fired = f"  re-drawn {entry['firings']:,}" if entry["firings"] else ""
         self.say(
-            f"epoch {entry['epoch']:>3}/{epochs}  train {entry['train_accuracy']:.1%} loss {entry['train_loss']:.3f}"
-            f"  test {entry['test_accuracy']:.1%} loss {entry['test_loss']:.3f}{fired}  {entry['seconds']:.0f} s"
+            f"epoch {entry['epoch']:>3}/{epochs}  "
+            + "  ".join(f"{key.replace('_', ' ')} {_score(key, value)}" for key, value in scores)
+            + f"{fired}  {entry['seconds']:.0f} s"
         )
 
     def say(self, text: Any) -> None:
         if not self.quiet:
             self.console.print(text, highlight=False, soft_wrap=isinstance(text, str))
+
+
+def _score(name: str, value: float) -> str:
+    if "accuracy" in name:
+        return f"{value:.1%}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if value < 0.01 else f"{value:.3f}"

@@ -257,21 +257,22 @@ def confusion_matrix(confusion: np.ndarray, names: Sequence[str], classes: np.nd
 
 
 @_drawn
-def comparison(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Accuracy against trained parameters, a labelled point per method. `accuracy_std`, if there, as a bar."""
+def comparison(rows: Sequence[Mapping[str, Any]], score: str = "accuracy", axis: str = "accuracy") -> Figure:
+    """A score against trained parameters, a labelled point per method. `SCORE_std`, if there, as a bar."""
     figure = Figure(figsize=(WIDTH, 3.3))
     axes = figure.subplots()
     x = np.array([row["trained_parameters"] for row in rows], dtype=float)
-    y = np.array([row["accuracy"] for row in rows], dtype=float)
+    y = np.array([row[score] for row in rows], dtype=float)
     for row, a, b in zip(rows, x, y, strict=True):
-        axes.errorbar(a, b, yerr=row.get("accuracy_std") or None, fmt="o", color=BLUE, ecolor="#a9c1de", markersize=6)
+        axes.errorbar(a, b, yerr=row.get(f"{score}_std") or None, fmt="o", color=BLUE, ecolor="#a9c1de", markersize=6)
     axes.set_xscale("log")
     axes.set_xlim(x.min() / 2, x.max() * 2)
     axes.margins(y=0.15)
-    axes.set(xlabel="trained parameters (log axis)", ylabel="test accuracy")
+    axes.set(xlabel="trained parameters (log axis)", ylabel=axis)
     axes.xaxis.set_major_formatter(FuncFormatter(engineering))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    if "accuracy" in score:
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.grid()
     _label_points(figure, axes, x, y, [shorten(str(row["method"]), 24) for row in rows])
     return figure

@@ -11,7 +11,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .augment import DomainShift, ModelInput
-from .data import DataError, ImageSet
+from .data import ImageSet
+from .errors import DataError
 
 Key = tuple[int, int]  # (epoch, index)
 
@@ -60,7 +61,7 @@ class Batches:
 
     def __post_init__(self) -> None:
         if self.count // self.per_epoch < self.parts:
-            raise DataError(f"{self.count} images in batches of {self.batch} are too few for {self.parts} processes")
+            raise DataError(f"{self.count} examples in batches of {self.batch} are too few for {self.parts} processes")
 
     @property
     def per_epoch(self) -> int:
@@ -77,9 +78,9 @@ class Batches:
                 yield [(epoch, int(index)) for index in np.array_split(chunk, self.parts)[self.part]]
 
 
-def train_loader(images: Images, batches: Batches, workers: int) -> DataLoader:
+def train_loader(data: Dataset, batches: Batches, workers: int) -> DataLoader:
     """A loader over the rest of a run: one iteration of it crosses all epochs."""
-    return _loader(images, batches, workers)
+    return _loader(data, batches, workers)
 
 
 def eval_loader(images: Images, batch: int, workers: int, part: int = 0, parts: int = 1) -> DataLoader:
@@ -88,9 +89,9 @@ def eval_loader(images: Images, batch: int, workers: int, part: int = 0, parts: 
     return _loader(images, [[(0, i) for i in mine[k : k + batch]] for k in range(0, len(mine), batch)], workers)
 
 
-def _loader(images: Images, batches: Batches | list[list[Key]], workers: int) -> DataLoader:
+def _loader(data: Dataset, batches: Batches | list[list[Key]], workers: int) -> DataLoader:
     return DataLoader(
-        images,
+        data,
         batch_sampler=batches,  # any sized iterable of lists of keys will do
         num_workers=workers,
         generator=torch.Generator(),  # else starting to iterate would draw from the run's own generator

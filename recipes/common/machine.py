@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
-
-class PrecisionError(ValueError):
-    """The precision is unknown or not to be had on this device."""
+from .errors import PrecisionError
 
 
 class StopRequest:

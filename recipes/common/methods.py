@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import uora_vision as uora
+from uora_vision.walker import head_names
+
+from .errors import MethodError
 
 
 class Method(StrEnum):
@@ -30,10 +33,6 @@ class Scope(StrEnum):
     shared = "shared"
     quorum = "quorum"
     layer = "layer"
-
-
-class MethodError(ValueError):
-    """The method cannot be applied; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class Adapted:
 
     Args:
         model: what to call; for PEFT's VeRA a wrapper around `base`.
-        base: the timm model itself.
+        base: the model itself.
         groups: parameter groups for an optimizer.
         options: what was asked for.
     """
@@ -113,41 +112,45 @@ class Adapted:
 
     @property
     def trained_without_head(self) -> int:
-        head = head_ids(self.base)
-        return sum(p.numel() for p in self.model.parameters() if p.requires_grad and id(p) not in head)
+        return sum(p.numel() for p in self._kept())
 
     @property
     def adapter_bytes(self) -> int:
         """Size of what has to be kept for a task besides the head, in bytes."""
+        return sum(p.numel() * p.element_size() for p in self._kept())
+
+    def _kept(self) -> list[nn.Parameter]:
         head = head_ids(self.base)
-        kept = [p for p in self.model.parameters() if p.requires_grad and id(p) not in head]
-        return sum(p.numel() * p.element_size() for p in kept)
+        return [p for p in self.model.parameters() if p.requires_grad and id(p) not in head]
 
     def trained_tensors(self) -> dict[str, Tensor]:
         """What was trained, by the name it has in the model."""
         return {name: p.detach().cpu().contiguous() for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def reinitializer(self, optimizer: torch.optim.Optimizer) -> uora.Reinitializer | None:
-        """Re-draws the directions that fell asleep; None for the methods that never do."""
+    def reinit_options(self) -> dict[str, Any] | None:
+        """Options of a `uora.Reinitializer`; None for the methods that never re-draw."""
         options = self.options
         if options.method is not Method.uora or options.scope is Scope.never:
             return None
-        return uora.Reinitializer(
-            self.base,
-            threshold=options.threshold,
-            relative=options.relative,
-            alpha=options.alpha,
-            every=options.every,
-            scope=options.scope.value,
-            optimizer=optimizer,
-        )
+        return {
+            "threshold": options.threshold,
+            "relative": options.relative,
+            "alpha": options.alpha,
+            "every": options.every,
+            "scope": options.scope.value,
+        }
+
+    def reinitializer(self, optimizer: torch.optim.Optimizer) -> uora.Reinitializer | None:
+        """Re-draws the directions that fell asleep; None for the methods that never do."""
+        options = self.reinit_options()
+        return None if options is None else uora.Reinitializer(self.base, optimizer=optimizer, **options)
 
 
 def apply_method(model: nn.Module, options: MethodOptions) -> Adapted:
-    """Freeze and adapt a timm model, in place.
+    """Freeze and adapt a model, in place. Its head trains by every method, where it has one.
 
     Raises:
-        MethodError: the method cannot be applied to this model, or needs a package that is missing.
+        MethodError: the method cannot be applied to this model, or needs a package that is missing, or trains nothing.
         uora.UoraError: an option of the adapter is wrong, or nothing matches `targets`.
     """
     if options.rank is not None and options.rank < 1:
@@ -171,19 +174,17 @@ def apply_method(model: nn.Module, options: MethodOptions) -> Adapted:
         case Method.full:
             model.requires_grad_(True)
     head = head_ids(base)
-    if not head:
-        raise MethodError(f"{type(base).__name__} has no classifier that timm knows; give a model with a head")
     for p in model.parameters():
         if id(p) in head:
             p.requires_grad_(True)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise MethodError(f"--method {options.method} would train nothing: {type(base).__name__} has no head")
     return Adapted(model, base, _groups(model, base, options), options)
 
 
 def head_ids(model: nn.Module) -> set[int]:
-    """Ids of the parameters of timm's classifier, or classifiers."""
-    classifier: Any = model.get_classifier()  # every timm model has it
-    parts = classifier if isinstance(classifier, tuple | list) else [classifier]
-    return {id(p) for part in parts for p in part.parameters()}
+    """Ids of the parameters of the classifier, or classifiers. A language model's output embedding is none."""
+    return {id(p) for name in head_names(model) for p in model.get_submodule(name).parameters()}
 
 
 def _groups(model: nn.Module, base: nn.Module, options: MethodOptions) -> list[dict[str, Any]]:
@@ -205,20 +206,32 @@ def _groups(model: nn.Module, base: nn.Module, options: MethodOptions) -> list[d
 
 def _with_lora(model: nn.Module, options: MethodOptions) -> nn.Module:
     peft = _peft(options.method)
-    paths = [p.path for p in uora.plan(model, targets=options.targets).projections]
+    paths = _modules(model, options.targets)
     config = peft.LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=paths)
-    return peft.inject_adapter_in_model(config, model)
+    with warnings.catch_warnings():  # of transposed weights, which it handles
+        warnings.simplefilter("ignore")
+        return peft.inject_adapter_in_model(config, model)
 
 
 def _with_peft_vera(model: nn.Module, options: MethodOptions) -> nn.Module:
     peft = _peft(options.method)
-    paths = [p.path for p in uora.plan(model, targets=options.targets).projections]
+    paths = _modules(model, options.targets)
+    if bare := [path for path in paths if isinstance(model.get_submodule(path), nn.MultiheadAttention)]:
+        raise MethodError(f"PEFT's VeRA cannot adapt {bare[0]}, an nn.MultiheadAttention; use --method vera")
     with warnings.catch_warnings():  # it warns that the matrices are drawn again from the seed, which is what we want
         warnings.simplefilter("ignore")
         config = peft.VeraConfig(
             r=options.rank, target_modules=paths, projection_prng_key=options.seed, d_initial=0.1, save_projection=False
         )
     return peft.get_peft_model(model, config)
+
+
+def _modules(model: nn.Module, targets: str) -> list[str]:
+    """Paths of the modules that PEFT must adapt: it takes an nn.MultiheadAttention as a whole."""
+    paths = [p.module_path for p in uora.plan(model, targets=targets).projections]
+    above = {path: path.rpartition(".")[0] for path in paths}
+    whole = {up for up in above.values() if isinstance(model.get_submodule(up), nn.MultiheadAttention)}
+    return list(dict.fromkeys(above[path] if above[path] in whole else path for path in paths))
 
 
 def _peft(method: Method) -> Any:

@@ -18,36 +18,42 @@ from common import figures
 MOST_CLASSES = 40  # in the picture of the confusion matrix
 MOST_PAIRS = 10
 MOST_SAMPLES = 48
+LOWER = ("loss", "perplexity")  # less is better
 LABELS = {
-    "accuracy": "Test accuracy",
+    "accuracy": "Accuracy",
     "accuracy_std": "± std",
     "adapter_bytes": "Adapter size",
+    "bleu": "BLEU",
+    "cider": "CIDEr",
     "firings": "Re-draws",
-    "loss": "Test loss",
+    "loss": "Loss",
     "lr": "Learning rate",
+    "meteor_stem": "METEOR, no synonyms",
+    "nist": "NIST",
     "peak_memory": "Peak memory",
     "peak_memory_bytes": "Peak memory",
+    "rouge_l": "ROUGE-L",
     "seconds": "Time",
     "seconds_per_step": "Time per step",
     "trained_parameters_without_head": "Trained, without head",
 }
-CURVES = {  # title: the lines of the figure, its axis, its caption
-    "Accuracy": (
-        {"test_accuracy": "test", "train_accuracy": "training"},
-        "accuracy",
-        "A widening gap between the lines means that the model learns its training images by heart.",
-    ),
-    "Loss": (
-        {"test_loss": "test", "train_loss": "training"},
-        "cross-entropy",
-        "Lower is better. A test line that turns upwards says that training went on for too long.",
-    ),
-    "Learning rate": (
-        {"lr": "learning rate"},
-        "learning rate",
-        "What the schedule gave the optimizer in each epoch.",
-    ),
+CAPTIONS = {  # how to read the curves of a quantity
+    "accuracy": "A widening gap between the lines means that the model learns its training data by heart.",
+    "loss": "Lower is better. A test line that turns upwards says that training went on for too long.",
+    "perplexity": "Lower is better: among how many tokens the model wavers, on average.",
+    "lr": "What the schedule gave the optimizer in each epoch.",
 }
+SPLITS = {"test_": "test", "train_": "training"}
+
+
+@dataclass
+class Sheet:
+    """A table of a report. A value is shown by the name of its column, as metrics are."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[Any]]
+    caption: str = ""
 
 
 @dataclass
@@ -61,8 +67,8 @@ class RunReport:
         metrics: any numbers; of note `accuracy`, `loss`, `trained_parameters`, `trained_parameters_without_head`,
             `total_parameters`, `adapter_bytes`, `seconds_per_step`, `peak_memory_bytes`, `firings`. A key with "bytes"
             or "memory" in it counts bytes, one with "seconds" seconds. None means: does not apply.
-        history: per epoch `epoch`, `train_loss`, `train_accuracy`, `test_loss`, `test_accuracy`, `lr`, `firings`
-            (so far), `seconds`; all but `epoch` may be missing or None.
+        history: per epoch `epoch`, `train_loss`, `train_accuracy`, `test_loss`, `test_accuracy` or other names that
+            begin so, `lr`, `firings` (so far), `seconds`; all but `epoch` may be missing or None.
         layers: names such as `blocks.0.attn.q`, in the order of the model.
         firings: (n, 3) int: step, layer number, index.
         rank: directions per layer.
@@ -73,6 +79,8 @@ class RunReport:
         samples: test images: (h, w, 3) uint8, true name, predicted name, confidence 0..1.
         comparison: a row per method: `method`, `accuracy`, `trained_parameters`, and what else there is;
             `accuracy_std` draws a bar.
+        score: the metric by which methods are compared, in the place of `accuracy`.
+        tables: more tables, such as what a model wrote before and after.
     """
 
     title: str
@@ -90,6 +98,8 @@ class RunReport:
     names: list[str] = field(default_factory=list)
     samples: list[tuple[np.ndarray, str, str, float]] = field(default_factory=list)
     comparison: list[dict[str, Any]] | None = None
+    score: str = "accuracy"
+    tables: list[Sheet] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -207,8 +217,8 @@ def _tiles(report: RunReport) -> list[dict[str, str]]:
     spent = [f"{alone:,} without the head"] if alone is not None else []
     spent += [f"{100 * trained / total:.2g}% of the model"] if trained and total else []
     notes = {
-        "accuracy": f"{tested:,} test images" if tested else "",
-        "loss": "mean over test images" if tested else "",
+        report.score: f"{tested:,} test images" if tested else "",
+        "loss": "mean over test images" if tested else "mean over the test set",
         "trained_parameters": ", ".join(spent),
         "adapter_bytes": "to save and share",
         "seconds_per_step": f"{report.steps:,} steps in all" if report.steps else "",
@@ -236,21 +246,18 @@ def _compared(report: RunReport) -> dict[str, Any] | None:
     """Columns of the table of methods, and the picture where two methods have what it needs."""
     if not report.comparison:
         return None
-    columns = list(dict.fromkeys(key for row in report.comparison for key in row))
-    rows = [
-        r for r in report.comparison if r.get("trained_parameters") and math.isfinite(r.get("accuracy") or math.nan)
-    ]
+    score, columns = report.score, list(dict.fromkeys(key for row in report.comparison for key in row))
+    rows = [r for r in report.comparison if r.get("trained_parameters") and math.isfinite(r.get(score) or math.nan)]
     picture = None
     if len(rows) > 1:
         picture = Picture(
-            "Accuracy for the parameters spent",
-            figures.comparison(rows),
-            "Further up is better, further left is cheaper. Trained parameters, head included, grow tenfold from one "
-            "labelled step of the axis to the next.",
-            "Test accuracy and trained parameters: "
+            f"{label(score)} for the parameters spent",
+            figures.comparison(rows, score, label(score).lower()),
+            f"Further {'down' if score in LOWER else 'up'} is better, further left is cheaper. Trained parameters, "
+            "head included, grow tenfold from one labelled step of the axis to the next.",
+            f"{label(score)} and trained parameters: "
             + "; ".join(
-                f"{r['method']} {show('accuracy', r['accuracy'])} with {show('', r['trained_parameters'])}"
-                for r in rows
+                f"{r['method']} {show(score, r[score])} with {show('', r['trained_parameters'])}" for r in rows
             ),
         )
     numeric = {
@@ -261,16 +268,25 @@ def _compared(report: RunReport) -> dict[str, Any] | None:
 
 def _curves(report: RunReport) -> list[Picture]:
     history, pictures = report.history, []
-    for title, (keys, axis, caption) in CURVES.items():
-        known = {key: name for key, name in keys.items() if any(row.get(key) is not None for row in history)}
+    keys = dict.fromkeys(key for row in history for key, value in row.items() if value is not None)
+    for quantity in dict.fromkeys(
+        ["accuracy", *(_quantity(key) for key in keys if key.startswith("test_")), "loss", "lr"]
+    ):
+        known = {split + quantity: name for split, name in SPLITS.items() if split + quantity in keys}
+        known |= {quantity: label(quantity).lower()} if quantity in keys else {}
         if known:
+            title = label(quantity)
             ends = [
                 f"{name} {show(k, history[0].get(k))} to {show(k, history[-1].get(k))}" for k, name in known.items()
             ]
             alt = f"{title} over {len(history)} epochs, first to last: {', '.join(ends)}."
-            uri = figures.curves(history, known, axis, percent=title == "Accuracy")
-            pictures.append(Picture(title, uri, caption, alt))
+            uri = figures.curves(history, known, title.lower(), percent="accuracy" in quantity)
+            pictures.append(Picture(title, uri, CAPTIONS.get(quantity, ""), alt))
     return pictures
+
+
+def _quantity(key: str) -> str:
+    return key.removeprefix("test_").removeprefix("train_")
 
 
 def _redrawn(report: RunReport) -> list[Picture]:

@@ -1,95 +1,80 @@
-"""What a finished run leaves in its folder, and the rule that no run overwrites another."""
+"""What a finished run leaves in its folder."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
-import json
-import os
 import platform
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 from safetensors.torch import save as to_bytes
 
 import uora_vision as uora
 
-from .checkpoint import read_checkpoint
-from .evaluation import Evaluation
-from .loading import Images
-from .methods import Adapted
-from .report import RunReport, write_report
+from .display import Display
+from .folder import CHECKPOINT, CHECKPOINTS, METRICS, write_json
+from .methods import Adapted, Defaults, Method
+from .report import RunReport, show, write_report
 from .training import Outcome
 
-CHECKPOINT, METRICS = "checkpoint.pt", "metrics.json"
-LIBRARIES = ("uora-vision", "torch", "timm", "albumentations", "accelerate", "peft", "numpy")
-SAMPLES = 36
-
-
-class OutputError(ValueError):
-    """The output folder cannot be used; the message says what it holds and what to do."""
-
-
-def prepare_folder(folder: Path | None, resume: bool, name: str) -> Path:
-    """Name and check the folder of a run: a new one, or with `resume` the one that holds its checkpoint.
-
-    Args:
-        folder: as asked for; None for the first free one of `runs/NAME`, `runs/NAME-2`, ...
-
-    Raises:
-        OutputError: it holds a run already, or nothing to resume.
-    """
-    if folder is None:
-        if resume:
-            raise OutputError("--resume needs --output FOLDER, the folder of the run to go on with")
-        numbered = (Path("runs") / (name if n == 1 else f"{name}-{n}") for n in range(1, 10**6))
-        folder = next(path for path in numbered if not path.exists())
-    if resume:
-        if (folder / METRICS).exists():
-            raise OutputError(f"the run in {folder} is finished; there is nothing to resume")
-        read_checkpoint(folder / CHECKPOINT)
-    elif folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder} is not a folder; give another --output")
-    else:
-        for held, what in ((METRICS, "a finished run"), (CHECKPOINT, "an unfinished run (--resume continues it)")):
-            if (folder / held).exists():
-                raise OutputError(f"{folder} holds {what}; give another --output, or delete it first")
-    return folder
+LIBRARIES = (
+    "uora-vision", "torch", "timm", "open_clip_torch", "transformers", "trl", "albumentations", "accelerate", "peft",
+    "numpy",
+)  # fmt: skip
+COMPARED = {  # what stands beside the score in a comparison of methods, and its name on the terminal
+    "trained_parameters": "trained",
+    "trained_parameters_without_head": "without head",
+    "adapter_bytes": "adapter",
+    "seconds_per_step": "step",
+    "firings": "re-drawn",
+}
+KEPT = {"other_accuracy": "other classes"}
+"""What stands there besides, in the recipes that measure it."""
 
 
 def finish(
     folder: Path,
     adapted: Adapted,
     outcome: Outcome,
-    images: Images,
+    scores: dict[str, Any],
     config: dict[str, Any],
     title: str,
     subtitle: str,
-    extra: dict[str, Any] | None = None,
+    *,
+    score: str = "accuracy",
     comparison: list[dict[str, Any]] | None = None,
+    **sections: Any,
 ) -> dict[str, Any]:
     """Write adapter, history, report and metrics; then the checkpoint may go.
 
     Args:
-        images: those that `outcome.evaluation` is of.
-        extra: more metrics.
-        comparison: a row per method; see `RunReport`.
+        scores: what was measured at the end, and other metrics of the recipe.
+        score: the one of them to compare methods by.
+        comparison: rows of other methods, as `compared` makes them; this run's own comes last.
+        sections: parts of `RunReport`: `confusion` and `names`, `samples`, `tables`.
 
     Returns:
         The metrics.
     """
-    assert outcome.evaluation is not None
     save_trained(adapted, folder / "adapter")
-    metrics = measures(adapted, outcome) | (extra or {})
+    metrics = scores | measures(adapted, outcome)
+    if comparison is not None:
+        comparison = [*comparison, compared(adapted.options.method.value, metrics, score)]
     metrics["adapter_folder_bytes"] = sum(file.stat().st_size for file in (folder / "adapter").iterdir())
     progress = outcome.progress
-    _write_json(folder / "history.json", progress.history)
+    write_json(folder / "history.json", progress.history)
     layers, b, d = vectors(adapted)
     report = RunReport(
         title=title,
         subtitle=subtitle,
         config=config,
         metrics=metrics,
+        score=score,
         history=progress.history,
         layers=layers,
         firings=outcome.reinit.history() if outcome.reinit else np.zeros((0, 3), dtype=np.int64),
@@ -97,25 +82,21 @@ def finish(
         steps=progress.step,
         b=b,
         d=d,
-        confusion=confusion(outcome.evaluation, len(images.data.names)),
-        names=list(images.data.names),
-        samples=samples(images, outcome.evaluation),
         comparison=comparison,
+        **sections,
     )
     write_report(report, folder / "report.html")
     # Last, because this file is what says that a run is finished.
     told = metrics if comparison is None else {**metrics, "comparison": comparison}
-    _write_json(folder / METRICS, {**told, "config": config, "versions": versions()})
+    write_json(folder / METRICS, {**told, "config": config, "versions": versions()})
     (folder / CHECKPOINT).unlink(missing_ok=True)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return metrics
 
 
 def measures(adapted: Adapted, outcome: Outcome) -> dict[str, Any]:
-    """The numbers of a run: accuracy as a share, loss, sizes in parameters and bytes, times in seconds."""
-    assert outcome.evaluation is not None
+    """What a run spent: sizes in parameters and bytes, times in seconds."""
     return {
-        "accuracy": outcome.evaluation.accuracy,
-        "loss": outcome.evaluation.loss,
         "trained_parameters": adapted.trained,
         "trained_parameters_without_head": adapted.trained_without_head,
         "total_parameters": sum(p.numel() for p in adapted.model.parameters()),
@@ -128,6 +109,51 @@ def measures(adapted: Adapted, outcome: Outcome) -> dict[str, Any]:
         "epochs": len(outcome.progress.history),
         "device": outcome.device,
     }
+
+
+def compared(method: str, metrics: dict[str, Any], score: str = "accuracy") -> dict[str, Any]:
+    """A method's row in a comparison."""
+    kept = {key: metrics[key] for key in KEPT if key in metrics}
+    return {"method": method, score: metrics[score], **kept, **{key: metrics[key] for key in COMPARED}}
+
+
+def compare(
+    run: Callable[..., dict[str, Any] | None],
+    base: Any,
+    rows: Mapping[Method, Defaults],
+    folder: Path,
+    display: Display,
+    score: str = "accuracy",
+) -> dict[str, Any] | None:
+    """Run a recipe by several methods, UORA last: its results go to `folder`, with all of them side by side.
+
+    Args:
+        run: the recipe's; takes options, and `comparison` as `finish` does.
+        base: options that all runs share.
+        rows: rank and learning rates of each method.
+        score: the metric to compare by.
+
+    Returns:
+        The metrics of the UORA run.
+    """
+    told: list[dict[str, Any]] = []
+    metrics = None
+    for method in sorted(rows, key=lambda m: m is Method.uora):
+        own, last = rows[method], method is Method.uora
+        chosen = {"method": method, "rank": own.rank, "lr": own.lr, "head_lr": own.head_lr}
+        output = folder if last else folder / "methods" / method.value
+        metrics = run(dataclasses.replace(base, output=output, **chosen), comparison=told if last else None)
+        assert metrics is not None
+        told.append(compared(method.value, metrics, score))
+        display.say(f"{method}: {score} {show(score, metrics[score])}")
+    table = Table()
+    for key in told[0]:
+        table.add_column((COMPARED | KEPT).get(key, key), justify="left" if key == "method" else "right")
+    for row in told:
+        table.add_row(*(show(key, value) for key, value in row.items()))
+    display.say(table)
+    display.say(f"Report: {folder / 'report.html'}")
+    return metrics
 
 
 def save_trained(adapted: Adapted, folder: Path) -> None:
@@ -157,28 +183,6 @@ def vectors(adapted: Adapted) -> tuple[list[str], list[np.ndarray], list[np.ndar
     return names, b, d
 
 
-def confusion(evaluation: Evaluation, classes: int) -> np.ndarray:
-    """(classes, classes): how many images of each true class (row) got each prediction (column)."""
-    counts = np.zeros((classes, max(classes, int(evaluation.predicted.max()) + 1)), dtype=np.int64)
-    np.add.at(counts, (evaluation.labels, evaluation.predicted), 1)
-    return counts[:, :classes]  # a kept head may have outputs that the data has no class for
-
-
-def samples(images: Images, evaluation: Evaluation) -> list[tuple[np.ndarray, str, str, float]]:
-    """Images spread evenly over the test set, with what they are and what the model says."""
-    names = images.data.names
-    chosen = np.linspace(0, len(images) - 1, min(SAMPLES, len(images))).round().astype(int)
-    return [
-        (
-            images.picture(i),
-            names[evaluation.labels[i]],
-            names[p] if (p := int(evaluation.predicted[i])) < len(names) else f"output {p}",
-            float(evaluation.confidence[i]),
-        )
-        for i in chosen.tolist()
-    ]
-
-
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
     found = {"python": platform.python_version(), "uora-vision": uora.__version__}
@@ -188,9 +192,3 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _write_json(path: Path, value: Any) -> None:
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)

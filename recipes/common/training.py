@@ -9,28 +9,45 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import timm.optim
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from timm.scheduler import CosineLRScheduler
-from torch import nn
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 import uora_vision as uora
 
 from . import checkpoint
 from .display import Display
-from .evaluation import Evaluation, evaluate
-from .loading import Batches, Images, eval_loader, train_loader
+from .errors import CheckpointError, TrainingError
+from .loading import Batches, train_loader
 from .machine import StopRequest, make_accelerator, peak_memory
 from .methods import Adapted
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says at which step and what to do."""
+class Scored(Protocol):
+    """The result of an evaluation."""
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """`loss`, and what else was measured."""
+        ...
+
+
+class Task(Protocol):
+    """What is learned: the loss of a batch, and a measurement."""
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, int]:
+        """The mean loss of a batch (on the device), the number of right answers, and the number of examples."""
+        ...
+
+    def evaluate(self, model: nn.Module, accelerator: Accelerator) -> Scored:
+        """Measure the model as it is; it is back in train mode afterwards."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -38,13 +55,13 @@ class TrainOptions:
     """How to train.
 
     Args:
-        epochs: passes over the training images.
-        batch: images per optimizer step, over all processes.
+        epochs: passes over the training data.
+        batch: examples per optimizer step, over all processes.
         warmup: share of all steps in which the learning rate rises linearly; it falls along a cosine after that.
         optimizer: a name that timm knows.
         clip: largest norm of the gradient; 0 for none.
         precision: `no`, `bf16` or `fp16`.
-        workers: processes that read images.
+        workers: processes that read data.
         seed: of the order and the augmentation.
         eval_every: epochs between evaluations; the last epoch always has one.
         checkpoint_steps, checkpoint_seconds: how often a checkpoint is written; 0 for not by this count.
@@ -72,7 +89,7 @@ class Progress:
 
     Args:
         step: optimizer steps done.
-        seen, loss, hits: images, summed loss and correct predictions since the epoch began.
+        seen, loss, hits: examples, summed loss and correct predictions since the epoch began.
         seconds: spent training and evaluating, over all sittings.
         step_seconds: of every step.
         history: one entry per epoch; see `RunReport.history`.
@@ -94,7 +111,7 @@ class Outcome:
     stopped: str | None
     progress: Progress
     reinit: uora.Reinitializer | None
-    evaluation: Evaluation | None
+    evaluation: Any
     peak_memory_bytes: int
     device: str
 
@@ -105,36 +122,35 @@ class Outcome:
 
 def train(
     adapted: Adapted,
-    train_images: Images,
-    test_images: Images,
+    data: Dataset,
+    task: Task,
     options: TrainOptions,
     *,
     display: Display | None = None,
     log: Callable[[int, dict[str, float]], None] | None = None,
     checkpoint_path: Path | None = None,
     resume: bool = False,
-    config: dict[str, Any] | None = None,
 ) -> Outcome:
-    """Train what `adapted` trains, and evaluate on `test_images`.
+    """Train what `adapted` trains.
 
     Args:
+        data: sized; gives an example for (epoch, index).
         display: shows progress.
         log: called with (step, numbers) after every step and every evaluation.
         checkpoint_path: where to keep the state of the run; None keeps none.
         resume: go on from that checkpoint.
-        config: kept in the checkpoint and compared on resuming, so that no run is continued as another.
 
     Raises:
         TrainingError: the loss is not finite.
         CheckpointError: there is nothing to resume, or it does not fit.
     """
     accelerator = make_accelerator(options.precision)
-    run = Run(adapted, options, accelerator, len(train_images), checkpoint_path, config or {})
+    run = Run(adapted, options, accelerator, len(data), checkpoint_path)
     if resume:
         run.load()
     display = display or Display(quiet=True)
     with StopRequest() as wish, display.running(run.total, run.progress.step, options.epochs):
-        stopped, evaluation = run.go(train_images, test_images, wish, display, log or (lambda step, numbers: None))
+        stopped, evaluation = run.go(data, task, wish, display, log or (lambda step, numbers: None))
     return Outcome(
         stopped,
         run.progress,
@@ -153,13 +169,12 @@ class Run:
         adapted: Adapted,
         options: TrainOptions,
         accelerator: Accelerator,
-        images: int,
+        examples: int,
         path: Path | None,
-        config: dict[str, Any],
     ) -> None:
         self.adapted, self.options, self.accelerator = adapted, options, accelerator
-        self.path, self.config = path, config
-        self.images = images
+        self.path = path
+        self.examples = examples
         self.progress = Progress()
         self.per_epoch = self.batches().per_epoch
         self.total = self.per_epoch * options.epochs
@@ -176,7 +191,7 @@ class Run:
     def batches(self) -> Batches:
         """The batches that are still to come."""
         return Batches(
-            self.images,
+            self.examples,
             self.options.batch,
             self.options.epochs,
             self.options.seed,
@@ -186,24 +201,23 @@ class Run:
         )
 
     def go(
-        self, train_images: Images, test_images: Images, wish: StopRequest, display: Display, log: Callable
-    ) -> tuple[str | None, Evaluation | None]:
+        self, data: Dataset, task: Task, wish: StopRequest, display: Display, log: Callable
+    ) -> tuple[str | None, Scored | None]:
         """Train to the end, or until something asks to stop."""
         progress, options, acc = self.progress, self.options, self.accelerator
-        tests = eval_loader(test_images, max(64, options.batch), options.workers, acc.process_index, acc.num_processes)
-        loader = train_loader(train_images, self.batches(), options.workers)
+        loader = train_loader(data, self.batches(), options.workers)
         evaluation, started, saved, base_seconds = None, time.monotonic(), time.monotonic(), progress.seconds
         before = time.monotonic()
         self.model.train()
-        for inputs, labels in loader:
-            self.step(inputs.to(acc.device), labels.to(acc.device))
+        for batch in loader:
+            self.step(task, send_to_device(batch, acc.device))
             now = time.monotonic()
             progress.step_seconds.append(now - before)
             progress.seconds = base_seconds + now - started
-            display.step(progress, self.rate(), self.firings(), self.per_epoch)
+            display.step(progress.step, (progress.step - 1) // self.per_epoch + 1, self.numbers())
             log(progress.step, self.numbers())
             if progress.step % self.per_epoch == 0:
-                evaluation = self.end_epoch(tests, display, log)
+                evaluation = self.end_epoch(task, display, log)
                 progress.seconds = base_seconds + time.monotonic() - started
             if self.agree(self.due(saved) and progress.step < self.total):
                 self.save()
@@ -213,19 +227,15 @@ class Run:
                 return reason, None
             before = time.monotonic()
         self.save()
-        return None, evaluation or evaluate(self.model, tests, acc)
+        return None, evaluation or task.evaluate(self.model, acc)
 
-    def step(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
+    def step(self, task: Task, batch: Any) -> None:
         """One optimizer step. The loss is looked at before anything changes, so the weights stay as they were at the
         last good step."""
         progress, acc = self.progress, self.accelerator
         self.scheduler.step_update(progress.step + 1)
-        logits = self.model(inputs).float()
-        loss = nn.functional.cross_entropy(logits, labels)
-        hits = (logits.argmax(1) == labels).sum()
-        sums = torch.stack(
-            [loss.detach() * len(labels), hits.float(), torch.tensor(float(len(labels)), device=loss.device)]
-        )
+        loss, hits, count = task.loss(self.model, batch)
+        sums = torch.stack([loss.detach() * count, hits.float(), torch.tensor(float(count), device=loss.device)])
         total, correct, seen = acc.reduce(sums, "sum").tolist()
         if not math.isfinite(total):
             kept = (
@@ -249,18 +259,17 @@ class Run:
             progress.hits + int(correct),
         )
 
-    def end_epoch(self, tests: DataLoader, display: Display, log: Callable) -> Evaluation | None:
+    def end_epoch(self, task: Task, display: Display, log: Callable) -> Scored | None:
         """Close an epoch's entry in the history, with an evaluation where one is due."""
         progress = self.progress
         epoch = progress.step // self.per_epoch
         due = epoch % self.options.eval_every == 0 or epoch == self.options.epochs
-        evaluation = evaluate(self.model, tests, self.accelerator) if due else None
+        evaluation = task.evaluate(self.model, self.accelerator) if due else None
         entry = {
             "epoch": epoch,
             "train_loss": progress.loss / progress.seen,
             "train_accuracy": progress.hits / progress.seen,
-            "test_loss": evaluation.loss if evaluation else None,
-            "test_accuracy": evaluation.accuracy if evaluation else None,
+            **({f"test_{name}": value for name, value in evaluation.scores.items()} if evaluation else {}),
             "lr": self.rate(),
             "firings": self.firings(),
             "seconds": progress.seconds,
@@ -268,7 +277,7 @@ class Run:
         progress.history.append(entry)
         progress.seen, progress.loss, progress.hits = 0, 0.0, 0
         display.epoch(entry, self.options.epochs)
-        log(progress.step, {f"epoch/{key}": entry[key] for key in entry if "_" in key and entry[key] is not None})
+        log(progress.step, {f"epoch/{key}": entry[key] for key in entry if "_" in key})
         return evaluation
 
     def rate(self) -> float:
@@ -318,7 +327,6 @@ class Run:
         random_states = gather_object([checkpoint.random_state()])
         if self.accelerator.is_main_process:
             state = {
-                "config": self.config,
                 "total": self.total,
                 "model": checkpoint.changing_state(self.adapted.model),
                 "optimizer": self.optimizer.state_dict(),
@@ -335,13 +343,12 @@ class Run:
         """Take up the run where the checkpoint left it."""
         assert self.path is not None
         state = checkpoint.read_checkpoint(self.path)
-        compare(state["config"], self.config)
         if state["total"] != self.total:
-            raise checkpoint.CheckpointError(
+            raise CheckpointError(
                 f"the checkpoint is of a run of {state['total']} steps, this one has {self.total}: the data changed"
             )
         if len(state["random"]) != self.accelerator.num_processes:
-            raise checkpoint.CheckpointError(f"the run had {len(state['random'])} processes; resume it with as many")
+            raise CheckpointError(f"the run had {len(state['random'])} processes; resume it with as many")
         checkpoint.load_changing_state(self.adapted.model, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
@@ -351,16 +358,6 @@ class Run:
             self.reinit.load_state_dict(state["reinitializer"])
         self.progress = Progress(**state["progress"])
         checkpoint.set_random_state(state["random"][self.accelerator.process_index])
-
-
-def compare(saved: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Raise a CheckpointError that lists the options in which two runs differ."""
-    different = sorted(key for key in saved.keys() | asked.keys() if saved.get(key) != asked.get(key))
-    if different:
-        listed = "; ".join(
-            f"--{key.replace('_', '-')} was {saved.get(key)}, is now {asked.get(key)}" for key in different
-        )
-        raise checkpoint.CheckpointError(f"--resume continues a run with the same options: {listed}")
 
 
 def make_optimizer(adapted: Adapted, name: str) -> torch.optim.Optimizer:

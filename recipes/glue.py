@@ -1,0 +1,243 @@
+"""Teach a pretrained encoder a task of GLUE: classify sentences or pairs of sentences.
+
+    python recipes/glue.py --demo                                         # no data, no network
+    python recipes/glue.py --task sst2 --model roberta-base               # GLUE and RoBERTa, downloaded once
+    python recipes/glue.py --task mrpc --model microsoft/deberta-v3-base --method lora
+    python recipes/glue.py --task sst2 --data sst2/ --columns label,sentence --model minilm/   # files without header
+    accelerate launch recipes/glue.py --precision bf16 ...                # several GPUs
+
+Measured on the validation split, as is usual for GLUE, whose test labels are not public. One run leaves metrics.json,
+report.html, history.json, config.yaml, adapter/ and tensorboard/ in its output folder. Ctrl-C leaves a checkpoint, from
+which the same command with --resume goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from common import cli, toy
+from common.display import Display
+from common.errors import DataError
+from common.folder import prepare_folder, record_config
+from common.language import load_model, load_tokenizer, longest
+from common.methods import Defaults, Method, apply_method
+from common.options import MethodChoice, RunChoice, TrainChoice
+from common.results import compare, finish
+from common.tables import hold_out, load_table, need_columns
+from common.trainer import arguments, careful, fit
+from datasets import Dataset
+from rich.console import Console
+from torchmetrics.functional import accuracy, f1_score, matthews_corrcoef, pearson_corrcoef, spearman_corrcoef
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, TrainingArguments
+from typer import Option
+
+import uora_vision as uora
+
+
+class Task(StrEnum):
+    cola = "cola"
+    sst2 = "sst2"
+    mrpc = "mrpc"
+    qqp = "qqp"
+    stsb = "stsb"
+    mnli = "mnli"
+    qnli = "qnli"
+    rte = "rte"
+    wnli = "wnli"
+
+
+COLUMNS = {  # the texts of an example
+    Task.cola: ("sentence",), Task.sst2: ("sentence",), Task.mrpc: ("sentence1", "sentence2"),
+    Task.qqp: ("question1", "question2"), Task.stsb: ("sentence1", "sentence2"), Task.mnli: ("premise", "hypothesis"),
+    Task.qnli: ("question", "sentence"), Task.rte: ("sentence1", "sentence2"), Task.wnli: ("sentence1", "sentence2"),
+}  # fmt: skip
+SCORES = {Task.cola: ("matthews",), Task.mrpc: ("f1", "accuracy"), Task.qqp: ("f1", "accuracy"),
+          Task.stsb: ("pearson", "spearman")}  # fmt: skip
+"""GLUE's own metrics, the first is the one to compare by; accuracy for the others."""
+DEFAULTS = {
+    Method.uora: Defaults(256, 2e-2, 4e-3),
+    Method.vera: Defaults(256, 2e-2, 4e-3),
+    Method.vera_peft: Defaults(256, 2e-2, 4e-3),
+    Method.lora: Defaults(8, 2e-3, 2e-3),
+    Method.linear: Defaults(None, 4e-3, 4e-3),
+    Method.full: Defaults(None, 1e-4, 1e-3),
+    Method.bitfit: Defaults(None, 2e-3, 2e-3),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(RunChoice, TrainChoice, MethodChoice):
+    demo: Annotated[bool, Option("--demo", help="toy reviews, a tiny model, every method; needs nothing else")] = False
+    task: Annotated[Task, Option(help="of GLUE")] = Task.sst2
+    data: Annotated[
+        str, Option(help="a data set on the hub, or a folder with train.tsv and dev.tsv (or csv, json, ...)")
+    ] = "nyu-mll/glue"
+    columns: Annotated[str | None, Option(help="names of the columns of files without header: label,sentence")] = None
+    model: Annotated[str, Option(help="an encoder on the Hugging Face hub, or a folder")] = "roberta-base"
+    max_length: Annotated[int | None, Option(min=4, help="tokens per example; 128 by default, longer ones are cut")] = (
+        None
+    )
+    shots: Annotated[int | None, Option(min=1, help="training examples per class; all by default")] = None
+    validation: Annotated[float, Option(min=0, max=0.9, help="measure on this share of the training set, held out")] = 0
+    epochs: Annotated[int, Option(min=1)] = 3
+    batch: Annotated[int, Option(min=1, help="examples per step, over all processes")] = 32
+
+
+def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dict[str, Any] | None:
+    """Train and measure; returns the metrics, or None where there are none to tell."""
+    if options.demo:
+        return demo(options)
+    chosen = options.method_options(DEFAULTS)
+    config = cli.plain(options) | {"rank": chosen.rank, "lr": chosen.lr, "head_lr": chosen.head_lr}
+    folder = prepare_folder(options.output, options.resume, f"{options.task}-{options.method}", config)
+    main_process = PartialState().is_main_process
+    console = Console()
+    display = Display(console, options.quiet or not main_process)
+
+    # The data: what to train on, and what to measure.
+    train_set = load_examples(options, "train")
+    if options.validation:
+        train_set, test_set = hold_out(train_set, options.validation, options.seed)
+    else:
+        test_set = load_examples(options, "validation")
+    if options.shots is not None:
+        train_set = few_shot(train_set, options.shots, options.seed)
+    regression = options.task is Task.stsb
+    classes = 1 if regression else check_classes(train_set, test_set, options.data)
+
+    # The model, and what of it trains.
+    torch.manual_seed(options.seed)
+    tokenizer = load_tokenizer(options.model)
+    model = load_model(
+        AutoModelForSequenceClassification, options.model, tokenizer, num_labels=classes,
+        problem_type="regression" if regression else "single_label_classification",
+    )  # fmt: skip
+    length = longest(model, options.max_length, 128)
+    train_set, cut = tokenize(train_set, tokenizer, COLUMNS[options.task], length)
+    test_set, _ = tokenize(test_set, tokenizer, COLUMNS[options.task], length)
+    adapted = apply_method(model, chosen)
+    collate = DataCollatorWithPadding(tokenizer)
+    if adapted.is_uora:
+        uora.verify(model, dict(collate([train_set[0], train_set[1]])))
+    display.say(
+        f"{options.method} on {options.model}: {adapted.trained:,} parameters train, {adapted.trained_without_head:,} "
+        f"of them outside the head. {options.task}: {len(train_set):,} examples to train on, {len(test_set):,} to "
+        "measure" + (f"; {cut:,} are cut to {length} tokens" if cut else "") + f". Results go to {folder}."
+    )  # fmt: skip
+    if main_process:
+        record_config(folder, config)
+
+    def make(**parts: Any) -> Trainer:
+        settings = arguments(options, folder, train_sampling_strategy="group_by_length", length_column_name="length")
+        return careful(Trainer, adapted)(
+            args=TrainingArguments(**settings), train_dataset=train_set, eval_dataset=test_set, data_collator=collate,
+            processing_class=tokenizer, compute_metrics=lambda found: measure(found, options.task), **parts,
+        )  # fmt: skip
+
+    names = SCORES.get(options.task, ("accuracy",))
+    outcome = fit(adapted, options, folder, make, lambda m: {key: m[key] for key in (*names, "loss")}, display)
+    if not main_process:
+        return None
+    if outcome.stopped:
+        raise cli.stopped(console, outcome.stopped, outcome.progress.step, folder)
+    measured = "the validation split" if not options.validation else "training examples that were held out"
+    about = (
+        f"{len(train_set):,} training examples of GLUE's {options.task}, measured on {len(test_set):,} of {measured}."
+    )
+    metrics = finish(
+        folder, adapted, outcome,
+        {**outcome.evaluation.scores, "train_examples": len(train_set), "test_examples": len(test_set)},
+        config, f"{options.method} on {options.task}", f"{options.method} on {Path(options.model).name}, {about}",
+        score=names[0], comparison=comparison,
+    )  # fmt: skip
+    display.say(f"{names[0]} {metrics[names[0]]:.4f}, loss {metrics['loss']:.3f}. Report: {folder / 'report.html'}")
+    return metrics
+
+
+def load_examples(options: Options, split: str) -> Dataset:
+    """The texts and labels of a split, with columns as GLUE has them."""
+    names = tuple(options.columns.split(",")) if options.columns else ()
+    table = load_table(options.data, split, config=options.task.value, names=names)
+    need_columns(table, (*COLUMNS[options.task], "label"), options.data)
+    return table.select_columns([*COLUMNS[options.task], "label"])
+
+
+def check_classes(train_set: Dataset, test_set: Dataset, source: str) -> int:
+    """How many classes there are.
+
+    Raises:
+        DataError: labels are not whole numbers from 0, all the same, or missing from the training examples.
+    """
+    counts = Counter(train_set["label"])
+    if not all(isinstance(label, int) and label >= 0 for label in counts):
+        odd = next(label for label in counts if not isinstance(label, int) or label < 0)
+        raise DataError(f"the labels of {source} must be whole numbers from 0; there is {odd!r}")
+    if len(counts) < 2:
+        raise DataError(f"all {len(train_set)} training examples of {source} have the label {next(iter(counts))}")
+    if strange := set(test_set["label"]) - counts.keys():
+        raise DataError(f"{source} has test labels that no training example has: {sorted(strange)[:5]}")
+    return max(counts) + 1
+
+
+def few_shot(table: Dataset, shots: int, seed: int) -> Dataset:
+    """At most `shots` examples of every class, drawn by `seed`."""
+    labels = np.array(table["label"])
+    order = np.random.default_rng(seed).permutation(len(labels))
+    return table.select(np.sort(np.concatenate([order[labels[order] == c][:shots] for c in np.unique(labels)])))
+
+
+def tokenize(table: Dataset, tokenizer: Any, columns: tuple[str, ...], length: int) -> tuple[Dataset, int]:
+    """Token ids, labels and lengths, and how many examples were cut."""
+    texts = [[str(text) for text in table[name]] for name in columns]
+    whole = tokenizer(*texts)
+    encoded = tokenizer(*texts, truncation=True, max_length=length)
+    lengths = [len(ids) for ids in encoded["input_ids"]]
+    cut = sum(len(ids) > length for ids in whole["input_ids"])
+    return Dataset.from_dict({**encoded, "label": table["label"], "length": lengths}), cut
+
+
+def measure(found: Any, task: Task) -> dict[str, float]:
+    """GLUE's metrics from (predictions, labels)."""
+    logits, labels = torch.as_tensor(found.predictions), torch.as_tensor(found.label_ids)
+    if task is Task.stsb:
+        values = logits.squeeze(-1).double()
+        return {
+            "pearson": pearson_corrcoef(values, labels.double()).item(),
+            "spearman": spearman_corrcoef(values, labels.double()).item(),
+        }
+    classes, guesses = logits.shape[-1], logits.argmax(-1)
+    scores = {"accuracy": accuracy(guesses, labels, task="multiclass", num_classes=classes).item()}
+    if task is Task.cola:
+        scores["matthews"] = matthews_corrcoef(guesses, labels, task="binary").item()
+    if task in (Task.mrpc, Task.qqp):
+        scores["f1"] = f1_score(guesses, labels, task="binary").item()
+    return scores
+
+
+def demo(options: Options) -> dict[str, Any] | None:
+    """A tiny BERT knows the opinions of toy reviews; it learns to tell the first of two from a few, by every method."""
+    folder = prepare_folder(options.output, False, "glue-demo")
+    display = Display(Console(), options.quiet)
+    display.say("Pretraining a tiny BERT to count the good opinions in toy reviews.")
+    toy.pretrain_encoder(folder / "backbone", options.seed)
+    toy.write_reviews(folder / "data", options.seed)
+    base = dataclasses.replace(
+        options, demo=False, data=str(folder / "data"), model=str(folder / "backbone"), epochs=12, batch=16,
+        eval_every=4, quiet=True, checkpoint_every="0",
+    )  # fmt: skip
+    return compare(run, base, toy.ENCODER_ROWS, folder, display, "accuracy")
+
+
+app = cli.application(run, Options, __doc__)
+
+if __name__ == "__main__":
+    sys.exit(cli.main(app))

@@ -1,0 +1,128 @@
+"""Teach a pretrained timm model any folder or data set of photos, from a few images of each class.
+
+    python recipes/imagenet_subset.py --demo                                  # no data, no network, about a minute
+    python recipes/imagenet_subset.py --data photos/ --model convnext_tiny    # photos/train/CLASS/*.jpg, photos/test/
+    python recipes/imagenet_subset.py --data timm/oxford-iiit-pet --shots 20  # of the Hugging Face hub
+    python recipes/imagenet_subset.py --data timm:torch/places365 --shots 20  # what timm.data.create_dataset takes
+    accelerate launch recipes/imagenet_subset.py --precision bf16 ...         # several GPUs
+
+The papers of VeRA and UORA: 10 images per class, 10 epochs, queries and values, a ViT-B or ViT-L of ImageNet-21k. These
+are the defaults, so that one command is one cell of their table; learning rates are this library's own.
+
+    python recipes/imagenet_subset.py --data cifar100
+    python recipes/imagenet_subset.py --data food101
+    python recipes/imagenet_subset.py --data flowers102
+    python recipes/imagenet_subset.py --data resisc45
+    python recipes/imagenet_subset.py --data food101 --model vit_large_patch16_224.augreg_in21k    # the larger model
+    python recipes/imagenet_subset.py --data food101 --method lora --rank 8                        # another method
+
+In full: --model vit_base_patch16_224.augreg_in21k --img-size 224 --shots 10 --epochs 10 --targets qv --rank 256.
+One run leaves metrics.json, report.html, history.json, config.yaml, adapter/ and tensorboard/ in its output folder.
+Ctrl-C leaves a checkpoint, from which the same command with --resume goes on, to the same weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import cv2
+import numpy as np
+import torch
+from common import cli
+from common.augment import Augment, Domain, DomainShift, ModelInput
+from common.backbone import create_backbone, crop_share, input_format
+from common.data import load_images
+from common.demo import NEW, OLD, ROWS, SHOTS, pretrain
+from common.display import Display
+from common.folder import prepare_folder
+from common.images import ImageChoice, load_sets, train_images
+from common.loading import Images
+from common.methods import DEFAULTS
+from common.results import compare
+from PIL import Image
+from rich.console import Console
+from typer import Option
+
+SMALL = 64
+"""Images up to so many pixels are shown to the model as a whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(ImageChoice):
+    demo: Annotated[
+        bool, Option("--demo", help="digits as JPEG files, a tiny model, every method; needs nothing else")
+    ] = False
+    data: Annotated[
+        str, Option(help="cifar100, food101, flowers102, resisc45, a folder, a data set on the hub, or timm:NAME")
+    ] = "cifar100"
+    model: Annotated[str, Option(help="a timm model, or local-dir:FOLDER")] = "vit_base_patch16_224.augreg_in21k"
+    img_size: Annotated[int | None, Option(min=8, help="pixels; by default what the model was pretrained on")] = None
+    shots: Annotated[int, Option(min=0, help="training images per class; 0 for all")] = 10
+    targets: Annotated[str, Option(help="projections to adapt: attention+mlp, attention, qv, ...")] = "qv"
+    augment: Annotated[
+        Augment | None, Option(help="of training images; resized-crop+flip by default, crop+flip up to 64 pixels")
+    ] = None
+
+
+def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dict[str, Any] | None:
+    """Train and measure; returns the metrics, or None where there are none to tell."""
+    if options.demo:
+        return demo(options)
+    chosen = options.method_options(DEFAULTS)
+    config = cli.plain(options) | {"rank": chosen.rank, "lr": chosen.lr, "head_lr": chosen.head_lr}
+    name = f"{Path(options.data).name.removeprefix('timm:')}-{options.method}"
+    folder = prepare_folder(options.output, options.resume, name, config)
+
+    # The data: what to train on, and what to measure.
+    train_set, test_set = load_sets(options)
+
+    # The model, and how an image gets into it: photos by a random part in training, and by their centre in tests.
+    torch.manual_seed(options.seed)
+    backbone = create_backbone(options.model, len(train_set.names), options.keep_head, options.img_size)
+    photos = max(train_set.read(0).shape) > SMALL
+    form = dataclasses.replace(input_format(backbone), crop=crop_share(backbone) if photos else 1.0)
+    augment = options.augment or (Augment.resized if photos else Augment.flip)
+    whole = DomainShift(Domain.none)
+    data = Images(train_set, whole, ModelInput(form, augment), options.seed)
+    tests = Images(test_set, whole, ModelInput(form))
+    return train_images(options, chosen, backbone, data, tests, folder, config, comparison)
+
+
+def demo(options: Options) -> dict[str, Any] | None:
+    """A tiny ViT learns the digits 0 to 4 and is adapted to 5 to 9, JPEG files of many sizes, by every method."""
+    folder = prepare_folder(options.output, False, "imagenet-demo")
+    display = Display(Console(), options.quiet)
+    display.say(f"Pretraining a tiny ViT on the digits {OLD} (8 x 8 pixels, from scikit-learn).")
+    model = pretrain(folder / "backbone", options.seed, display)
+    write_photos(folder / "data", options.seed)
+    display.say(f"Adapting it to JPEG files of the digits {NEW}, {SHOTS} of each, read from {folder / 'data'}.")
+    base = dataclasses.replace(
+        options, demo=False, data=str(folder / "data"), model=model, classes=NEW, shots=SHOTS, augment=Augment.none,
+        targets="attention+mlp", epochs=30, batch=25, eval_every=5, quiet=True,
+    )  # fmt: skip
+    return compare(run, base, ROWS, folder, display)
+
+
+def write_photos(folder: Path, seed: int) -> None:
+    """Digits as a folder of images: 70 to 140 pixels wide and high, with something of the background beside them."""
+    chance = np.random.default_rng(seed)
+    for split in ("train", "test"):
+        digits = load_images("digits", split)
+        for index, label in enumerate(digits.labels):
+            edge, beside = (int(n) for n in chance.integers((70, 0), (111, 31)))
+            picture = cv2.resize(digits.read(index), (edge, edge), interpolation=cv2.INTER_CUBIC)
+            sides = (0, 0, beside // 2, beside // 2) if index % 2 else (beside // 2, beside // 2, 0, 0)
+            picture = cv2.copyMakeBorder(picture, *sides, cv2.BORDER_REPLICATE)
+            file = folder / split / digits.names[label] / f"{index}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(file, quality=95)
+
+
+app = cli.application(run, Options, __doc__)
+
+if __name__ == "__main__":
+    sys.exit(cli.main(app))

@@ -1,0 +1,431 @@
+"""The recipe for language models on tiny Llamas: methods, resuming, templates, the chat, and bad input."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import aiohttp
+import llm_instruct
+import pytest
+import torch
+from aiohttp.test_utils import TestServer
+from common import chat, cli, toy
+from common.answers import held_out_loss
+from common.dialogues import encode, prepare_template, prompt_ids, read_dialogues
+from common.errors import DataError
+from common.language import load_model, load_tokenizer
+from common.methods import Method
+from common.sft import make_trainer
+from common.tables import load_table
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import uora_vision as uora
+
+Call = Callable[..., tuple[int, str]]
+SHARED = Path(__file__).parents[2] / "shared"
+CHAT = [
+    {"role": "system", "content": "the fox"}, {"role": "user", "content": "the owl lives"},
+    {"role": "assistant", "content": "in the city ."}, {"role": "user", "content": "the bear"},
+    {"role": "assistant", "content": "likes bread ."},
+]  # fmt: skip
+CHATML = (
+    "{% for m in messages %}{{ '[' + m['role'] + '] ' + m['content'] + ' [END] ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 20k parameters that has hardly read anything."""
+    folder = tmp_path_factory.mktemp("llama")
+    config = LlamaConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=48,
+        max_position_embeddings=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        toy.pretrain_lm(folder, toy.stories(0, 128), 0, config, epochs=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 questions."""
+    file = toy.write_instructions(tmp_path_factory.mktemp("questions"), 0)
+    file.write_text(json.dumps(json.loads(file.read_text())[:48]))
+    return file
+
+
+@pytest.fixture
+def recipe(backbone: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Runs the recipe in this process; gives the exit code and the last line on stderr."""
+
+    def call(*words: object, **changed: object) -> tuple[int, str]:
+        given = {"data": data, "model": backbone, **changed}
+        named = [str(w) for key, value in given.items() for w in (f"--{key}", value)]
+        monkeypatch.setattr(sys, "argv", ["llm_instruct.py", *named, *map(str, words)])
+        capsys.readouterr()
+        try:
+            code = cli.main(llm_instruct.app)
+        except SystemExit as end:
+            code = int(end.code or 0)
+        lines = capsys.readouterr().err.strip().splitlines()
+        return code, lines[-1] if lines else ""
+
+    return call
+
+
+SHORT = ("--epochs", 2, "--batch", 12, "--validation", 0.25, "--samples", 1, "--max-new-tokens", 4, "--quiet")  # 2 x 3
+FIRES = ("--relative", "--threshold", "0.7", "--lr", "0.1", "--rank", 8)
+
+
+def told(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def trained(folder: Path) -> dict[str, torch.Tensor]:
+    (file,) = (folder / "adapter").glob("*.safetensors")
+    return load_file(file)
+
+
+def loaded(folder: Path, dialogues: list[Any] | None = None) -> tuple[Any, Any, Any]:
+    tokenizer = load_tokenizer(str(folder))
+    prepare_template(tokenizer)
+    rows = encode(dialogues or [CHAT], tokenizer, 64, "a test").rows
+    return load_model(AutoModelForCausalLM, str(folder), tokenizer), tokenizer, rows
+
+
+@pytest.mark.parametrize("method", [m for m in Method if m not in (Method.linear, Method.bitfit)])
+def test_every_method_leaves_its_results(method: Method, recipe: Call, tmp_path: Path) -> None:
+    rank = ["--rank", 4] if method is not Method.full else []
+    code, error = recipe(*SHORT, "--lr", 0.01, "--method", method.value, "--output", tmp_path / "out", *rank)
+    assert code == 0, error
+    metrics = told(tmp_path / "out")
+    assert metrics["steps"] == 6 and (metrics["train_examples"], metrics["test_examples"]) == (36, 12)
+    assert metrics["loss"] < metrics["loss_before"]
+    assert metrics["perplexity"] == pytest.approx(math.exp(metrics["loss"]))
+    (sample,) = json.loads((tmp_path / "out" / "samples.json").read_text())
+    assert sample.keys() == {"prompt", "expected", "before", "after"}
+    assert sample["prompt"] in (tmp_path / "out" / "report.html").read_text()
+    assert not (tmp_path / "out" / "checkpoints").exists() and trained(tmp_path / "out")
+
+
+def test_the_saved_adapter_gives_the_measured_loss(recipe: Call, backbone: Path, data: Path, tmp_path: Path) -> None:
+    assert recipe(*SHORT, *FIRES, "--output", tmp_path / "out")[0] == 0
+    metrics = told(tmp_path / "out")
+    assert metrics["firings"] > 0
+    dialogues, _ = read_dialogues(load_table(str(data), "train"), "")
+    numbers = Dataset.from_dict({"number": range(48)})
+    _, held_out = llm_instruct.hold_out(numbers, 0.25, 0)
+    model, tokenizer, _ = loaded(backbone)
+    uora.load(model, tmp_path / "out" / "adapter").eval()
+    total, count = 0.0, 0
+    for number in held_out["number"]:  # one at a time, and written out: an independent reference
+        ask, answer = (turn["content"] for turn in dialogues[number])
+        prompt = tokenizer(f"User: {ask}\nAssistant:", add_special_tokens=False)["input_ids"]
+        prompt = [tokenizer.bos_token_id, *prompt] if tokenizer.bos_token else prompt
+        after = tokenizer(f" {answer} {tokenizer.eos_token}", add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + after])).logits[0, len(prompt) - 1 : -1]
+        total -= logits.log_softmax(-1)[range(len(after)), after].sum().item()
+        count += len(after)
+    assert metrics["loss"] == pytest.approx(total / count, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["uora", "lora"])
+def test_a_resumed_run_ends_as_an_uninterrupted_one(method: str, recipe: Call, tmp_path: Path) -> None:
+    words = (*SHORT, *FIRES, "--method", method)
+    assert recipe(*words, "--output", tmp_path / "whole")[0] == 0
+    assert recipe(*words, "--output", tmp_path / "parts", "--max-steps", 2)[0] == 0
+    assert not (tmp_path / "parts" / "metrics.json").exists()
+    held = list((tmp_path / "parts" / "checkpoints").glob("*/*.safetensors"))
+    assert [f.name for f in held] == ["adapter_model.safetensors" if method == "uora" else "trained.safetensors"]
+    code, error = recipe(*words, "--output", tmp_path / "parts", "--resume")
+    assert code == 0, error
+    whole, parts = trained(tmp_path / "whole"), trained(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
+    first, second = told(tmp_path / "whole"), told(tmp_path / "parts")
+    assert all(first[key] == second[key] for key in ("loss", "loss_before", "firings"))
+    assert first["firings"] > 0 or method == "lora"
+
+
+class TestTokens:
+    @pytest.mark.parametrize("template", [None, CHATML], ids=["built-in", "its own"])
+    def test_only_answers_are_learned(self, template: str | None, backbone: Path) -> None:
+        tokenizer = load_tokenizer(str(backbone))
+        tokenizer.chat_template = template
+        prepare_template(tokenizer)
+        rows = encode([CHAT], tokenizer, 64, "a test").rows[0]
+        learned = tokenizer.decode([label for label in rows["labels"] if label != -100])
+        assert learned.split() == ["in", "the", "city", ".", "[END]", "likes", "bread", ".", "[END]"]
+        assert all(label in (-100, token) for label, token in zip(rows["labels"], rows["input_ids"], strict=True))
+
+    def test_a_prompt_is_what_stood_before_the_answer(self, backbone: Path) -> None:
+        _, tokenizer, rows = loaded(backbone)
+        prompt = prompt_ids(CHAT[:-1], tokenizer)
+        assert rows[0]["input_ids"][: len(prompt)] == prompt
+        assert rows[0]["labels"][len(prompt) - 1] == -100 != rows[0]["labels"][len(prompt)]
+
+    def test_of_a_template_that_rewrites_earlier_answers_the_last_one_is_learned(self, backbone: Path) -> None:
+        tokenizer = load_tokenizer(str(backbone))
+        tokenizer.chat_template = CHATML.replace(
+            "m['content'] +", "(m['content'] if loop.last or m['role'] == 'user' else 'the') +"
+        )
+        rows = encode([CHAT], tokenizer, 64, "a test").rows[0]
+        learned = tokenizer.decode([label for label in rows["labels"] if label != -100])
+        assert learned.split() == ["likes", "bread", ".", "[END]"]
+        assert prompt_ids(CHAT[:-1], tokenizer)
+
+    def test_long_examples_are_counted(self, backbone: Path) -> None:
+        _, tokenizer, rows = loaded(backbone)
+        whole, first = len(rows[0]["input_ids"]), next(n for n, v in enumerate(rows[0]["labels"]) if v != -100)
+        late = [{"role": "user", "content": "the " * 30}, CHAT[-1]]
+        found = encode([CHAT, late], tokenizer, first + 1, "a test")
+        assert (found.cut, found.left_out, found.kept) == (1, 1, [0])
+        assert len(found.rows[0]["input_ids"]) == first + 1 < whole
+        with pytest.raises(DataError, match=f"within {first} tokens, the first begins at {first + 1}"):
+            encode([CHAT, late], tokenizer, first, "a test")
+
+    def test_answers_have_many_names_and_rows_without_one_are_counted(self) -> None:
+        table = Dataset.from_dict({"instruction": ["a", "b", ""], "input": ["x", None, ""], "response": ["c", "", "d"]})
+        found, incomplete = read_dialogues(table, "a test")
+        assert found == [[{"role": "user", "content": "a\n\nx"}, {"role": "assistant", "content": "c"}]]
+        assert incomplete == 2
+
+
+def test_packed_examples_do_not_see_each_other(backbone: Path, tmp_path: Path) -> None:
+    model, tokenizer, _ = loaded(backbone)
+    texts = ["the owl lives in the city .", "likes bread .", "the bear is red ."]
+    dialogues = [[{"role": "user", "content": "the fox"}, {"role": "assistant", "content": text}] for text in texts]
+    rows = encode(dialogues, tokenizer, 64, "a test").rows
+    adapted = llm_instruct.apply_method(model, llm_instruct.Options(method=Method.uora, rank=4).method_options(
+        llm_instruct.DEFAULTS
+    ))  # fmt: skip
+    settings = {"output_dir": str(tmp_path), "max_length": 64, "packing": True, "eval_packing": False, "report_to": []}
+    trainer = make_trainer(
+        adapted, {**settings, "use_cpu": True, "bf16": False}, model=model, train_dataset=rows, eval_dataset=rows,
+        processing_class=tokenizer,
+    )  # fmt: skip
+    assert len(trainer.train_dataset) == 1 < len(rows)
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    with torch.no_grad():
+        packed = trainer.compute_loss(model.eval(), batch).item()
+    assert packed == pytest.approx(held_out_loss(model, rows, tokenizer.pad_token_id, 8), rel=1e-5)
+
+
+def test_the_loss_does_not_depend_on_batches(backbone: Path) -> None:
+    other = [{"role": "user", "content": "the fox"}, CHAT[2]]
+    model, tokenizer, rows = loaded(backbone, [CHAT, other, other[:1] + CHAT[-1:]])
+    one, all_at_once = (held_out_loss(model, rows, tokenizer.pad_token_id, batch) for batch in (1, 8))
+    assert one == pytest.approx(all_at_once, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "more", [("--packing", "--max-length", 40), ("--gradient-checkpointing",), ("--accumulate", 3)]
+)
+def test_ways_to_save_memory(more: tuple[object, ...], recipe: Call, tmp_path: Path) -> None:
+    code, error = recipe(*SHORT, "--rank", 4, "--lr", 0.05, *more, "--output", tmp_path)
+    assert code == 0, error
+    metrics = told(tmp_path)
+    assert metrics["loss"] < metrics["loss_before"]
+    assert metrics["steps"] == 6 or "--packing" in more
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_a_base_in_4_bits(recipe: Call, tmp_path: Path) -> None:
+    words = (*SHORT, "--rank", 4, "--lr", 0.05, "--load-in-4bit", "--output", tmp_path)
+    assert recipe(*words, "--max-steps", 3)[0] == 0
+    code, error = recipe(*words, "--resume")
+    assert code == 0, error
+    assert told(tmp_path)["loss"] < told(tmp_path)["loss_before"]
+    assert {t.dtype for t in trained(tmp_path).values()} == {torch.float32}
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("content", "words"),
+        [
+            ([{"question": "a", "reply": "b"}], ("'question', 'reply'", "expected 'messages'")),
+            ([], ("has no rows",)),
+            ([{"instruction": "a", "output": " "}], ("none of the 1 rows",)),
+            ([{"instruction": "a", "output": "b"}], ("--validation 0.25 of 1 example leaves nothing",)),
+            ([{"messages": [{"role": "bot", "content": "a"}]}], ("row 1", "role 'bot'")),
+            ([{"messages": "hello"}], ("row 1", "another form")),
+            ([{"instruction": "the " * 80, "output": "red"}] * 8, ("within 64 tokens", "raise --max-length")),
+        ],
+        ids=["columns", "empty", "no answers", "too small", "roles", "no turns", "too long"],
+    )
+    def test_data(self, content: list[Any], words: tuple[str, ...], recipe: Call, tmp_path: Path) -> None:
+        (tmp_path / "rows.json").write_text(json.dumps(content))
+        code, error = recipe(*SHORT, "--output", tmp_path / "out", data=tmp_path / "rows.json")
+        assert code == 2 and all(word in error for word in words), error
+        assert not (tmp_path / "out").exists()
+
+    def test_longer_than_the_model(self, recipe: Call, tmp_path: Path) -> None:
+        code, error = recipe(*SHORT, "--max-length", 65, "--output", tmp_path)
+        assert code == 2 and "--max-length 65 is more than the 64 positions of llama" in error
+
+    def test_a_language_model_has_no_head(self, recipe: Call, tmp_path: Path) -> None:
+        code, error = recipe(*SHORT, "--method", "linear", "--output", tmp_path)
+        assert code == 2 and "would train nothing" in error and "has no head" in error
+
+    def test_tokenizers_without_a_padding_or_an_end_token(self, recipe: Call, backbone: Path, tmp_path: Path) -> None:
+        for name, dropped, code in (("padded", ("pad_token",), 0), ("endless", ("pad_token", "eos_token"), 2)):
+            folder = tmp_path / name
+            folder.mkdir()
+            for file in backbone.iterdir():
+                (folder / file.name).write_bytes(file.read_bytes())
+            settings = json.loads((backbone / "tokenizer_config.json").read_text())
+            kept = {key: value for key, value in settings.items() if key not in dropped}
+            (folder / "tokenizer_config.json").write_text(json.dumps(kept))
+            got, error = recipe(
+                *SHORT, "--rank", 4, "--max-steps", 1, "--output", tmp_path / f"{name}-out", model=folder
+            )
+            assert got == code, error
+        assert "has no end token; set one" in error
+
+    def test_a_loss_that_is_not_finite_stops_the_run(self, recipe: Call, tmp_path: Path) -> None:
+        code, error = recipe(*SHORT, "--method", "full", "--lr", 1e30, "--clip", 0, "--output", tmp_path / "out")
+        assert code == 2 and "the loss is nan at step" in error and "smaller --lr" in error
+
+    def test_names_on_the_hub_without_a_network(
+        self, recipe: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def nowhere(*_: object) -> None:
+            raise OSError
+
+        monkeypatch.setattr("socket.getaddrinfo", nowhere)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        for changed in ({"data": "nobody/nothing"}, {"model": "nobody/nothing"}):
+            code, error = recipe(*SHORT, "--output", tmp_path / "out", **changed)
+            assert code == 2 and "nobody/nothing" in error and "--demo" in error, error
+
+    def test_4_bits(self, recipe: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        words = (*SHORT, "--load-in-4bit", "--output", tmp_path)
+        assert "--method full cannot train" in recipe(*words, "--method", "full")[1]
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        code, error = recipe(*words)
+        assert code == 2 and "pip install bitsandbytes" in error
+
+    def test_serving_what_is_not_there(self, recipe: Call, tmp_path: Path) -> None:
+        code, error = recipe("--serve", "--output", tmp_path)
+        assert code == 2 and "a finished run" in error
+
+
+@pytest.fixture(scope="session")
+def talks(backbone: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, chat.Talk]:
+    """A chat with a run of each kind, trained so hard that it answers otherwise than its base."""
+    found = {}
+    for method, lr in (("uora", 0.3), ("lora", 0.1), ("full", 0.05)):
+        folder = tmp_path_factory.mktemp(method)
+        options = llm_instruct.Options(
+            method=Method(method), rank=8, lr=lr, data=str(data), model=str(backbone), validation=0.25, samples=0,
+            epochs=4, batch=12, quiet=True, eval_every=4, output=folder / "out",
+        )  # fmt: skip
+        llm_instruct.run(options)
+        adapted, tokenizer, off = llm_instruct.restore(options, folder / "out")
+        found[method] = chat.Talk(adapted.base, tokenizer, off, 6, 64)
+    return found
+
+
+def ask(talk: chat.Talk, *bodies: Any, **options: Any) -> list[tuple[int, Any]]:
+    """Status and content of the replies to requests, in order."""
+
+    async def go() -> list[tuple[int, Any]]:
+        async with TestServer(chat.application(talk, "a <test>")) as server, aiohttp.ClientSession() as client:
+            out = []
+            for body in bodies:
+                given = {"data": body} if isinstance(body, str | bytes) else {"json": body}
+                async with client.post(server.make_url("/answer"), **{**given, **options}) as reply:
+                    out.append((reply.status, await (reply.json() if "json" in reply.content_type else reply.text())))
+            async with client.get(server.make_url("/")) as page:
+                out.append((page.status, await page.text()))
+            return out
+
+    talk.turn = asyncio.Lock()
+    return asyncio.run(go())
+
+
+class TestChat:
+    SAID: ClassVar[dict[str, Any]] = {"messages": [{"role": "user", "content": "what colour is the fox ?"}]}
+
+    @pytest.mark.parametrize("method", ["uora", "lora", "full"])
+    def test_base_and_adapter_answer_side_by_side(
+        self, method: str, talks: dict[str, chat.Talk], backbone: Path
+    ) -> None:
+        talk = talks[method]
+        asked = [{**self.SAID, "side": side} for side in ("adapter", "base", "adapter")]
+        *answers, (status, page) = ask(talk, *asked)
+        first, base, again = (reply["answer"] for code, reply in answers if code == 200)
+        assert first == again != base
+        model, tokenizer, _ = loaded(backbone)
+        prompt = prompt_ids(self.SAID["messages"], tokenizer)
+        assert base == llm_instruct.generate(model, [prompt], tokenizer, 6, 64)[0]
+        assert status == 200 and "a &lt;test&gt;" in page and "http" not in page
+
+    def test_a_conversation_goes_on(self, talks: dict[str, chat.Talk]) -> None:
+        turns = [*self.SAID["messages"], {"role": "assistant", "content": "red"}, {"role": "user", "content": "owl ?"}]
+        assert ask(talks["uora"], {"side": "adapter", "messages": turns})[0][0] == 200
+
+    def test_bad_prompts(self, talks: dict[str, chat.Talk]) -> None:
+        user = {"role": "user", "content": "x"}
+        bodies = {
+            b"{": "expected {", b"\xff": "expected {", b"[" * 5000: "expected {", "[]": "expected {", "3": "expected {",
+            '{"side": "adapter"}': "expected {",
+            json.dumps({"side": "left", "messages": [user]}): "no side 'left'",
+            json.dumps({"side": ["base"], "messages": [user]}): "no side",
+            json.dumps({"side": "base", "messages": []}): "messages need",
+            json.dumps({"side": "base", "messages": [{**user, "role": ["user"]}]}): "messages need",
+            json.dumps({"side": "base", "messages": [{**user, "content": 3}]}): "messages need",
+            json.dumps({"side": "base", "messages": [{**user, "content": " \n"}]}): "nothing to answer",
+            json.dumps({"side": "base", "messages": [user, {**user, "role": "assistant"}]}): "nothing to answer",
+            json.dumps({"side": "base", "messages": [{**user, "content": "the " * 70}]}): "tokens, the model reads 64",
+        }  # fmt: skip
+        replies = ask(talks["uora"], *bodies, headers={"Content-Type": "application/json"})
+        for (status, reply), words in zip(replies, bodies.values(), strict=False):
+            assert status == 400 and words in reply["error"], reply
+        odd = [{**user, "content": text} for text in ("\ud800", "\x00 the", "[END] [PAD] [UNK]", "🦊")]
+        replies = ask(talks["uora"], *({"side": "base", "messages": [turn]} for turn in odd))
+        assert [status for status, _ in replies] == [200] * 5
+
+    def test_only_this_machine_and_this_page(self, talks: dict[str, chat.Talk]) -> None:
+        body = {**self.SAID, "side": "base"}
+        assert ask(talks["uora"], body, headers={"Host": "evil.example:8000"})[0][0] == 403
+        status, reply = ask(talks["uora"], json.dumps(body), headers={"Content-Type": "text/plain"})[0]
+        assert status == 400 and "application/json" in reply["error"]
+        assert ask(talks["uora"], "x" * (chat.MOST_BYTES + 1))[0][0] == 413
+
+
+@pytest.mark.skipif(not (SHARED / "models" / "stories260K").is_dir(), reason="no real model beside the repository")
+def test_a_real_model_on_real_instructions(recipe: Call, tmp_path: Path) -> None:
+    rows = json.loads((SHARED / "data" / "instruct" / "roleplay_instruct.json").read_text())
+    (tmp_path / "rows.json").write_text(json.dumps(rows[:40]))
+    code, error = recipe(
+        "--epochs", 1, "--batch", 4, "--validation", 0.2, "--max-length", 192, "--rank", 32, "--lr", 0.02,
+        "--samples", 1, "--max-new-tokens", 8, "--quiet", "--output", tmp_path / "out",
+        data=tmp_path / "rows.json", model=SHARED / "models" / "stories260K",
+    )  # fmt: skip
+    assert code == 0, error
+    metrics = told(tmp_path / "out")
+    assert metrics["loss"] < metrics["loss_before"] - 0.1
+    assert metrics["cut"] > 0 and metrics["cut"] + metrics["left_out"] <= 40
+    assert (tmp_path / "out" / "chat_template.jinja").is_file()
+
+
+@pytest.mark.slow
+def test_the_demo_compares_methods(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["llm_instruct.py", "--demo", "--quiet", "--output", str(tmp_path)])
+    assert cli.main(llm_instruct.app) == 0
+    metrics = told(tmp_path)
+    rows = {row["method"]: row for row in metrics["comparison"]}
+    assert rows.keys() == {method.value for method in toy.LM_ROWS}
+    assert all(row["loss"] < metrics["loss_before"] - 0.5 for row in rows.values())
