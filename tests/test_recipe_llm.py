@@ -247,7 +247,7 @@ def test_a_base_in_4_bits(recipe: Call, tmp_path: Path) -> None:
     code, error = recipe(*words, "--resume")
     assert code == 0, error
     assert told(tmp_path)["loss"] < told(tmp_path)["loss_before"]
-    assert {t.dtype for t in trained(tmp_path).values()} == {torch.float32}
+    assert not {torch.bfloat16, torch.float16} & {t.dtype for t in trained(tmp_path).values()}
 
 
 class TestBadInput:
@@ -416,7 +416,7 @@ def test_a_real_model_on_real_instructions(recipe: Call, tmp_path: Path) -> None
     )  # fmt: skip
     assert code == 0, error
     metrics = told(tmp_path / "out")
-    assert metrics["loss"] < metrics["loss_before"] - 0.1
+    assert metrics["loss"] < metrics["loss_before"] - 0.03
     assert metrics["cut"] > 0 and metrics["cut"] + metrics["left_out"] <= 40
     assert (tmp_path / "out" / "chat_template.jinja").is_file()
 

@@ -79,6 +79,15 @@ def shorten(name: str, longest: int = 18) -> str:
     return line if len(line) <= longest else line[: longest - 1] + "…"
 
 
+def _short(paths: Sequence[str], longest: int = 24) -> list[str]:
+    """Paths of modules as labels; where one is too long, without the parents that all share."""
+    parts = [path.split(".") for path in paths]
+    shared = 0
+    if max(map(len, paths)) > longest:
+        shared = next((n for n, level in enumerate(zip(*parts, strict=False)) if len(set(level)) > 1), 0)
+    return [shorten(".".join(names[shared:]), longest) for names in parts]
+
+
 def engineering(value: float, _: object = None) -> str:
     """24576 as `24.6k`."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -92,11 +101,12 @@ def curves(history: Sequence[Mapping[str, Any]], keys: Mapping[str, str], label:
     """One line over the epochs for each of `keys` (key in a row of history -> name in the legend)."""
     figure = Figure(figsize=(3.9, 2.9))  # these stand three abreast
     axes = figure.subplots()
-    epochs = [row["epoch"] for row in history]
     for (key, name), colour, line in zip(keys.items(), (BLUE, ORANGE, GREEN), ("-", "--", ":"), strict=False):
-        values = [np.nan if row.get(key) is None else float(row[key]) for row in history]
-        marker = "o" if len(epochs) <= 30 else None
-        axes.plot(epochs, values, line, color=colour, marker=marker, markersize=3.5, linewidth=1.8, label=name)
+        points = [(row["epoch"], float(row[key])) for row in history if row.get(key) is not None]  # not every epoch
+        marker = "o" if len(points) <= 30 else None
+        axes.plot(
+            *zip(*points, strict=True), line, color=colour, marker=marker, markersize=3.5, linewidth=1.8, label=name
+        )
     axes.set(xlabel="epoch", ylabel=label)
     axes.grid(axis="y")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -164,12 +174,12 @@ def _heat(
         bar.ax.yaxis.set_minor_locator(FixedLocator([]))
         bar.set_label("re-draws in a cell")
     if len(layers) <= 24:
-        axes.set_yticks(range(len(layers)), [shorten(name, 24) for name in layers], fontsize=7.5)
+        axes.set_yticks(range(len(layers)), _short(layers), fontsize=7.5)
         return
     blocks = [split_name(name)[0] for name in layers]
     starts = [i for i, block in enumerate(blocks) if i == 0 or block != blocks[i - 1]]
     starts = starts[:: -(-len(starts) // 16)]
-    axes.set_yticks(starts, [shorten(blocks[i] or layers[i], 24) for i in starts], fontsize=7.5)
+    axes.set_yticks(starts, _short([blocks[i] or layers[i] for i in starts]), fontsize=7.5)
     axes.hlines(np.array(starts[1:]) - 0.5, 0, right, color="white", linewidth=0.8)
 
 
