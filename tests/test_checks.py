@@ -448,7 +448,7 @@ class TestWrapped:
 
         model = small_vit()
         fully_shard(model.blocks[1], mesh=init_device_mesh("cpu", (1,)))
-        refused(model, uora.TargetError, QKV, "DTensor", "inject first, shard after")
+        refused(model, uora.TargetError, QKV, "DTensor", "before fully_shard()")
         assert len(uora.plan(model, exclude="blocks.1.*").projections) == 4
 
 

@@ -343,7 +343,7 @@ def refused(rank: int, world: int) -> list[str]:
         lambda: uora.inject(plain), lambda: uora.load(plain, "nowhere"),
         lambda: uora.merge(injected), lambda: uora.remove(injected),
     ):  # fmt: skip
-        with pytest.raises(uora.StateError) as caught:
+        with pytest.raises(uora.UoraError) as caught:
             act()
         out.append(str(caught.value))
     return out

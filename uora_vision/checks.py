@@ -256,7 +256,7 @@ def _full_shape(module: nn.Module, p: Tensor) -> torch.Size:
 def _odd(p: Tensor) -> str | None:
     """What a parameter is if no adapter can be put on it, None if one can."""
     if type(p) is not nn.Parameter:
-        sharded = " (sharded: inject first, shard after)" if type(p).__name__ == "DTensor" else ""
+        sharded = " (sharded: call inject() before fully_shard())" if type(p).__name__ == "DTensor" else ""
         return f"a {type(p).__name__} of {p.dtype}{sharded}"
     if p.dtype not in FLOATS:
         return f"of {p.dtype}"

@@ -46,7 +46,7 @@ def inject(
         The same model.
 
     Raises:
-        StateError: the model already has an adapter, or is spread over processes.
+        StateError: the model already has an adapter.
         ConfigError, OptionError, TargetError: see `plan`.
         DeadAdapterError: see `verify`.
     """
@@ -54,7 +54,6 @@ def inject(
         raise StateError("this model already has an adapter; merge() or remove() it first")
     if hasattr(model, CHILD):
         raise StateError(f"{type(model).__name__} has an attribute {CHILD!r} of its own, where the bank would go")
-    check_whole(model)
     apply_plan(model, plan(model, config, example_input=example_input, **options))
     if example_input is not None:
         try:
@@ -134,7 +133,7 @@ def check_whole(model: nn.Module) -> None:
     """
     if any(map(is_sharded, model.parameters())):
         raise StateError(
-            "the parameters of this model are spread over processes. Call inject() or load() before fully_shard(); to "
+            "the parameters of this model are spread over processes. Call load() before fully_shard(); to "
             "merge or remove, save() the adapter and load() it into a base that is not sharded."
         )
 
