@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -46,6 +46,23 @@ class Redraw:
     interpolation: Interpolation
 
 
+@dataclass
+class BankState:
+    """What re-draws have made of a bank; nothing for a bank as it was first drawn.
+
+    Args:
+        log: the redraws, in order.
+        draws: by matrix, how often each direction was drawn again, (r,) int64.
+        rows: by shared matrix, the directions that changed (k,) and what they are now (k, width), float32 on the CPU.
+        own: by a layer's own matrix, its rows (k, width), float32 on the CPU, for the directions that were drawn.
+    """
+
+    log: list[Redraw] = field(default_factory=list)
+    draws: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    own: dict[str, Tensor] = field(default_factory=dict)
+
+
 class Bank(nn.Module):
     """A and B for every width of a model, as non-persistent buffers that follow `.to()`.
 
@@ -75,8 +92,9 @@ class Bank(nn.Module):
         if config.layout == "slice":
             widths = {side: [max(w)] for side, w in widths.items()}
         self._largest = {side: w[-1] for side, w in widths.items()}
-        # The float32 state from which rows are re-drawn: buffers may be moved, or rounded to a half type.
-        self._state: dict[str, Tensor] = {}
+        # In float32 on the CPU: buffers may be moved, or rounded to a half type. What rows are re-drawn from is `_state`,
+        # where a matrix is that of `_first` until one of its rows is re-drawn.
+        self._first: dict[str, Tensor] = {}
         self._own: dict[str, Tensor] = {}
         self._draws: dict[str, Tensor] = {}
         for side, sizes in widths.items():
@@ -85,8 +103,9 @@ class Bank(nn.Module):
                 if torch.device(device).type == "meta":
                     rows = torch.empty(config.rank, width, device="meta")
                 else:
-                    rows = self._state[name] = _initial(config, name, side, width)
+                    rows = self._first[name] = _initial(config, name, side, width)
                 self.register_buffer(name, rows.to(device=device, dtype=dtype, copy=True), persistent=False)
+        self._state = dict(self._first)
 
     def forward(self, x: Tensor) -> Tensor:
         """The input: the bank is a child of the model, and an nn.Sequential runs all of its children."""
@@ -157,6 +176,8 @@ class Bank(nn.Module):
                 f"is {self.config.rank}. Use interpolation='linear' or a smaller rank."
             )
         draws[indices] += 1
+        if state is self._first.get(matrix):
+            state = self._state[matrix] = state.clone()
         if interpolation == "linear":
             fresh = torch.stack([self._fresh(matrix, i, n, full) for i, n in _pairs(indices, draws)])
             fresh = fresh[:, : state.shape[1]]
@@ -168,19 +189,40 @@ class Bank(nn.Module):
             self._own[matrix] = state[draws > 0]
         event = Redraw(step, matrix, indices.clone(), draws[indices].clone(), alpha.clone(), interpolation)
         self.log.append(event)
-        if (buffer := self._buffers.get(matrix)) is not None:
-            buffer[indices.to(buffer.device)] = state[indices].to(buffer)
+        if matrix in self._state:
+            self._write(matrix, indices)
         return event
 
     def reset(self) -> None:
         """Back to the initial draw, with an empty log."""
-        if not self.log:
-            return
-        self.log, self._own, self._draws = [], {}, {}
-        self._state = {n: _initial(self.config, n, n[0], int(n[1:])) for n in self._buffers}
-        for name, buffer in self._buffers.items():
-            assert buffer is not None
-            buffer.copy_(self._state[name])
+        self.swap(BankState())
+
+    def state(self) -> BankState:
+        """What re-draws have made of the bank. It shares the log with the bank, which goes on with it."""
+        changed = {n: self._draws[n].nonzero().squeeze(1) for n in self._state if n in self._draws}
+        rows = {n: (indices, self._state[n][indices]) for n, indices in changed.items()}
+        return BankState(self.log, self._draws, rows, self._own)
+
+    def swap(self, new: BankState) -> BankState:
+        """Become what other re-draws made of the same first draw: only rows that differ are written.
+
+        Returns:
+            The state before.
+        """
+        old = self.state()
+        for name, (indices, _) in old.rows.items():
+            self._state[name] = self._first[name]
+            self._write(name, indices)
+        self.log, self._draws, self._own = new.log, new.draws, new.own
+        for name, (indices, rows) in new.rows.items():
+            self._state[name] = self._first[name].index_copy(0, indices, rows)
+            self._write(name, indices)
+        return old
+
+    def _write(self, name: str, indices: Tensor) -> None:
+        """Rows of the float32 state into the buffer that the model computes with."""
+        buffer = self.get_buffer(name)
+        buffer[indices.to(buffer.device)] = self._state[name][indices].to(buffer)
 
     def replay(self, log: Iterable[Redraw], own: dict[str, tuple[str, int]]) -> None:
         """The state after a log, from the initial draw.
