@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -75,6 +75,7 @@ class Bank(nn.Module):
         widths_out: output widths of their roles.
         device: where the buffers lie.
         dtype: of the buffers; the draws are rounded to float32 first whatever it is.
+        first: matrices by name, (r, width) float32 on the CPU, to use in place of the first draw.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Bank(nn.Module):
         widths_out: Iterable[int],
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        first: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -92,8 +94,8 @@ class Bank(nn.Module):
         if config.layout == "slice":
             widths = {side: [max(w)] for side, w in widths.items()}
         self._largest = {side: w[-1] for side, w in widths.items()}
-        # In float32 on the CPU: buffers may be moved, or rounded to a half type. What rows are re-drawn from is `_state`,
-        # where a matrix is that of `_first` until one of its rows is re-drawn.
+        # In float32 on the CPU: buffers may be moved, or rounded to a half type. Rows are re-drawn from `_state`, where
+        # a matrix is that of `_first` until one of its rows is re-drawn.
         self._first: dict[str, Tensor] = {}
         self._own: dict[str, Tensor] = {}
         self._draws: dict[str, Tensor] = {}
@@ -103,13 +105,21 @@ class Bank(nn.Module):
                 if torch.device(device).type == "meta":
                     rows = torch.empty(config.rank, width, device="meta")
                 else:
-                    rows = self._first[name] = _initial(config, name, side, width)
+                    rows = self._first[name] = first[name] if first else _initial(config, name, side, width)
                 self.register_buffer(name, rows.to(device=device, dtype=dtype, copy=True), persistent=False)
         self._state = dict(self._first)
 
     def forward(self, x: Tensor) -> Tensor:
         """The input: the bank is a child of the model, and an nn.Sequential runs all of its children."""
         return x
+
+    def serves(self, config: UoraConfig, widths_in: set[int], widths_out: set[int]) -> bool:
+        """Whether the matrices of these options and widths are those of this bank, before any re-draw."""
+        same = all(getattr(config, k) == getattr(self.config, k) for k in ("rank", "seed", "layout", "init"))
+        widths = {"A": widths_in, "B": widths_out}
+        if config.layout == "slice":
+            return same and all(max(w) == self._largest[side] for side, w in widths.items())
+        return same and all(f"{side}{width}" in self._buffers for side, w in widths.items() for width in w)
 
     def matrix(self, side: Literal["A", "B"], width: int) -> str:
         """Name of the matrix that a projection of this width uses."""

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .bank import Bank
+from .bank import Bank, BankState
 from .config import UoraConfig
 from .errors import StateError
 from .functional import WIDE
-from .fusing import allow_fusing, forbid_fusing
-from .layers import CHILD, REDUCED, Adapter, adapters_of, attach, detach, is_adapted
+from .layers import CHILD, REDUCED, Adapter, adapters_of, is_adapted
+from .library import DEFAULT, LIBRARY, STATISTICS, Entry, Layout, Library, check_switch, disabled, library_of
 from .plan import Plan, plan
 from .quantised import is_quantised
 from .reduced import Reduced
@@ -22,14 +23,14 @@ from .sharded import is_sharded
 from .verify import verify
 from .walker import head_names
 
-FLAGS = "_uora_flags"
-UNSENT = "_uora_unsent"
-TORCH_UNSENT = "_ddp_params_and_buffers_to_ignore"
-"""Where DistributedDataParallel looks for names of tensors that it shall not send."""
-
 
 def inject(
-    model: nn.Module, config: UoraConfig | None = None, *, example_input: Any = None, **options: Any
+    model: nn.Module,
+    config: UoraConfig | None = None,
+    *,
+    name: str = DEFAULT,
+    example_input: Any = None,
+    **options: Any,
 ) -> nn.Module:
     """Adapt a model in place: freeze it, and give every chosen projection its trained vectors.
 
@@ -37,8 +38,10 @@ def inject(
     base stored in bfloat16 or float16 to within rounding of that type.
 
     Args:
-        model: of timm, open_clip, transformers or one's own; see `plan` for what would be adapted.
+        model: of timm, open_clip, transformers or one's own; see `plan` for what would be adapted. It may have adapters
+            already: the new one is added under its name and made the active one.
         config: options; the keyword arguments change single ones. See `UoraConfig`.
+        name: of the adapter.
         example_input: if given, a trace of it corrects the rules (see `plan`), and `verify` is run on it; the model is
             left as it was when that fails.
 
@@ -46,29 +49,52 @@ def inject(
         The same model.
 
     Raises:
-        StateError: the model already has an adapter.
+        StateError: the model already has an adapter of that name.
         ConfigError, OptionError, TargetError: see `plan`.
         DeadAdapterError: see `verify`.
     """
-    if is_injected(model):
-        raise StateError("this model already has an adapter; merge() or remove() it first")
-    if hasattr(model, CHILD):
-        raise StateError(f"{type(model).__name__} has an attribute {CHILD!r} of its own, where the bank would go")
-    apply_plan(model, plan(model, config, example_input=example_input, **options))
+    before = check_room(model, name)
+    with disabled(model) if before else nullcontext():
+        what = plan(model, config, example_input=example_input, **options)
+    apply_plan(model, what, name)
     if example_input is not None:
         try:
             verify(model, example_input)
         except BaseException:
-            remove(model)
+            if before:
+                library = library_of(model)
+                library.switch(model, before.active)
+                del library.entries[name]
+            else:
+                remove(model)
             raise
     return model
 
 
-def apply_plan(model: nn.Module, what: Plan) -> None:
-    """Carry out a plan. Everything that can fail is made before the model is touched."""
+def apply_plan(
+    model: nn.Module,
+    what: Plan,
+    name: str = DEFAULT,
+    vector: Tensor | None = None,
+    base: dict[str, Tensor] | None = None,
+    state: BankState | None = None,
+    activate: bool = True,
+    bank: Bank | None = None,
+) -> Entry:
+    """Carry out a plan. Everything that can fail is made before the model is touched.
+
+    Args:
+        name: of the adapter.
+        vector: its b and d, as `Entry` has them; fresh ones if None.
+        base: its trained parts of the base; if None, those that its options name, with the values of the base.
+        state: what re-draws made of its bank.
+        activate: whether the model computes with it from now on.
+        bank: its bank, see `bank_for`.
+    """
     config = what.config
-    modules = dict(model.named_modules())
-    weights = [modules[p.module_path]._parameters[p.tensor] for p in what.projections]
+    library = model.__dict__.get(LIBRARY) or Library(model)
+    layout = _layout(model, library, what)
+    weights: list[Any] = [m._parameters[p.tensor] for m, p in zip(layout.modules, layout.projections, strict=True)]
     coarse = [p.path for p, w in zip(what.projections, weights, strict=True) if p.read and w.dtype not in WIDE]
     if coarse:
         warnings.warn(
@@ -76,53 +102,110 @@ def apply_plan(model: nn.Module, what: Plan) -> None:
             "updates to them are rounded away. Keep the base in float32 and use torch.autocast.",
             stacklevel=3,
         )
-    first = weights[0]
-    bank = Bank(
-        config,
-        (p.shape[1] for p in what.projections),
-        (role.rows for p in what.projections for role in p.roles),
-        device=first.device,
-        dtype=torch.float32 if is_quantised(first) else first.dtype,
-    )
-    adapters = [
-        Adapter(p.path, p.roles, p.shape[1], bank, p.form, config.d_init, config.dropout, first.device)
-        for p in what.projections
-    ]
-    trained = set(base_parameters(model, config.train))
-    bank.__dict__[REDUCED] = Reduced()
-    bank.__dict__[FLAGS] = {name: p.requires_grad for name, p in model.named_parameters()}
-    model.add_module(CHILD, bank)
+    entry = Entry(config, layout, bank or bank_for(model, what), {}, state or BankState(), vector)
+    if activate:
+        entry.materialise()
+    held: dict[str, Tensor] = dict(model.named_parameters())
+    parts = [n for n in base_parameters(model, config.train) if _trains(n, held[n])] if base is None else list(base)
+    held |= {name: t for name, t in model.named_buffers() if name.endswith(STATISTICS)}
+    if base is None:
+        parts += [name for name in held if name.endswith(STATISTICS)]
+    first = not library.entries
+    # The first adapter trains the parts of the base as they stand there; later ones have their own.
+    kept = {name: _copy(held[name]) for name in parts if name not in library.base}
+    if base is None:
+        entry.base = {name: held[name] if first else _copy(library.base.get(name, held[name]), True) for name in parts}
+    else:
+        entry.base = dict(base)
+    if first:
+        model.__dict__[LIBRARY] = library
     try:
-        for name, p in model.named_parameters():
-            if p.is_floating_point() or p.is_complex():
-                p.requires_grad_(name in trained)
-            elif name in trained:
-                warnings.warn(f"{name} is of {p.dtype} and does not train", stacklevel=3)
-        for projection, adapter in zip(what.projections, adapters, strict=True):
-            module = modules[projection.module_path]
-            attach(module, projection.tensor, adapter.train(module.training), projection.read)
-        forbid_fusing(model, (p.module_path for p in what.projections))
-        _keep_from_sending(model)
+        library.base |= kept
+        library.entries[name] = entry
+        if first:
+            for p in held.values():
+                if isinstance(p, nn.Parameter) and (p.is_floating_point() or p.is_complex()):
+                    p.requires_grad_(False)
+        for part in entry.base.values():
+            if isinstance(part, nn.Parameter):
+                part.requires_grad_(True)
+        if activate:
+            library.switch(model, name)
     except BaseException:
-        remove(model)
+        del library.entries[name]
+        if first:
+            _take_out(model, library)
         raise
+    return entry
 
 
 def remove(model: nn.Module) -> nn.Module:
-    """Take the adapter out without merging it: the base as it was, its parameters trainable as they were."""
-    bank = bank_of(model)
+    """Take all adapters out without merging: the base as it was, with its own head, its parameters trainable as they
+    were."""
+    library = library_of(model)
     check_whole(model)
-    allow_fusing(model)
-    for module in model.modules():
-        if is_adapted(module):
-            detach(module)
-    delattr(model, CHILD)
-    _allow_sending(model, bank)
-    flags = bank.__dict__[FLAGS]
+    if library.active is not None:
+        # In place, since optimizers and tied weights know the base by its tensors.
+        entry = library.entries[library.active]
+        with torch.no_grad():
+            for name, own in library.base.items():
+                if name in entry.base and entry.base[name].shape == own.shape:
+                    entry.base[name].copy_(own)
+    return _take_out(model, library)
+
+
+def _take_out(model: nn.Module, library: Library) -> nn.Module:
+    """The model without adapters, with the head of the active one."""
+    library.detach(model)
+    del model.__dict__[LIBRARY]
+    if CHILD in model._modules:
+        delattr(model, CHILD)
     for name, p in model.named_parameters():  # parts without adapters may have been replaced since
-        if name in flags and (p.is_floating_point() or p.is_complex()):
-            p.requires_grad_(flags[name])
+        if name in library.flags and (p.is_floating_point() or p.is_complex()):
+            p.requires_grad_(library.flags[name])
     return model
+
+
+def _layout(model: nn.Module, library: Library, what: Plan) -> Layout:
+    """That of an adapter which sits at the same places, or a new one."""
+    for entry in library.entries.values():
+        layout = entry.layout
+        if layout.rank == what.config.rank and layout.projections == what.projections:
+            return layout
+    return Layout.of(model, what.projections, what.config.rank)
+
+
+def bank_for(model: nn.Module, what: Plan, first: Mapping[str, Tensor] | None = None) -> Bank:
+    """The bank of an adapter in the model that draws the same matrices, or a new one.
+
+    Args:
+        first: matrices by name to use in place of those that are drawn from the seed.
+    """
+    widths_in = {p.shape[1] for p in what.projections}
+    widths_out = {role.rows for p in what.projections for role in p.roles}
+    library = model.__dict__.get(LIBRARY)
+    for entry in library.entries.values() if library else ():
+        bank = entry.bank
+        same = first is None or all(torch.equal(bank._first[n], t) for n, t in first.items() if n in bank._first)
+        if same and bank.serves(what.config, widths_in, widths_out):
+            return bank
+    weight: Any = model.get_submodule(what.projections[0].module_path)._parameters[what.projections[0].tensor]
+    dtype = torch.float32 if is_quantised(weight) else weight.dtype
+    bank = Bank(what.config, widths_in, widths_out, device=weight.device, dtype=dtype, first=first)
+    bank.__dict__[REDUCED] = Reduced()
+    return bank
+
+
+def _copy(t: Tensor, trains: bool = False) -> Tensor:
+    copy = t.detach().clone()
+    return nn.Parameter(copy, requires_grad=trains) if isinstance(t, nn.Parameter) else copy
+
+
+def _trains(name: str, p: Tensor) -> bool:
+    if p.is_floating_point() or p.is_complex():
+        return True
+    warnings.warn(f"{name} is of {p.dtype} and does not train", stacklevel=4)
+    return False
 
 
 def check_whole(model: nn.Module) -> None:
@@ -138,52 +221,56 @@ def check_whole(model: nn.Module) -> None:
         )
 
 
-def _keep_from_sending(model: nn.Module) -> None:
-    """Tell DistributedDataParallel to leave the matrices alone: by default it sends every buffer of the first process
-    to the others before each forward, and every process makes and re-draws its own, equal ones."""
-    bank = bank_of(model)
-    names = {f"{CHILD}.{name}" for name, _ in bank.named_buffers()}
-    for path, module in model.named_modules():
-        if isinstance(module, Adapter):
-            # Those that a re-draw in the scope `layer` will give it.
-            names |= {f"{path}.own_{part}_{k}" for k in range(len(module.roles)) for part in ("index", "a", "b")}
-    there = set(getattr(model, TORCH_UNSENT, ()))
-    bank.__dict__[UNSENT] = names - there
-    setattr(model, TORCH_UNSENT, there | names)
+def check_room(model: nn.Module, name: str) -> Library | None:
+    """The adapters that a model has already, None if it has none.
 
-
-def _allow_sending(model: nn.Module, bank: Bank) -> None:
-    left = set(getattr(model, TORCH_UNSENT, ())) - bank.__dict__.get(UNSENT, set())
-    if left:
-        setattr(model, TORCH_UNSENT, left)
-    elif hasattr(model, TORCH_UNSENT):
-        delattr(model, TORCH_UNSENT)
+    Raises:
+        StateError: there is no room for one of that name.
+    """
+    if LIBRARY in model.__dict__:
+        library = library_of(model)
+        if name in library.entries:
+            raise StateError(
+                f"this model already has an adapter {name!r}; add this one under another name=..., or merge() or "
+                "remove() what is there"
+            )
+        check_switch(model, library)
+        return library
+    if is_injected(model):
+        raise StateError("a part of this model already has an adapter; merge() or remove() it first")
+    if hasattr(model, CHILD):
+        raise StateError(f"{type(model).__name__} has an attribute {CHILD!r} of its own, where the bank would go")
+    return None
 
 
 def is_injected(model: nn.Module) -> bool:
-    return any(is_adapted(m) for m in model.modules())
+    return LIBRARY in model.__dict__ or any(is_adapted(m) for m in model.modules())
 
 
 def bank_of(model: nn.Module) -> Bank:
-    """The bank of an injected model.
+    """The bank of the active adapter.
 
     Raises:
-        StateError: there is none.
+        StateError: the model is not injected, or its adapters are disabled.
     """
-    bank = getattr(model, CHILD, None)
-    if not isinstance(bank, Bank):
-        raise StateError(f"this {type(model).__name__} has no adapter; call inject() or load() on it first")
-    return bank
+    return _active(model).bank
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
-    """The adapters of an injected model by the path of their weight, in the model's order.
+    """The active adapter, by the path of each weight, in the model's order.
 
     Raises:
-        StateError: there are none.
+        StateError: the model is not injected, or its adapters are disabled.
     """
-    bank_of(model)
+    _active(model)
     return {adapter.name: adapter for m in model.modules() for adapter in adapters_of(m).values()}
+
+
+def _active(model: nn.Module) -> Entry:
+    library = library_of(model)
+    if library.active is None:
+        raise StateError("the adapters of this model are disabled; activate() one first")
+    return library.entries[library.active]
 
 
 def base_parameters(model: nn.Module, parts: Iterable[str]) -> list[str]:
