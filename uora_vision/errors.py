@@ -25,5 +25,9 @@ class DeadAdapterError(UoraError, RuntimeError):
     """Some adapters receive no gradient: they would train nothing."""
 
 
+class HubError(UoraError, OSError):
+    """A repository on the Hugging Face hub cannot be read or written."""
+
+
 class FormatError(UoraError, ValueError):
     """A saved adapter is damaged, of another version, or made for another model."""

@@ -1,48 +1,48 @@
-"""An adapter as a folder: `adapter_config.json` and `adapter_model.safetensors`.
+"""Out of a model into a folder, and back: b, d, the trained parts of the base, and the log that rebuilds A and B.
 
-The tensors are b and d of every role (`vectors/blocks.0.attn.qkv/q.b`), the trained parts of the base
-(`base/head.weight`) and the log of redraws. A and B are not in the file: seed and log rebuild them.
+`docs/format.md` describes the folder.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from .bank import pack_log, unpack_log
-from .checks import check_weights, plain
-from .config import UoraConfig
-from .errors import FormatError, StateError
-from .inject import adapters, apply_plan, bank_of, check_whole, is_injected, remove
-from .layers import Adapter, Role
-from .plan import Plan, Projection
-from .sharded import class_name, whole, writes
-from .sites import Site, find_sites
-from .views import disjoint
-from .walker import head_names
+from .bank import Bank, BankState
+from .errors import FormatError, OptionError
+from .fingerprint import bank_digest
+from .fit import Base, Fitted, fit
+from .folder import CONFIG_FILE, TENSOR_FILE, read, write, write_atomically
+from .hub import is_repository, local_copy
+from .inject import adapters, apply_plan, bank_for, bank_of, check_room, check_whole
+from .layers import Adapter
+from .library import DEFAULT, STATISTICS
+from .plan import Plan
+from .sharded import is_sharded, whole, writes
+from .stored import Identity, SaveBanks, Stored, StoredProjection, shared_matrices
 
-FORMAT = "uora_vision"
-FORMAT_VERSION = 2
-STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
-CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
+__all__ = [
+    "CONFIG_FILE", "TENSOR_FILE", "collect", "load", "own_matrices", "put_back", "refresh_own", "save",
+    "write_atomically",
+]  # fmt: skip
+_IDENTITY = "_uora_identity"
 
 
-def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
-    """Write the adapter and the trained parts of the base into a folder.
+def save(model: nn.Module, folder: str | os.PathLike[str], *, save_banks: SaveBanks | None = None) -> Path:
+    """Write the active adapter and the trained parts of the base into a folder.
 
-    Each file is replaced as a whole once it is completely on disk, so an interrupted save leaves the last one.
+    At any moment, also after a kill or on a full disk, the folder holds an adapter that loads: the last one or this.
 
     Of a model that `fully_shard` spreads over processes, all of them must call this: their shards are gathered, and the
     first process alone writes.
+
+    Args:
+        save_banks: put rows of A and B into the file too, so that loading need not rebuild them from seed and log:
+            `changed`, those that were re-drawn; `all`, which loads where torch draws other matrices from the seed.
 
     Returns:
         The folder.
@@ -50,123 +50,154 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     Raises:
         StateError: the model is not injected.
         FormatError: a trained value is NaN or infinite.
+        OSError: the folder cannot be written to.
     """
-    found, bank = adapters(model), bank_of(model)
-    log, matrices = pack_log(bank.log)
-    tensors = {f"log/{name}": t for name, t in log.items()} | changing_tensors(model)
-    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    for name, t in tensors.items():
-        if not t.isfinite().all():
-            raise FormatError(
-                f"{name} is not finite: the training has diverged, and this would not be a usable adapter"
-            )
-    config = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "base": {
-            "class": class_name(model),
-            "architecture": _architecture(model),
-            "parameter_tensors": _parameter_tensors(model),
-        },
-        "config": bank.config.to_dict(),
-        "projections": [
-            {
-                "path": path,
-                "in": adapter.width,
-                "roles": [asdict(role) for role in adapter.roles],
-            }
-            for path, adapter in found.items()
-        ],
-        "versions": {"torch": torch.__version__},
-    }
-    target = Path(folder)
-    if not writes(list(model.parameters())):
-        return target
-    target.mkdir(parents=True, exist_ok=True)
-    # All that changes between the checkpoints of one run goes into one file, so a crash between the two does no harm.
-    metadata = {"format": FORMAT, "matrices": json.dumps(matrices), "config": json.dumps(config["config"])}
-    write_atomically(target / TENSOR_FILE, to_bytes(tensors, metadata=metadata))
-    write_atomically(target / CONFIG_FILE, (json.dumps(config, indent=1) + "\n").encode())
-    return target
+    adapter = collect(model, save_banks=save_banks)
+    return write(adapter, folder) if writes(list(model.parameters())) else Path(folder)
 
 
-def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
-    """Inject a saved adapter into a plain base, in place; everything is checked before the model is touched.
+def load(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    name: str = DEFAULT,
+    activate: bool = True,
+    base: Base | None = None,
+    check_base: bool = True,
+    revision: str | None = None,
+) -> nn.Module:
+    """Put a saved adapter into a model, in place; everything is checked before the model is touched.
+
+    Args:
+        model: a plain base, or one with adapters of other names.
+        folder: that `save` wrote; or a repository on the Hugging Face hub, `user/name`.
+        name: of the adapter in the model.
+        activate: whether the model computes with it from now on.
+        base: what was found out about the model, to load many adapters fast: make `Base(model)` once.
+        check_base: whether to refuse an adapter that was trained on other weights than this model has.
+        revision: of the repository: a branch, tag or commit.
 
     Returns:
         The same model, with the trained parts of the base (the head) restored too.
 
     Raises:
-        StateError: the model already has an adapter, or is spread over processes.
+        StateError: the model has an adapter of that name, or is spread over processes.
         FormatError: a file is missing, damaged, of a newer version, or does not fit this model.
+        HubError: the repository cannot be had.
     """
-    if is_injected(model):
-        raise StateError("this model already has an adapter; merge() or remove() it before loading another")
+    check_room(model, name)
     check_whole(model)
-    source = Path(folder)
-    config = _read_config(source / CONFIG_FILE)
-    tensors, metadata = read_tensors(source / TENSOR_FILE)
+    if is_repository(folder):
+        folder = local_copy(os.fspath(folder), revision)
+    stored = read(folder)
+    base = base or Base(model)
     try:
-        if json.loads(metadata["config"]) != config["config"]:
-            raise FormatError("its two files are of different adapters, as after a save that was interrupted")
-        options = UoraConfig(**config["config"])
-        saved = tuple(_saved(entry) for entry in config["projections"])
-        log = unpack_log({n: tensors.pop(f"log/{n}") for n in ("entries", "alpha")}, json.loads(metadata["matrices"]))
+        fitted = fit(stored, base, check_base)
+        what = Plan(stored.config, fitted.projections, ())
+        bank = bank_for(model, what, stored.first())
+        state = rebuilt(stored, bank)
+        parts = _parts(stored, fitted, base)
     except FormatError as error:
-        raise FormatError(f"{source} is damaged: {error}") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise FormatError(f"{source} is damaged: {error!r}") from error
-    base = {name.removeprefix("base/"): tensors.pop(name) for name in list(tensors) if name.startswith("base/")}
-    sites = {site.path: site for site in find_sites(plain(model))}
-    projections = tuple(
-        Projection(s.module_path, s.tensor, s.form, s.shape, entry.roles, "saved", None, s.read)
-        for entry in saved if entry.path in sites for s in [sites[entry.path]]
-    )  # fmt: skip
-    check_weights(model, projections)
-    _check_fit(model, sites, source, config, saved, base)
-    _check_vectors(source, saved, tensors, options.rank)
-
-    apply_plan(model, Plan(options, projections, ()))
-    try:
-        found = adapters(model)
-        bank_of(model).replay(log, own_matrices(found))
-        refresh_own(found)
-    except BaseException:
-        remove(model)
-        raise
-    with torch.no_grad():
-        for path, adapter in found.items():
-            adapter.b.copy_(torch.cat([tensors[f"vectors/{path}/{r.name}.b"] for r in adapter.roles]))
-            adapter.d.copy_(torch.stack([tensors[f"vectors/{path}/{r.name}.d"] for r in adapter.roles]))
-        held = _held(model)
-        for name, value in base.items():
-            held[name].copy_(value)
-            if isinstance(held[name], nn.Parameter):
-                held[name].requires_grad_(True)
+        raise FormatError(f"{os.fspath(folder)}: {error}") from error
+    apply_plan(model, what, name, stored.vector.clone(), parts, state, activate, bank)
+    if activate:
+        refresh_own(adapters(model))
     return model
 
 
-def changing_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes, by its name in the file: views of the vectors, and the base's trained parts.
+def collect(model: nn.Module, *, save_banks: SaveBanks | None = None) -> Stored:
+    """The active adapter of a model, as it would be saved. Arguments and errors are those of `save`."""
+    if save_banks not in (None, *get_args(SaveBanks)):
+        raise OptionError(f"save_banks must be one of {', '.join(get_args(SaveBanks))} or None, got {save_banks!r}")
+    from . import __version__
 
-    Of a sharded model they are copies, gathered: every process must ask for them.
+    found, bank, base = adapters(model), bank_of(model), Base(model)
+    projections = tuple(
+        StoredProjection(path, adapter.origin, adapter.width, base.findings[path].block, adapter.roles)
+        for path, adapter in found.items()
+    )
+    state = bank.state()
+    names = sorted(shared_matrices(bank.config, projections))
+    first = {name: bank._first[name] for name in names if name in bank._first}
+    changed = {name: rows for name, (_, rows) in state.rows.items()} | state.own
+    return Stored(
+        bank.config,
+        projections,
+        torch.cat([whole(t).detach().flatten().cpu() for a in found.values() for t in (a.b, a.d)]),
+        {name: whole(t).detach().cpu().clone() for name, t in trained_base(model).items()},
+        list(state.log),
+        _identity(base, bank, tuple(found)),
+        bank_digest(first, state) if first else None,
+        _flat([changed[name] for name in sorted(changed)]) if save_banks else None,
+        _flat([first[name] for name in names]) if save_banks == "all" else None,
+        {"torch": torch.__version__, "uora_vision": __version__},
+    )
+
+
+def rebuilt(stored: Stored, bank: Bank) -> BankState:
+    """What redraws made of the matrices of a saved adapter: as the file has it, or by its log. Leaves the bank alone.
+
+    Args:
+        bank: one that serves it.
+
+    Raises:
+        FormatError: these are not the matrices that the adapter was trained with.
     """
-    found = adapters(model)
-    tensors: dict[str, Tensor] = {}
-    for path, adapter in found.items():
-        d, b = whole(adapter.d), whole(adapter.b).split([r.rows for r in adapter.roles])
-        for k, role in enumerate(adapter.roles):
-            tensors[f"vectors/{path}/{role.name}.b"] = b[k]
-            tensors[f"vectors/{path}/{role.name}.d"] = d[k]
-    vectors = {id(p) for adapter in found.values() for p in adapter.parameters()}
+    state = stored.bank_state()
+    if state is None and stored.log:
+        widths_in = {p.width for p in stored.projections}
+        widths_out = {role.rows for p in stored.projections for role in p.roles}
+        scratch = Bank(stored.config, widths_in, widths_out, first=bank._first)
+        scratch.replay(stored.log, stored.own)
+        state = scratch.state()
+    state = state or BankState()
+    first = {name: bank._first[name] for name in stored.matrices if name in bank._first}
+    wanted, here = stored.bank_fingerprint, bank_digest(first, state) if first else None
+    if wanted is not None and here is not None and wanted != here:
+        raise FormatError(
+            "A and B come out other than where the adapter was trained, by a few last bits or more, as another torch "
+            f"({stored.versions.get('torch')} there, {torch.__version__} here) or processor can do. Load it there and "
+            "save it with save_banks='all'; that file loads everywhere."
+        )
+    return state
+
+
+def trained_base(model: nn.Module) -> dict[str, Tensor]:
+    """The parts of the base that train, or move with training, by name."""
+    vectors = {id(p) for adapter in adapters(model).values() for p in adapter.parameters()}
     base: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in vectors}
     # A frozen BatchNorm in training mode still moves its statistics, and the adapter was trained with them.
-    base |= {name: t for name, t in model.named_buffers() if name.endswith(STATISTICS)}
-    return tensors | {f"base/{name}": whole(t) for name, t in base.items()}
+    return base | {name: t for name, t in model.named_buffers() if name.endswith(STATISTICS)}
 
 
-def _held(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+def put_back(model: nn.Module, stored: Stored) -> None:
+    """Give a model that has an adapter already the values of a saved one with the same options, in place.
+
+    Raises:
+        StateError: the model is not injected, or is spread over processes.
+        FormatError: it is another adapter, of which nothing was taken.
+    """
+    check_whole(model)
+    found, bank, held = adapters(model), bank_of(model), trained_base(model)
+    here = {path: (adapter.width, adapter.roles) for path, adapter in found.items()}
+    there = {p.path: (p.width, p.roles) for p in stored.projections}
+    shapes, wanted = ({name: t.shape for name, t in tensors.items()} for tensors in (held, stored.base))
+    odd = _differing(here, there) + _differing(shapes, wanted)
+    if odd or bank.config != stored.config:
+        raise FormatError(
+            f"this is another adapter than the model has: {odd[0] if odd else 'the options'} differ. Inject with the "
+            "options of the run that is continued."
+        )
+    state = rebuilt(stored, bank)
+    vectors = {p.path: vectors for p, vectors in zip(stored.projections, stored.vectors, strict=True)}
+    bank.swap(state)
+    with torch.no_grad():
+        for path, adapter in found.items():
+            adapter.b.copy_(vectors[path][0])
+            adapter.d.copy_(vectors[path][1])
+        for name, value in stored.base.items():
+            held[name].copy_(value)
+    refresh_own(found)
 
 
 def own_matrices(found: dict[str, Adapter]) -> dict[str, tuple[str, int]]:
@@ -188,147 +219,31 @@ def refresh_own(found: dict[str, Adapter]) -> None:
                 adapter.refresh_own(k)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that at any moment, also after a crash, it is either the old one or the new one, whole."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+def _parts(stored: Stored, fitted: Fitted, base: Base) -> dict[str, Tensor]:
+    """The trained parts of the base, as the model has to hold them."""
+    parts: dict[str, Tensor] = {}
+    for saved, value in stored.base.items():
+        held = base.held[fitted.names[saved]]
+        if held.is_floating_point() != value.is_floating_point():
+            raise FormatError(f"{saved} is of {value.dtype}, in this model of {held.dtype}")
+        copy = value.to(device=held.device, dtype=held.dtype, copy=True)
+        parts[fitted.names[saved]] = nn.Parameter(copy) if isinstance(held, nn.Parameter) else copy
+    return parts
 
 
-@dataclass(frozen=True)
-class _Saved:
-    """An adapted weight as the configuration has it."""
-
-    path: str
-    width: int
-    roles: tuple[Role, ...]
-
-    @property
-    def rows(self) -> int:
-        """How many rows the weight must have."""
-        return max((role.span.end for role in self.roles), default=0)
+def _identity(base: Base, bank: Bank, paths: tuple[str, ...]) -> Identity:
+    if not any(map(is_sharded, base.held.values())):
+        return base.identity(paths)
+    # A value of a sharded weight costs an exchange of all of it, and the frozen base stays what it is.
+    known: dict[tuple[str, ...], Identity] = bank.__dict__.setdefault(_IDENTITY, {})
+    if paths not in known:
+        known[paths] = base.identity(paths)
+    return known[paths]
 
 
-def _saved(entry: dict[str, Any]) -> _Saved:
-    path, width = entry["path"], entry["in"]
-    roles = tuple(Role(**role) for role in entry["roles"])
-    numbers = [width, *(n for r in roles for n in (r.start, r.rows, r.block, r.stride))]
-    names = [path, *(n for r in roles for n in (r.name, r.group))]
-    if not roles or not all(isinstance(n, str) for n in names) or not all(type(n) is int and n >= 0 for n in numbers):
-        raise FormatError(f"{entry} is no projection")
-    if any(r.rows < 1 or (r.block and (r.rows % r.block or r.stride < r.block)) for r in roles):
-        raise FormatError(f"{path} cannot have {roles}")
-    if not disjoint([role.span for role in roles]):
-        raise FormatError(f"the roles of {path} share rows")
-    return _Saved(path, width, roles)
+def _flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([torch.zeros(0), *(t.flatten() for t in tensors)])
 
 
-def _parameter_tensors(model: nn.Module) -> int:
-    """How many parameters the base has besides its head: the same for any image size and number of classes."""
-    vectors = {id(p) for m in model.modules() if isinstance(m, Adapter) for p in m.parameters()}
-    heads = head_names(model)
-    names = [name for name, p in model.named_parameters() if id(p) not in vectors]
-    return sum(not any(name.startswith(head + ".") for head in heads) for name in names)
-
-
-def _architecture(model: nn.Module) -> str | None:
-    config = getattr(model, "pretrained_cfg", None)
-    return config.get("architecture") if isinstance(config, dict) else None
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise FormatError(
-            f"{path} does not exist; an adapter is a folder with {CONFIG_FILE} and {TENSOR_FILE}"
-        ) from error
-    except ValueError as error:
-        raise FormatError(f"{path} is not valid JSON ({error}); the file is damaged") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise FormatError(f"{path} is not an adapter of uora_vision")
-    if config.get("format_version") != FORMAT_VERSION:
-        raise FormatError(
-            f"{path} has format version {config.get('format_version')!r}; this uora_vision reads {FORMAT_VERSION}. "
-            "Use the version that wrote it, or a newer one."
-        )
-    return config
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise FormatError(
-            f"{path} does not exist; an adapter is a folder with {CONFIG_FILE} and {TENSOR_FILE}"
-        ) from error
-    except (SafetensorError, OSError) as error:
-        raise FormatError(f"{path} cannot be read ({error}); the file is truncated or damaged") from error
-    for name, t in tensors.items():
-        if not t.isfinite().all():
-            raise FormatError(f"{path} holds NaN or infinite values in {name}; nothing was loaded")
-    return tensors, metadata
-
-
-def _check_fit(
-    model: nn.Module,
-    sites: dict[str, Site],
-    source: Path,
-    config: dict[str, Any],
-    saved: tuple[_Saved, ...],
-    base: dict[str, Tensor],
-) -> None:
-    made_for = config["base"] if isinstance(config.get("base"), dict) else {}
-    what = made_for.get("architecture") or made_for.get("class")
-    this = _architecture(model) or type(model).__name__
-    if made_for.get("architecture") and _architecture(model) and what != this:
-        raise FormatError(f"the adapter in {source} was made for {what}; this model is {this}")
-    held = _held(model)
-    for entry in saved:
-        out, width = sites[entry.path].shape if entry.path in sites else (0, 0)
-        if width != entry.width or out < entry.rows:
-            here = f"{out} x {width}" if out else "not there"
-            raise FormatError(
-                f"the adapter in {source} was made for {what}: it adapts {entry.path}, at least {entry.rows} x "
-                f"{entry.width}, which in this {type(model).__name__} is {here}. Load it into the architecture that it "
-                "was trained on."
-            )
-    count = _parameter_tensors(model)
-    if made_for.get("parameter_tensors", count) != count:
-        raise FormatError(
-            f"the adapter in {source} was made for a {what} of {made_for['parameter_tensors']} parameter tensors "
-            f"besides the head; this {this} has {count}, so its depth or its parts are others"
-        )
-    for name, t in base.items():
-        if name not in held or held[name].shape != t.shape:
-            here = f"has shape {tuple(held[name].shape)}" if name in held else "does not exist"
-            raise FormatError(
-                f"the adapter in {source} holds a trained {name} of shape {tuple(t.shape)}, which in this model "
-                f"{here}. Create the model with the same number of classes (num_classes=...)."
-            )
-
-
-def _check_vectors(source: Path, saved: tuple[_Saved, ...], tensors: dict[str, Tensor], rank: int) -> None:
-    wanted = {}
-    for p in saved:
-        for role in p.roles:
-            wanted[f"vectors/{p.path}/{role.name}.b"] = (role.rows,)
-            wanted[f"vectors/{p.path}/{role.name}.d"] = (rank,)
-    if odd := sorted(wanted.keys() ^ tensors.keys()):
-        raise FormatError(
-            f"{source} is damaged: {odd[0]} is {'missing' if odd[0] in wanted else 'not in its configuration'}"
-        )
-    for name, shape in wanted.items():
-        if tuple(tensors[name].shape) != shape:
-            raise FormatError(f"{source} is damaged: {name} has shape {tuple(tensors[name].shape)}, expected {shape}")
+def _differing(one: dict[str, Any], two: dict[str, Any]) -> list[str]:
+    return sorted(name for name in one.keys() | two.keys() if one.get(name) != two.get(name))

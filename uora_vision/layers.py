@@ -80,6 +80,7 @@ class Adapter(nn.Module):
         form: what the dimensions of the weight are.
         d_init: initial value of d.
         dropout: see `UoraConfig`.
+        origin: the name under which its own rows were first drawn, if modules were renamed since.
     """
 
     bank: Bank
@@ -94,8 +95,10 @@ class Adapter(nn.Module):
         d_init: float = 0.1,
         dropout: float = 0.0,
         device: torch.device | str = "cpu",
+        origin: str | None = None,
     ) -> None:
         super().__init__()
+        self.origin = name if origin is None else origin
         self.name, self.roles, self.width, self.form, self.dropout = name, roles, width, form, dropout
         self.spans = tuple(role.span for role in roles)
         # Past nn.Module's registration: the bank is a child of the model, once, not of every adapted module.
@@ -108,7 +111,7 @@ class Adapter(nn.Module):
 
     def own_name(self, role: int, side: str) -> str:
         """Name of a role's own matrix in the bank's log."""
-        return f"{self.name}.{self.roles[role].name}/{side}"
+        return f"{self.origin}.{self.roles[role].name}/{side}"
 
     def refresh_own(self, role: int) -> None:
         """Take over a role's own rows from the bank, after they were re-drawn there.

@@ -39,6 +39,7 @@ class Projection:
         block: number of its block, None outside of blocks.
         read: whether the model may take the tensor itself rather than call the module.
         seen: what a trace saw consume it, such as `linear at eva.py:262`; empty without a trace.
+        origin: of a saved adapter, its path before modules were renamed; None if it is the same.
     """
 
     module_path: str
@@ -50,6 +51,7 @@ class Projection:
     block: int | None
     read: bool = False
     seen: tuple[str, ...] = ()
+    origin: str | None = None
 
     @property
     def path(self) -> str:

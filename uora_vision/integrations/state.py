@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..bank import Bank, unpack_log
+from ..bank import Bank
 from ..errors import FormatError, StateError
-from ..files import TENSOR_FILE, changing_tensors, own_matrices, read_tensors, refresh_own
-from ..inject import adapters, bank_of, check_whole
+from ..files import put_back
+from ..folder import read
+from ..inject import adapters
 from ..layers import CHILD
 from ..sharded import whole
 
@@ -85,27 +84,7 @@ def restore(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         StateError: the model is not injected, or is spread over processes.
         FormatError: the file is missing, damaged, or of another adapter.
     """
-    check_whole(model)
-    bank, found, path = bank_of(model), adapters(model), Path(folder) / TENSOR_FILE
-    saved, metadata = read_tensors(path)
-    try:
-        config, matrices = json.loads(metadata["config"]), json.loads(metadata["matrices"])
-        log = unpack_log({name: saved.pop(f"log/{name}") for name in ("entries", "alpha")}, matrices)
-    except (KeyError, ValueError) as error:
-        raise FormatError(f"{path} is damaged: {error!r}") from error
-    held = changing_tensors(model)
-    shapes, here = ({name: t.shape for name, t in tensors.items()} for tensors in (saved, held))
-    odd = sorted(n for n in shapes.keys() | here.keys() if shapes.get(n) != here.get(n))
-    if odd or config != json.loads(json.dumps(bank.config.to_dict())):
-        raise FormatError(
-            f"{path} is of another adapter than this model has: {odd[0] if odd else 'the options'} differ. Inject with "
-            "the options of the run that is continued."
-        )
-    bank.replay(log, own_matrices(found))
-    refresh_own(found)
-    with torch.no_grad():
-        for name, value in saved.items():
-            held[name].copy_(value)
+    put_back(model, read(folder))
 
 
 def innermost(optimizer: Any) -> torch.optim.Optimizer:

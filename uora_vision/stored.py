@@ -1,0 +1,501 @@
+"""A saved adapter in memory, and everything that can be checked of it without a model.
+
+`docs/format.md` describes the format; `folder.py` reads and writes it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .bank import BankState, Redraw, pack_log, unpack_log
+from .config import UoraConfig
+from .errors import FormatError
+from .layers import Role
+from .views import disjoint
+
+FORMAT = "uora_vision"
+FORMAT_VERSION = 3
+VECTORS, ENTRIES, ALPHA, BASE, ROWS, SHARED = (
+    "vectors", "log/entries", "log/alpha", "base/", "banks/rows", "banks/shared",
+)  # fmt: skip
+"""Names of tensors in the file; `base/` is the beginning of the names of trained parts of the base."""
+LIMIT = 2**31
+"""No width, row or step reaches this."""
+SaveBanks = Literal["changed", "all"]
+_KEY = re.compile(r"(?:(\d{1,9})/)?([\w-]{1,200})\.([\w-]{1,200})")
+
+
+@dataclass(frozen=True)
+class StoredProjection:
+    """An adapted weight as the file has it.
+
+    Args:
+        path: of the module, and the tensor's name if that is not `weight`, in the model that it was saved from.
+        origin: the path under which its own matrices were first drawn; another than `path` once modules were renamed.
+        width: input width.
+        block: number of its block in the model, None outside of blocks or if it is not known.
+        roles: by ascending first row.
+    """
+
+    path: str
+    origin: str
+    width: int
+    block: int | None
+    roles: tuple[Role, ...]
+
+    @property
+    def rows(self) -> int:
+        """How many rows the weight has at least."""
+        return max(role.span.end for role in self.roles)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Of its roles: block and role, such as `3/attn.q`. They survive renamed modules."""
+        where = "" if self.block is None else f"{self.block}/"
+        return tuple(f"{where}{role.label}" for role in self.roles)
+
+    def length(self, rank: int) -> int:
+        """Of its b and d together."""
+        return sum(role.rows + rank for role in self.roles)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which base an adapter was made for.
+
+    Args:
+        class_name: of the model.
+        architecture: its name in timm, if it is timm's.
+        name: under which its weights were published, such as `timm/vit_base_patch16_224.augreg_in21k`.
+        parameter_tensors: how many parameters it has besides its head.
+        fingerprint: of the adapted weights, see `fingerprint.py`; None if they were quantised or in float16.
+        sketch: some of their values in bfloat16, (n,), by which a quantised copy is known; None if unknown.
+    """
+
+    class_name: str
+    architecture: str | None = None
+    name: str | None = None
+    parameter_tensors: int | None = None
+    fingerprint: str | None = None
+    sketch: tuple[float, ...] | None = None
+
+    @property
+    def shown(self) -> str:
+        return self.name or self.architecture or self.class_name
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A saved adapter.
+
+    Args:
+        config: its options.
+        projections: the adapted weights.
+        vector: b and d of the first projection, role after role, then of the next one, (n,) float32.
+        base: trained parts of the base by name.
+        log: the redraws of its banks.
+        identity: of its base.
+        bank_fingerprint: of A and B after the log; None if unknown.
+        rows: every re-drawn row, matrix after matrix by name, (n,) float32; None if it is not in the file.
+        shared: the shared matrices, by name, (n,) float32; None if they are not in the file.
+        versions: of the libraries that wrote it.
+    """
+
+    config: UoraConfig
+    projections: tuple[StoredProjection, ...]
+    vector: Tensor
+    base: dict[str, Tensor]
+    log: list[Redraw]
+    identity: Identity
+    bank_fingerprint: str | None = None
+    rows: Tensor | None = None
+    shared: Tensor | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def vectors(self) -> list[tuple[Tensor, Tensor]]:
+        """b (rows,) and d (roles, rank) of every projection: views."""
+        rank, out, start = self.config.rank, [], 0
+        for p in self.projections:
+            middle, end = start + sum(role.rows for role in p.roles), start + p.length(rank)
+            out.append((self.vector[start:middle], self.vector[middle:end].view(-1, rank)))
+            start = end
+        return out
+
+    @property
+    def matrices(self) -> dict[str, int]:
+        """Widths of the shared matrices, by name."""
+        return shared_matrices(self.config, self.projections)
+
+    @property
+    def own(self) -> dict[str, tuple[str, int]]:
+        """For every matrix that a layer may have of its own: the shared one that it starts from, and its width."""
+        return own_matrices(self.config, self.projections)
+
+    def bank_state(self) -> BankState | None:
+        """What redraws made of the banks, as far as the file holds it; None if the log must be replayed."""
+        if self.rows is None:
+            return None
+        state, start, widths = BankState(list(self.log)), 0, self._widths()
+        for name, draws in sorted(_draws(self.log, self.config.rank).items()):
+            indices = draws.nonzero().squeeze(1)
+            end = start + len(indices) * widths[name]
+            rows, start = self.rows[start:end].view(len(indices), -1), end
+            state.draws[name] = draws
+            if name in self.matrices:
+                state.rows[name] = indices, rows
+            else:
+                state.own[name] = rows
+        return state
+
+    def first(self) -> dict[str, Tensor] | None:
+        """The shared matrices as the file holds them, each (r, width)."""
+        if self.shared is None:
+            return None
+        widths = dict(sorted(self.matrices.items()))
+        parts = self.shared.split([self.config.rank * width for width in widths.values()])
+        return {name: part.view(self.config.rank, -1) for name, part in zip(widths, parts, strict=True)}
+
+    def _widths(self) -> dict[str, int]:
+        return self.matrices | {name: width for name, (_, width) in self.own.items()}
+
+
+def shared_matrices(config: UoraConfig, projections: tuple[StoredProjection, ...]) -> dict[str, int]:
+    """Widths of the shared matrices of an adapter, by name."""
+    widths = {"A": {p.width for p in projections}, "B": {role.rows for p in projections for role in p.roles}}
+    if config.layout == "slice":
+        widths = {side: {max(of)} for side, of in widths.items()}
+    return {f"{side}{width}": width for side, of in widths.items() for width in of}
+
+
+def own_matrices(config: UoraConfig, projections: tuple[StoredProjection, ...]) -> dict[str, tuple[str, int]]:
+    """See `Stored.own`."""
+    largest_in = max(p.width for p in projections)
+    largest_out = max(role.rows for p in projections for role in p.roles)
+    slices = config.layout == "slice"
+    out = {}
+    for p in projections:
+        for role in p.roles:
+            out[f"{p.origin}.{role.name}/A"] = f"A{largest_in if slices else p.width}", p.width
+            out[f"{p.origin}.{role.name}/B"] = f"B{largest_out if slices else role.rows}", role.rows
+    return out
+
+
+def to_config(stored: Stored) -> dict[str, Any]:
+    """The description of an adapter, for JSON. `from_config` is its inverse."""
+    i, names = stored.identity, pack_log(stored.log)[1]
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "versions": stored.versions,
+        "base": {
+            "class": i.class_name,
+            "architecture": i.architecture,
+            "name": i.name,
+            "parameter_tensors": i.parameter_tensors,
+            "fingerprint": i.fingerprint,
+            "sketch": None if i.sketch is None else _pack_sketch(i.sketch),
+        },
+        "config": stored.config.to_dict(),
+        "projections": [_to_entry(p) for p in stored.projections],
+        "matrices": names,
+        "bank_fingerprint": stored.bank_fingerprint,
+    }
+
+
+def to_tensors(stored: Stored) -> dict[str, Tensor]:
+    """The tensors of an adapter, by their name in the file."""
+    log, _ = pack_log(stored.log)
+    tensors = {VECTORS: stored.vector, ENTRIES: log["entries"], ALPHA: log["alpha"]}
+    tensors |= {f"{BASE}{name}": t for name, t in stored.base.items()}
+    optional = {ROWS: stored.rows, SHARED: stored.shared}
+    tensors |= {name: t for name, t in optional.items() if t is not None}
+    return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+
+
+def from_config(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> Stored:
+    """A saved adapter from its description and its tensors, all that needs no model checked.
+
+    Raises:
+        FormatError: something is missing, of another type, out of range, or does not fit the rest.
+    """
+    _fields(
+        "the configuration", config, "format", "format_version", "versions", "base", "config", "projections",
+        "matrices", "bank_fingerprint",
+    )  # fmt: skip
+    options = to_options(config["config"])
+    entries = config["projections"]
+    if not isinstance(entries, list) or not entries:
+        raise FormatError(f"projections must be a list that is not empty, not {_short(entries)}")
+    projections = tuple(_from_entry(entry) for entry in entries)
+    versions = config["versions"]
+    if not isinstance(versions, dict) or not all(isinstance(v, str) for v in versions.values()):
+        raise FormatError(f"versions must map names to versions, not {_short(versions)}")
+    rest = dict(tensors)
+    for name, dtype, dims in ((VECTORS, torch.float32, 1), (ENTRIES, torch.int32, 2), (ALPHA, torch.float64, 1)):
+        if name not in rest:
+            raise FormatError(f"the tensor {name} is missing")
+        _check_tensor(name, rest[name], dtype, dims)
+    vector, log_tensors = rest.pop(VECTORS), {"entries": rest.pop(ENTRIES), "alpha": rest.pop(ALPHA)}
+    rows, shared = rest.pop(ROWS, None), rest.pop(SHARED, None)
+    names = config["matrices"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise FormatError(f"matrices must be a list of names, not {_short(names)}")
+    base = {}
+    for name, t in rest.items():
+        if not name.startswith(BASE) or name == BASE:
+            raise FormatError(f"the tensor {_short(name)} is not in its configuration")
+        base[name.removeprefix(BASE)] = t
+    stored = Stored(
+        options,
+        projections,
+        vector,
+        base,
+        unpack_log(log_tensors, names),
+        _identity(config["base"]),
+        _hex(config["bank_fingerprint"], "bank_fingerprint"),
+        rows,
+        shared,
+        versions,
+    )
+    check(stored)
+    return stored
+
+
+def check(stored: Stored) -> None:
+    """Whether the parts of a saved adapter fit each other.
+
+    Raises:
+        FormatError: they do not.
+    """
+    rank, projections = stored.config.rank, stored.projections
+    for what, count in (
+        ("path", Counter(p.path for p in projections)),
+        ("origin", Counter(p.origin for p in projections)),
+    ):
+        if twice := [name for name, n in count.items() if n > 1]:
+            raise FormatError(f"two projections have the {what} {_short(twice[0])}")
+    length = sum(p.length(rank) for p in projections)
+    if len(stored.vector) != length:
+        raise FormatError(
+            f"vectors holds {len(stored.vector):,} numbers; the projections at rank {rank:,} need {length:,}"
+        )
+    for p in projections:
+        check_rows(p)
+    for name, t in (("vectors", stored.vector), *((BASE + name, t) for name, t in stored.base.items())):
+        if not t.isfinite().all():
+            raise FormatError(f"{_where(stored, name)} holds NaN or infinite values")
+    _check_log(stored)
+    if stored.shared is not None and stored.rows is None:
+        raise FormatError(f"{SHARED} is there without {ROWS}")
+    if stored.rows is not None:
+        _check_saved_rows(ROWS, stored.rows, _row_numbers(stored))
+    if stored.shared is not None:
+        _check_saved_rows(SHARED, stored.shared, rank * sum(stored.matrices.values()))
+
+
+def to_options(values: Any) -> UoraConfig:
+    """The options of an adapter.
+
+    Raises:
+        FormatError: they are none.
+    """
+    known = UoraConfig().to_dict()
+    _fields("config", values, *known)
+    for name in ("rank", "seed"):
+        if type(values[name]) is not int or not 0 <= values[name] < 2**63:
+            raise FormatError(f"{name} must be a whole number, not {_short(values[name])}")
+    for name in ("d_init", "dropout"):
+        if type(values[name]) not in (int, float) or not math.isfinite(values[name]):
+            raise FormatError(f"{name} must be a number, not {_short(values[name])}")
+    for name in ("targets", "exclude", "train"):
+        if not isinstance(values[name], list):
+            raise FormatError(f"{name} must be a list of strings, not {_short(values[name])}")
+    if not isinstance(values["blocks"], list | None):
+        raise FormatError(f"blocks must be a list of numbers or null, not {_short(values['blocks'])}")
+    if not all(isinstance(values[name], str) for name in ("layout", "init")):
+        raise FormatError("layout and init must be strings")
+    try:
+        return UoraConfig(**values)
+    except (TypeError, ValueError) as error:
+        raise FormatError(str(error)) from error
+
+
+def check_rows(p: StoredProjection) -> None:
+    """Whether the roles of a projection can lie in one weight.
+
+    Raises:
+        FormatError: they cannot.
+    """
+    for role in p.roles:
+        if role.rows < 1 or (role.block and (role.rows % role.block or role.stride < role.block)):
+            raise FormatError(f"{p.path} cannot have {role}")
+    if p.rows >= LIMIT or not 0 < p.width < LIMIT:
+        raise FormatError(f"{p.path} cannot have {p.rows} rows of {p.width}")
+    spans = sorted(role.span for role in p.roles)
+    apart = all(one.end <= two.start for one, two in itertools.pairwise(spans))
+    if not apart and not disjoint(spans):
+        raise FormatError(f"the roles of {p.path} share rows")
+    if len({role.name for role in p.roles}) < len(p.roles):
+        raise FormatError(f"two roles of {p.path} have one name")
+
+
+def _to_entry(p: StoredProjection) -> dict[str, Any]:
+    roles = []
+    for key, role in zip(p.keys, p.roles, strict=True):
+        runs = {"block": role.block, "stride": role.stride} if role.block or role.stride else {}
+        roles.append({"key": key, "start": role.start, "rows": role.rows, **runs})
+    origin = {} if p.origin == p.path else {"origin": p.origin}
+    return {"path": p.path, **origin, "in": p.width, "roles": roles}
+
+
+def _from_entry(entry: Any) -> StoredProjection:
+    _fields("a projection", entry, "path", "in", "roles", optional=("origin",))
+    path, width, found = entry["path"], entry["in"], entry["roles"]
+    origin = entry.get("origin", path)
+    if not isinstance(path, str) or not isinstance(origin, str):
+        raise FormatError(f"the path of a projection must be a string, not {_short(path)}")
+    if not isinstance(found, list) or not found:
+        raise FormatError(f"the roles of {_short(path)} must be a list that is not empty, not {_short(found)}")
+    roles, blocks = [], set()
+    for role in found:
+        _fields(f"a role of {_short(path)}", role, "key", "start", "rows", optional=("block", "stride"))
+        key = _KEY.fullmatch(role["key"]) if isinstance(role["key"], str) else None
+        if key is None:
+            raise FormatError(f"a role's key looks like '3/attn.q', not {_short(role['key'])}")
+        numbers = [role["start"], role["rows"], role.get("block", 0), role.get("stride", 0), width]
+        if not all(type(n) is int and 0 <= n < LIMIT for n in numbers):
+            raise FormatError(f"rows and widths of {_short(path)} must be whole numbers, not {_short(numbers)}")
+        blocks.add(key[1])
+        roles.append(Role(key[3], key[2], *numbers[:4]))
+    if len(blocks) > 1:
+        raise FormatError(f"the roles of {_short(path)} cannot be in several blocks")
+    block = blocks.pop()
+    return StoredProjection(path, origin, width, None if block is None else int(block), tuple(roles))
+
+
+def _identity(base: Any) -> Identity:
+    _fields("base", base, "class", "architecture", "name", "parameter_tensors", "fingerprint", "sketch")
+    if not isinstance(base["class"], str):
+        raise FormatError(f"the class of the base must be a string, not {_short(base['class'])}")
+    for name in ("architecture", "name", "sketch"):
+        if not isinstance(base[name], str | None):
+            raise FormatError(f"{name} of the base must be a string or null, not {_short(base[name])}")
+    count = base["parameter_tensors"]
+    if count is not None and (type(count) is not int or not 0 < count < LIMIT):
+        raise FormatError(f"parameter_tensors must be a whole number, not {_short(count)}")
+    return Identity(
+        base["class"],
+        base["architecture"],
+        base["name"],
+        count,
+        _hex(base["fingerprint"], "fingerprint of the base"),
+        None if base["sketch"] is None else _unpack_sketch(base["sketch"]),
+    )
+
+
+def _pack_sketch(values: tuple[float, ...]) -> str:
+    """bfloat16 values as hexadecimal digits, four each."""
+    bits = torch.tensor(values, dtype=torch.bfloat16).view(torch.int16)
+    return "".join(f"{n & 0xFFFF:04x}" for n in bits.tolist())
+
+
+def _unpack_sketch(text: str) -> tuple[float, ...]:
+    if not re.fullmatch(r"(?:[0-9a-f]{4}){1,4096}", text):
+        raise FormatError(f"sketch must be bfloat16 numbers in hexadecimal digits, not {_short(text)}")
+    bits = [int(text[i : i + 4], 16) for i in range(0, len(text), 4)]
+    values = torch.tensor([n - 65536 if n > 32767 else n for n in bits], dtype=torch.int16).view(torch.bfloat16)
+    if not values.isfinite().all():
+        raise FormatError("sketch holds NaN or infinite values")
+    return tuple(values.tolist())
+
+
+def _hex(value: Any, what: str) -> str | None:
+    if value is not None and (not isinstance(value, str) or not re.fullmatch(r"[0-9a-f]{32}", value)):
+        raise FormatError(f"{what} must be 32 hexadecimal digits or null, not {_short(value)}")
+    return value
+
+
+def _check_log(stored: Stored) -> None:
+    rank, step = stored.config.rank, 0
+    draws: dict[str, Tensor] = {}
+    known = stored._widths() if stored.log else {}
+    for event in stored.log:
+        if event.matrix not in known:
+            raise FormatError(f"the log re-draws {_short(event.matrix)}, which this adapter does not have")
+        if (last := int(event.indices.max())) >= rank:
+            raise FormatError(f"the log re-draws direction {last} of {event.matrix!r}; the rank is {rank}")
+        if event.step < step:
+            raise FormatError(f"the log goes back from step {step} to {event.step}")
+        if not ((event.alpha >= 0) & (event.alpha <= 1)).all():
+            raise FormatError(f"the log has an alpha outside of [0, 1] at step {event.step}")
+        if event.interpolation == "spherical" and known[event.matrix] <= rank:
+            raise FormatError(f"the log rotates rows of {event.matrix!r}, which is too narrow for that")
+        step = event.step
+        seen = draws.setdefault(event.matrix, torch.zeros(rank, dtype=torch.int64))
+        seen[event.indices] += 1
+        if not torch.equal(seen[event.indices], event.draws):
+            raise FormatError(f"the log of {event.matrix!r} has gaps: step {event.step} is not the next draw")
+
+
+def _check_saved_rows(name: str, t: Tensor, wanted: int) -> None:
+    _check_tensor(name, t, torch.float32, 1)
+    if len(t) != wanted or not t.isfinite().all():
+        raise FormatError(f"{name} holds {len(t):,} numbers; {wanted:,} finite ones were expected")
+
+
+def _draws(log: list[Redraw], rank: int) -> dict[str, Tensor]:
+    """How often each direction was drawn again, (r,) int64, by matrix."""
+    draws: dict[str, Tensor] = {}
+    for event in log:
+        draws.setdefault(event.matrix, torch.zeros(rank, dtype=torch.int64))[event.indices] = event.draws
+    return draws
+
+
+def _row_numbers(stored: Stored) -> int:
+    widths = stored._widths()
+    return sum(int((d > 0).sum()) * widths[name] for name, d in _draws(stored.log, stored.config.rank).items())
+
+
+def _where(stored: Stored, name: str) -> str:
+    """Name of a tensor; of `vectors`, of the vector in it that is not finite."""
+    if name != VECTORS:
+        return name
+    for p, (b, d) in zip(stored.projections, stored.vectors, strict=True):
+        rows = [role.rows for role in p.roles]
+        for role, part, directions in zip(p.roles, b.split(rows), d, strict=True):
+            for letter, t in (("b", part), ("d", directions)):
+                if not t.isfinite().all():
+                    return f"{letter} of {p.path}.{role.name}"
+    return name
+
+
+def _check_tensor(name: str, t: Tensor, dtype: torch.dtype, dims: int) -> None:
+    if t.dtype != dtype or t.dim() != dims:
+        raise FormatError(
+            f"the tensor {name} must have {dims} dimensions of {dtype}, not shape {tuple(t.shape)} of {t.dtype}"
+        )
+
+
+def _fields(what: str, value: Any, *names: str, optional: tuple[str, ...] = ()) -> None:
+    if not isinstance(value, dict):
+        raise FormatError(f"{what} must be an object with {', '.join(names)}, not {_short(value)}")
+    if missing := [name for name in names if name not in value]:
+        raise FormatError(f"{what} has no {missing[0]!r}")
+    if odd := [name for name in value if name not in (*names, *optional)]:
+        raise FormatError(f"{what} has an unknown {_short(odd[0])}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
