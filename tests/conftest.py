@@ -50,16 +50,21 @@ def kill(model: nn.Module, places: dict[str, list[int]], value: float = 0.0) -> 
 
 
 def trained(
-    make: Callable[[], nn.Module] = small_vit, scope: str | None = None, steps: int = 6, **options: Any
+    make: Callable[[], nn.Module] = small_vit,
+    scope: str | None = None,
+    steps: int = 6,
+    interpolation: Any = "linear",
+    **options: Any,
 ) -> nn.Module:
     """A model as after training: other b, d and head than at the start, and some firings."""
     model = wake(uora.inject(make(), **{"rank": 8, **options}))
     with torch.no_grad():
         model.head.weight.normal_(), model.head.bias.normal_()
     if scope is not None:
-        reinit = uora.Reinitializer(model, scope=scope, quorum=0.1, alpha=0.3, threshold=1e-3)  # type: ignore[arg-type]
+        options = {"quorum": 0.1, "alpha": 0.3, "threshold": 1e-3, "interpolation": interpolation}
+        reinit = uora.Reinitializer(model, scope=scope, **options)  # type: ignore[arg-type]
         for step in range(steps):
-            kill(model, {name: [step, step + 2] for name in reinit.layers[step::2]})
+            kill(model, {name: [step % 6, step % 6 + 2] for name in reinit.layers[step % 6 :: 2]})
             reinit.step()
         assert reinit.firings > 0
         wake(model, seed=3)

@@ -1,13 +1,13 @@
-"""Saving, loading and merging: the same function in another process, and no half-read or half-written adapters."""
+"""Saving and loading: the same function in another process, at other paths, over the right base only."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,16 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import kill, small_vit, trained
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from conftest import kill, small_vit, trained, wake
+from golden import DATA, golden_adapter, golden_images, golden_model, state
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_inject import assert_same, snapshot
 from torch import Tensor, nn
 
 import uora_vision as uora
-from uora_vision.files import CONFIG_FILE, TENSOR_FILE
-
-Make = Callable[..., nn.Module]
-
+from uora_vision.fit import Base
+from uora_vision.folder import CONFIG_FILE, TENSOR_FILE, read
 
 LOADER = """
 import sys, torch, uora_vision as uora
@@ -39,10 +36,25 @@ for folder in sys.argv[2:]:
 """
 
 
+def metadata(folder: Path) -> dict[str, str]:
+    with safe_open(folder / TENSOR_FILE, framework="pt") as file:
+        return file.metadata()
+
+
+def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
 class TestRoundTrip:
     @pytest.mark.slow  # it imports torch and timm again
     def test_a_fresh_process_computes_the_same_to_the_bit(self, images: Tensor, tmp_path: Path) -> None:
-        models = {tmp_path / scope: trained(scope=scope) for scope in ("shared", "quorum", "layer")}
+        """After many firings, in every scope, interpolated both ways."""
+        models = {}
+        for scope in ("shared", "quorum", "layer"):
+            for interpolation in ("linear", "spherical"):
+                model = trained(scope=scope, steps=40, interpolation=interpolation)
+                assert len(model.uora.log) > 100
+                models[tmp_path / f"{scope}-{interpolation}"] = model
         for folder, model in models.items():
             uora.save(model, folder)
         torch.save(images, tmp_path / "x.pt")
@@ -55,12 +67,13 @@ class TestRoundTrip:
             assert torch.equal(torch.load(folder / "y.pt"), model(images)), folder.name
 
     @pytest.mark.parametrize("scope", [None, "shared", "quorum", "layer"])
+    @pytest.mark.parametrize("save_banks", [None, "changed", "all"])
     @pytest.mark.parametrize("options", [{}, {"layout": "slice", "seed": 5}, {"init": "kaiming", "exclude": "k"}])
     def test_outputs_head_options_and_log_come_back(
-        self, images: Tensor, tmp_path: Path, scope: str | None, options: dict[str, Any]
+        self, images: Tensor, tmp_path: Path, scope: str | None, save_banks: Any, options: dict[str, Any]
     ) -> None:
         model = trained(scope=scope, **options)
-        assert uora.save(model, tmp_path / "a") == tmp_path / "a"
+        assert uora.save(model, tmp_path / "a", save_banks=save_banks) == tmp_path / "a"
         base = small_vit()
         assert uora.load(base, str(tmp_path / "a")) is base
         assert torch.equal(base(images), model(images))
@@ -97,122 +110,306 @@ class TestRoundTrip:
         uora.save(model, tmp_path)
         assert torch.equal(uora.load(make(), tmp_path)(images.bfloat16()), model(images.bfloat16()))
 
-    def test_training_goes_on_from_a_loaded_adapter_with_fresh_draws(self, tmp_path: Path) -> None:
-        model = trained(scope="shared")
-        uora.save(model, tmp_path)
+    @pytest.mark.parametrize("scope", ["shared", "layer"])
+    @pytest.mark.parametrize("save_banks", [None, "all"])
+    def test_training_goes_on_from_a_loaded_adapter_with_fresh_draws(
+        self, tmp_path: Path, images: Tensor, scope: Any, save_banks: Any
+    ) -> None:
+        model = trained(scope=scope)
+        uora.save(model, tmp_path, save_banks=save_banks)
         again = uora.load(small_vit(), tmp_path)
         for m in (model, again):
             kill(m, {"blocks.0.attn.qkv.q": [1, 7]})
-            uora.Reinitializer(m).step()
-        assert torch.equal(model.uora.a(64), again.uora.a(64))
+            uora.Reinitializer(m, scope=scope).step()
+            wake(m)
+        assert torch.equal(model.uora.a(64), again.uora.a(64)) and torch.equal(model(images), again(images))
 
-    @pytest.mark.parametrize(("targets", "limit"), [("attention+mlp", 450_000), ("qv", 110_000)])
+    @pytest.mark.parametrize(("targets", "limit"), [("attention+mlp", 421_000), ("qv", 105_500)])
     def test_sizes_at_rank_256_on_vit_base(self, tmp_path: Path, targets: str, limit: int) -> None:
         with torch.device("meta"):
             model = timm.create_model("vit_base_patch16_224")
-        model.to_empty(device="cpu")  # never touched: only b and d are written
+        model.to_empty(device="cpu")
+        for p in model.parameters():
+            p.data.zero_()
         uora.save(uora.inject(model, targets=targets, train=()), tmp_path)
         vectors = 4 * uora.summary(model).adapter_parameters
         assert vectors < (tmp_path / TENSOR_FILE).stat().st_size < limit
         assert sum(f.stat().st_size for f in tmp_path.iterdir()) < limit
 
-    def test_no_bank_is_stored(self, tmp_path: Path) -> None:
+    def test_no_bank_is_stored_unless_asked_for(self, tmp_path: Path) -> None:
         model = trained(scope="layer")
+        sizes = {}
+        for save_banks in (None, "changed", "all"):
+            uora.save(model, tmp_path, save_banks=save_banks)  # type: ignore[arg-type]
+            tensors = load_file(tmp_path / TENSOR_FILE)
+            known = {"vectors", "log/entries", "log/alpha", "base/head.weight", "base/head.bias"}
+            known |= {"banks/rows"} if save_banks else set()
+            assert set(tensors) == known | ({"banks/shared"} if save_banks == "all" else set())
+            sizes[save_banks] = sum(t.numel() for t in tensors.values())
+        assert "blocks.0.attn.qkv.q/A" in json.loads(metadata(tmp_path)["config"])["matrices"]
+        changed = sum(rows.numel() for rows in model.uora.state().own.values())
+        assert sizes["changed"] - sizes[None] == changed > 0
+        assert sizes["all"] - sizes["changed"] == sum(b.numel() for _, b in model.uora.named_buffers())
+
+    def test_a_thousand_experts_take_one_tensor(self, tmp_path: Path) -> None:
+        class Experts(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.up = nn.Parameter(torch.randn(64, 8, 4))
+                self.down = nn.Parameter(torch.randn(64, 4, 8))
+
+            def forward(self, x: Tensor) -> Tensor:
+                return torch.einsum("eoi,bei->beo", self.down, torch.einsum("eoi,bi->beo", self.up, x).relu()).sum(1)
+
+        torch.manual_seed(1)
+        model = nn.Sequential(Experts(), Experts())
+        base = {name: p.detach().clone() for name, p in model.named_parameters()}
+        wake(uora.inject(model, rank=2, train=()))
+        assert sum(len(a.roles) for a in uora.adapters(model).values()) == 256
         uora.save(model, tmp_path)
-        tensors = load_file(tmp_path / TENSOR_FILE)
-        known = {"log/entries", "log/alpha", "base/head.weight", "base/head.bias"}
-        known |= {
-            f"vectors/{path}/{r.name}.{v}" for path, a in uora.adapters(model).items() for r in a.roles for v in "bd"
-        }
-        assert set(tensors) == known
-        with safe_open(tmp_path / TENSOR_FILE, framework="pt") as file:
-            assert "blocks.0.attn.qkv.q/A" in json.loads(file.metadata()["matrices"])
+        assert set(load_file(tmp_path / TENSOR_FILE)) == {"vectors", "log/entries", "log/alpha"}
+        again = nn.Sequential(Experts(), Experts())
+        again.load_state_dict(base)
+        x = torch.randn(3, 4)
+        assert torch.equal(uora.load(again, tmp_path)(x), model(x))
 
 
-def edit_config(folder: Path, **changes: Any) -> None:
-    config = json.loads((folder / CONFIG_FILE).read_text())
-    (folder / CONFIG_FILE).write_text(json.dumps({**config, **changes}))
+class TestVersions:
+    @pytest.mark.parametrize("folder", ["adapter_v2", "adapter_v3"])
+    def test_adapters_of_every_version_give_the_bits_that_they_gave(self, folder: str) -> None:
+        expected = load_file(DATA / "expected.safetensors")
+        outputs = expected.pop("outputs")
+        model = uora.load(golden_model(), DATA / folder)
+        assert same(state(model), expected)
+        torch.testing.assert_close(model(golden_images()), outputs)
+
+    def test_what_is_trained_today_is_what_was_trained_then(self, tmp_path: Path) -> None:
+        model = golden_adapter()
+        uora.save(model, tmp_path)
+        assert same(load_file(tmp_path / TENSOR_FILE), load_file(DATA / "adapter_v3" / TENSOR_FILE))
+        today, then = read(tmp_path), read(DATA / "adapter_v3")
+        assert today.identity == then.identity and today.bank_fingerprint == then.bank_fingerprint
+        assert today.projections == then.projections
+
+    def test_upgrading_in_place(self, tmp_path: Path) -> None:
+        shutil.copytree(DATA / "adapter_v2", tmp_path, dirs_exist_ok=True)
+        before = state(uora.load(golden_model(), tmp_path))
+        assert uora.upgrade(tmp_path)
+        assert "sha256" in metadata(tmp_path)
+        assert same(state(uora.load(golden_model(), tmp_path)), before)
+        content = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+        assert not uora.upgrade(tmp_path)
+        assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == content
+
+    def test_the_golden_adapters_are_small(self) -> None:
+        for folder in ("adapter_v2", "adapter_v3"):
+            assert sum(f.stat().st_size for f in (DATA / folder).iterdir()) < 30_000
 
 
-def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any], **metadata: str) -> None:
-    with safe_open(folder / TENSOR_FILE, framework="pt") as file:
-        metadata = {**file.metadata(), **metadata}
-    tensors = load_file(folder / TENSOR_FILE)
-    change(tensors)
-    save_file(tensors, folder / TENSOR_FILE, metadata=metadata)
+class Wrapped(nn.Module):
+    """A model inside another, as training code makes them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.backbone = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.backbone(x)
 
 
-B, D = "vectors/blocks.0.attn.qkv/k.b", "vectors/blocks.0.attn.qkv/k.d"
-DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no config": (lambda f: (f / CONFIG_FILE).unlink(), "does not exist"),
-    "no tensors": (lambda f: (f / TENSOR_FILE).unlink(), "does not exist"),
-    "config cut": (lambda f: (f / CONFIG_FILE).write_text((f / CONFIG_FILE).read_text()[:99]), "not valid JSON"),
-    "config of bytes": (lambda f: (f / CONFIG_FILE).write_bytes(b"\xff\xfe\x00"), "not valid JSON"),
-    "config empty": (lambda f: (f / CONFIG_FILE).write_text(""), "not valid JSON"),
-    "foreign config": (
-        lambda f: (f / CONFIG_FILE).write_text('{"peft_type": "LORA"}'),
-        "not an adapter of uora_vision",
-    ),
-    "a list": (lambda f: (f / CONFIG_FILE).write_text("[1]"), "not an adapter of uora_vision"),
-    "newer": (lambda f: edit_config(f, format_version=99), "format version 99"),
-    "no version": (lambda f: edit_config(f, format_version=None), "format version None"),
-    "no projections": (lambda f: edit_config(f, projections=[]), "damaged"),
-    "projections of another kind": (lambda f: edit_config(f, projections=[{"path": 3}]), "damaged"),
-    "a path that is a list": (lambda f: edit_config(f, projections=[{"path": [], "in": 64, "roles": []}]), "damaged"),
-    "unknown option": (lambda f: edit_config(f, config={"rank": 8, "colour": 1}), "damaged"),
-    "bad option": (lambda f: edit_config(f, config={"rank": 0}), "damaged"),
-    "no matrices": (lambda f: edit_tensors(f, len, matrices="[]"), "damaged"),
-    "matrices of another kind": (lambda f: edit_tensors(f, len, matrices="[[]]"), "damaged"),
-    "foreign tensors": (lambda f: save_file({"x": torch.ones(1)}, f / TENSOR_FILE), "damaged"),
-    "base of another kind": (lambda f: edit_config(f, base=None, projections=[{}]), "damaged"),
-    "files of two adapters": (
-        lambda f: uora.save(trained(seed=3), f / "b") and os.replace(f / "b" / TENSOR_FILE, f / TENSOR_FILE),
-        "of different adapters",
-    ),
-    "tensors cut": (lambda f: os.truncate(f / TENSOR_FILE, (f / TENSOR_FILE).stat().st_size - 100), "truncated"),
-    "tensors cut in the header": (lambda f: os.truncate(f / TENSOR_FILE, 40), "truncated"),
-    "tensors empty": (lambda f: (f / TENSOR_FILE).write_bytes(b""), "truncated"),
-    "header of nonsense": (lambda f: (f / TENSOR_FILE).write_bytes(struct.pack("<Q", 5) + b"hello"), "damaged"),
-    "nan": (lambda f: edit_tensors(f, lambda t: t[D].__setitem__(2, torch.nan)), "NaN or infinite values in .*k.d"),
-    "inf in the head": (lambda f: edit_tensors(f, lambda t: t["base/head.bias"].fill_(-torch.inf)), "base/head.bias"),
-    "nan in alpha": (lambda f: edit_tensors(f, lambda t: t["log/alpha"].fill_(torch.nan)), "log/alpha"),
-    "a vector missing": (lambda f: edit_tensors(f, lambda t: t.pop(B)), "k.b is missing"),
-    "a vector too much": (lambda f: edit_tensors(f, lambda t: t.update(x=torch.ones(1))), "x is not in its config"),
-    "a vector too short": (lambda f: edit_tensors(f, lambda t: t.update({B: t[B][:5].clone()})), r"shape \(5,\)"),
-    "no log": (lambda f: edit_tensors(f, lambda t: t.pop("log/entries")), "damaged"),
-    "log of other shape": (
-        lambda f: edit_tensors(f, lambda t: t.update({"log/alpha": torch.ones(1)})),
-        "damaged|shapes",
-    ),
-    "log out of range": (lambda f: edit_tensors(f, lambda t: t["log/entries"][:, 2].fill_(200)), "log"),
-    "log with gaps": (lambda f: edit_tensors(f, lambda t: t["log/entries"][:, 3].add_(1)), "gaps"),
-}
+def renamed(model: nn.Module) -> nn.Module:
+    """The ViT with its blocks under another name; its forward looks for them there."""
+    model.add_module("layers", model.blocks)
+    del model.blocks
+    type(model).forward  # noqa: B018
+    model.forward = lambda x: model.forward_head(model.norm(model.layers(model._pos_embed(model.patch_embed(x)))))
+    return model
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter of one block with redraws of its own."""
-    model = trained(lambda: small_vit(depth=1), steps=2, scope="layer", targets="qv")
-    return uora.save(model, tmp_path_factory.mktemp("saved") / "adapter")
+class TestRenamed:
+    @pytest.mark.parametrize("scope", [None, "shared", "layer"])
+    @pytest.mark.parametrize("how", [Wrapped, renamed])
+    def test_blocks_and_roles_find_the_weights_of_renamed_modules(
+        self, images: Tensor, tmp_path: Path, scope: str | None, how: Callable[[nn.Module], nn.Module]
+    ) -> None:
+        model = trained(scope=scope, train=("head", "norm"))
+        with torch.no_grad():
+            model.blocks[1].norm1.weight.mul_(3)
+        uora.save(model, tmp_path / "a")
+        moved = uora.load(how(small_vit()), tmp_path / "a")
+        torch.testing.assert_close(moved(images), model(images))
+        assert not set(uora.adapters(moved)) & set(uora.adapters(model))
+        uora.save(moved, tmp_path / "b")
+        for make in (lambda: how(small_vit()), small_vit):  # and back
+            torch.testing.assert_close(uora.load(make(), tmp_path / "b")(images), model(images))
 
+    def test_an_adapter_of_some_blocks(self, images: Tensor, tmp_path: Path) -> None:
+        model = trained(blocks=[1])
+        uora.save(model, tmp_path)
+        torch.testing.assert_close(uora.load(Wrapped(small_vit()), tmp_path)(images), model(images))
 
-class TestBadInput:
-    @pytest.mark.parametrize("damage", DAMAGE)
-    def test_a_damaged_adapter_is_refused_and_leaves_the_model(self, tmp_path: Path, damage: str) -> None:
-        uora.save(trained(scope="layer"), tmp_path)
-        action, text = DAMAGE[damage]
-        action(tmp_path)
-        model = small_vit().train()
-        model.norm.weight.requires_grad_(False)
+    def test_what_is_ambiguous_is_refused(self, tmp_path: Path) -> None:
+        class Two(nn.Module):  # both attentions have their q, k, v and proj in one block
+            def __init__(self, first: str, second: str) -> None:
+                super().__init__()
+                block = nn.Module()
+                for name in (first, second):
+                    block.add_module(name, nn.MultiheadAttention(16, 2))
+                self.blocks = nn.ModuleList([block])
+
+        torch.manual_seed(0)
+        uora.save(uora.inject(Two("a", "b"), rank=2), tmp_path)
+        torch.manual_seed(0)
+        model = Two("c", "d")
         before = snapshot(model)
-        with pytest.raises(uora.FormatError, match=text):
+        with pytest.raises(uora.FormatError, match=r"2 others there have its block and role 0/attn"):
             uora.load(model, tmp_path)
         assert_same(before, model)
 
-    def test_a_folder_that_is_not_there(self, vit: nn.Module, tmp_path: Path) -> None:
-        with pytest.raises(uora.FormatError, match=r"nowhere.* does not exist"):
-            uora.load(vit, tmp_path / "nowhere")
 
+class TestBase:
+    @pytest.mark.parametrize("other", [lambda: small_vit(seed=1), lambda: perturbed(small_vit())])
+    def test_other_weights_are_refused_unless_asked_for(
+        self, tmp_path: Path, images: Tensor, other: Callable[[], nn.Module]
+    ) -> None:
+        uora.save(trained(), tmp_path)
+        model = other()
+        before = snapshot(model)
+        with pytest.raises(uora.FormatError, match=r"made for other weights.*check_base=False"):
+            uora.load(model, tmp_path)
+        assert_same(before, model)
+        assert uora.load(model, tmp_path, check_base=False) is model
+
+    def test_the_head_and_what_was_trained_do_not_matter(self, tmp_path: Path) -> None:
+        uora.save(trained(train=("head", "norm", "bias")), tmp_path)
+        model = small_vit()
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name.startswith("head") or p.dim() == 1:
+                    p.normal_()
+        uora.load(model, tmp_path)
+
+    @pytest.mark.parametrize("saved", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("loaded", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+    def test_copies_in_other_types_are_the_same_base(
+        self, tmp_path: Path, saved: torch.dtype, loaded: torch.dtype
+    ) -> None:
+        uora.save(uora.inject(small_vit().to(saved), rank=4), tmp_path)
+        uora.load(small_vit().to(loaded), tmp_path)
+        with pytest.raises(uora.FormatError, match="other weights"):
+            uora.load(small_vit(seed=3).to(loaded), tmp_path)
+
+    def test_a_quantised_copy_is_the_same_base(self, tmp_path: Path) -> None:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        uora.save(uora.inject(small_vit(), rank=4), tmp_path)
+        for seed in (0, 1):
+            model = small_vit(seed=seed)
+            quantize_(model, Int8WeightOnlyConfig(), lambda m, name: isinstance(m, nn.Linear) and name != "head")
+            if seed == 0:
+                assert uora.load(model, tmp_path) is model
+            else:
+                with pytest.raises(uora.FormatError, match="other weights"):
+                    uora.load(model, tmp_path)
+
+    def test_what_the_base_is_called_is_kept(self, tmp_path: Path) -> None:
+        uora.save(trained(), tmp_path)
+        assert read(tmp_path).identity.name == "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+
+    def test_a_folder_of_the_writers_machine_is_not_told(self, tmp_path: Path) -> None:
+        from transformers import ViTConfig, ViTModel
+
+        model = ViTModel(ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
+        for name, kept in (
+            ("/home/me/models/vit", "vit"),
+            ("google/vit-base-patch16-224", "google/vit-base-patch16-224"),
+        ):
+            model.config._name_or_path = name
+            assert Base(model).name == kept
+
+    def test_many_adapters_cost_one_look_at_the_base(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        uora.save(trained(train=()), tmp_path)
+        model = small_vit()
+        base = Base(model)
+        uora.load(model, tmp_path, base=base, name="first")
+        for name in ("find_sites", "walk", "check_weights", "sketch_of", "weights_digest"):
+            monkeypatch.setattr(f"uora_vision.fit.{name}", lambda *_: pytest.fail("looked at the model again"))
+        uora.load(model, tmp_path, base=base, name="second", activate=False)
+
+    @pytest.mark.slow
+    def test_a_thousand_adapters_load_into_a_vit_base_within_seconds(self, tmp_path: Path) -> None:
+        """Ten seconds on an idle core; here with room for a busy one."""
+        model = timm.create_model("vit_base_patch16_224")
+        uora.save(uora.inject(model, train=()), tmp_path)
+        uora.remove(model)
+        base = Base(model)
+        start = time.perf_counter()
+        for i in range(1000):
+            uora.load(model, tmp_path, base=base, name=str(i), activate=i == 0)
+        taken = time.perf_counter() - start
+        print(f"\n1,000 adapters of a ViT-B, rank 256: {taken:.1f} s")
+        assert taken < 30
+
+
+def perturbed(model: nn.Module) -> nn.Module:
+    """As a fine-tuned one: every weight has moved by a few per cent."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1 + 0.03 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    return model
+
+
+class TestBanks:
+    @pytest.fixture
+    def other_qr(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A LAPACK whose last bits are others."""
+        import uora_vision.bank as bank
+
+        real = bank._initial
+
+        def initial(*args: Any) -> Tensor:
+            rows = real(*args)
+            rows[0, 0] = torch.nextafter(rows[0, 0], torch.tensor(torch.inf))
+            return rows
+
+        monkeypatch.setattr(bank, "_initial", initial)
+
+    def test_banks_that_come_out_otherwise_are_refused(self, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+        uora.save(trained(scope="layer"), tmp_path)
+        request.getfixturevalue("other_qr")
+        model = small_vit()
+        before = snapshot(model)
+        with pytest.raises(uora.FormatError, match=r"A and B come out other.*save_banks='all'"):
+            uora.load(model, tmp_path)
+        assert_same(before, model)
+
+    @pytest.mark.parametrize("scope", ["shared", "layer"])
+    def test_banks_in_the_file_load_anywhere(
+        self, tmp_path: Path, request: pytest.FixtureRequest, images: Tensor, scope: str
+    ) -> None:
+        model = trained(scope=scope)
+        expected = model(images)
+        uora.save(model, tmp_path / "a", save_banks="all")
+        request.getfixturevalue("other_qr")
+        other = uora.load(small_vit(), tmp_path / "a")
+        assert torch.equal(other(images), expected)
+        uora.save(other, tmp_path / "b", save_banks="all")
+        assert torch.equal(uora.load(small_vit(), tmp_path / "b")(images), expected)
+
+    def test_changed_rows_in_the_file_need_no_replay(
+        self, tmp_path: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = trained(scope="shared")
+        uora.save(model, tmp_path, save_banks="changed")
+        monkeypatch.setattr(uora.bank.Bank, "redraw", lambda *_: pytest.fail("drew again"))
+        assert torch.equal(uora.load(small_vit(), tmp_path)(images), model(images))
+
+    def test_an_unknown_choice(self, tmp_path: Path) -> None:
+        with pytest.raises(uora.OptionError, match="changed, all"):
+            uora.save(trained(), tmp_path, save_banks="some")  # type: ignore[arg-type]
+
+
+class TestOther:
     @pytest.mark.parametrize(
         "other", [{"depth": 1}, {"depth": 3}, {"embed_dim": 32}, {"mlp_ratio": 2}, {"num_classes": 8}]
     )
@@ -232,7 +429,7 @@ class TestBadInput:
         with pytest.raises(uora.FormatError, match=r"vit_tiny_patch16_224.*deit_tiny_patch16_224"):
             uora.load(other, tmp_path)
 
-    def test_loading_over_an_adapter(self, tmp_path: Path) -> None:
+    def test_loading_over_an_adapter_of_that_name(self, tmp_path: Path) -> None:
         model = trained()
         uora.save(model, tmp_path)
         with pytest.raises(uora.StateError, match="already has an adapter"):
@@ -249,67 +446,13 @@ class TestBadInput:
         uora.save(model, tmp_path)
         kept = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
         kill(model, {"blocks.1.mlp.fc1.fc1": [2]}, value)
-        with pytest.raises(uora.FormatError, match=r"blocks.1.mlp.fc1/fc1.d is not finite"):
+        with pytest.raises(uora.FormatError, match=r"d of blocks.1.mlp.fc1.fc1 holds NaN or infinite values"):
             uora.save(model, tmp_path)
         assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == kept
 
-    @settings(max_examples=60, deadline=None)
-    @given(data=st.data())
-    def test_whatever_value_of_the_config_is_replaced_the_answer_is_an_error_of_ours_or_a_model(
-        self, data: st.DataObject, saved: Path
-    ) -> None:
-        shutil.copytree(saved, folder := saved.parent / "fuzzed", dirs_exist_ok=True)
-        config = json.loads((folder / CONFIG_FILE).read_text())
-        node: Any = config
-        while True:
-            keys = list(node) if isinstance(node, dict) else range(len(node))
-            key = data.draw(st.sampled_from(list(keys)))
-            if not isinstance(node[key], dict | list) or not node[key] or data.draw(st.integers(0, 5)) == 0:
-                break
-            node = node[key]
-        junk = st.sampled_from([None, True, -1, 0, 3, 2.5, 10**9, "", "q", [], [1], {}, {"a": 1}, "\x00"])
-        node[key] = data.draw(junk)
-        (folder / CONFIG_FILE).write_text(json.dumps(config))
-        model = small_vit(depth=1)
-        before = snapshot(model)
-        try:
-            uora.load(model, folder)
-        except uora.UoraError:
-            assert_same(before, model)
-        else:
-            assert uora.adapters(model)
 
-
-class TestAtomic:
-    @pytest.mark.parametrize("call", ["fsync", "replace"])
-    @pytest.mark.parametrize("which", [1, 2])
-    def test_an_interrupted_save_leaves_an_adapter_that_loads(
-        self, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, which: int
-    ) -> None:
-        """Killed at either file, there is the old adapter or the new one; they differ in log and matrices."""
-        old, new = trained(scope="shared", steps=2), trained(scope="layer")
-        uora.save(old, tmp_path)
-        real, calls = getattr(os, call), []
-
-        def breaks(*args: Any, **kwargs: Any) -> Any:
-            calls.append(1)
-            if len(calls) == which:
-                raise OSError(28, "No space left on device")
-            return real(*args, **kwargs)
-
-        monkeypatch.setattr(os, call, breaks)
-        with pytest.raises(OSError, match="No space"):
-            uora.save(new, tmp_path)
-        monkeypatch.undo()
-        assert sorted(f.name for f in tmp_path.iterdir()) == sorted([CONFIG_FILE, TENSOR_FILE]), (
-            "temporary files are left"
-        )
-        y = uora.load(small_vit(), tmp_path)(images)
-        assert torch.equal(y, old(images)) or torch.equal(y, new(images))
-
-    def test_saving_again_replaces(self, images: Tensor, tmp_path: Path) -> None:
-        uora.save(trained(scope="shared"), tmp_path)
-        model = trained(rank=4)
-        uora.save(model, tmp_path)
-        assert torch.equal(uora.load(small_vit(), tmp_path)(images), model(images))
-        assert len(list(tmp_path.iterdir())) == 2
+def test_the_configuration_beside_the_tensors_says_the_same(tmp_path: Path) -> None:
+    uora.save(trained(scope="layer"), tmp_path)
+    copy = json.loads((tmp_path / CONFIG_FILE).read_text())
+    del copy["sha256"]
+    assert copy == json.loads(metadata(tmp_path)["config"])

@@ -82,7 +82,7 @@ def write(adapter: Stored, folder: str | os.PathLike[str]) -> Path:
         target / TENSOR_FILE, _seal(to_bytes(tensors, {"format": FORMAT, "config": text, CHECKSUM: _PENDING}))
     )
     copy = {**config, CHECKSUM: _config_checksum(config)}
-    write_atomically(target / CONFIG_FILE, (json.dumps(copy, indent=1, allow_nan=False) + "\n").encode())
+    write_atomically(target / CONFIG_FILE, _lines(copy).encode())
     return target
 
 
@@ -248,6 +248,17 @@ def _checksum(header: dict[str, Any], metadata: dict[str, str], content: bytes) 
     digest = hashlib.sha256(json.dumps([header, rest], sort_keys=True).encode())
     digest.update(memoryview(content)[8 + struct.unpack("<Q", content[:8])[0] :])
     return digest.hexdigest()
+
+
+def _lines(config: dict[str, Any]) -> str:
+    """JSON with a line for each field, and for each projection."""
+    fields = []
+    for name, value in config.items():
+        text = json.dumps(value)
+        if name == "projections":
+            text = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
+        fields.append(f" {json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(fields) + "\n}\n"
 
 
 def _config_checksum(config: dict[str, Any]) -> str:

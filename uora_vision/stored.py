@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import torch
@@ -234,10 +235,7 @@ def from_config(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> Stored
         "matrices", "bank_fingerprint",
     )  # fmt: skip
     options = to_options(config["config"])
-    entries = config["projections"]
-    if not isinstance(entries, list) or not entries:
-        raise FormatError(f"projections must be a list that is not empty, not {_short(entries)}")
-    projections = tuple(_from_entry(entry) for entry in entries)
+    projections = _from_entries(json.dumps(config["projections"]))
     versions = config["versions"]
     if not isinstance(versions, dict) or not all(isinstance(v, str) for v in versions.values()):
         raise FormatError(f"versions must map names to versions, not {_short(versions)}")
@@ -279,19 +277,12 @@ def check(stored: Stored) -> None:
         FormatError: they do not.
     """
     rank, projections = stored.config.rank, stored.projections
-    for what, count in (
-        ("path", Counter(p.path for p in projections)),
-        ("origin", Counter(p.origin for p in projections)),
-    ):
-        if twice := [name for name, n in count.items() if n > 1]:
-            raise FormatError(f"two projections have the {what} {_short(twice[0])}")
     length = sum(p.length(rank) for p in projections)
     if len(stored.vector) != length:
         raise FormatError(
             f"vectors holds {len(stored.vector):,} numbers; the projections at rank {rank:,} need {length:,}"
         )
-    for p in projections:
-        check_rows(p)
+    _check_rows(projections)
     for name, t in (("vectors", stored.vector), *((BASE + name, t) for name, t in stored.base.items())):
         if not t.isfinite().all():
             raise FormatError(f"{_where(stored, name)} holds NaN or infinite values")
@@ -331,23 +322,21 @@ def to_options(values: Any) -> UoraConfig:
         raise FormatError(str(error)) from error
 
 
-def check_rows(p: StoredProjection) -> None:
-    """Whether the roles of a projection can lie in one weight.
-
-    Raises:
-        FormatError: they cannot.
-    """
-    for role in p.roles:
-        if role.rows < 1 or (role.block and (role.rows % role.block or role.stride < role.block)):
-            raise FormatError(f"{p.path} cannot have {role}")
-    if p.rows >= LIMIT or not 0 < p.width < LIMIT:
-        raise FormatError(f"{p.path} cannot have {p.rows} rows of {p.width}")
-    spans = sorted(role.span for role in p.roles)
-    apart = all(one.end <= two.start for one, two in itertools.pairwise(spans))
-    if not apart and not disjoint(spans):
-        raise FormatError(f"the roles of {p.path} share rows")
-    if len({role.name for role in p.roles}) < len(p.roles):
-        raise FormatError(f"two roles of {p.path} have one name")
+@lru_cache(maxsize=8)
+def _check_rows(projections: tuple[StoredProjection, ...]) -> None:
+    """Whether the roles of each projection can lie in one weight."""
+    for p in projections:
+        for role in p.roles:
+            if role.rows < 1 or (role.block and (role.rows % role.block or role.stride < role.block)):
+                raise FormatError(f"{_short(p.path)} cannot have {role}")
+        if p.rows >= LIMIT or not 0 < p.width < LIMIT:
+            raise FormatError(f"{_short(p.path)} cannot have {p.rows} rows of {p.width}")
+        spans = sorted(role.span for role in p.roles)
+        apart = all(one.end <= two.start for one, two in itertools.pairwise(spans))
+        if not apart and not disjoint(spans):
+            raise FormatError(f"the roles of {_short(p.path)} share rows")
+        if len({role.name for role in p.roles}) < len(p.roles):
+            raise FormatError(f"two roles of {_short(p.path)} have one name")
 
 
 def _to_entry(p: StoredProjection) -> dict[str, Any]:
@@ -357,6 +346,20 @@ def _to_entry(p: StoredProjection) -> dict[str, Any]:
         roles.append({"key": key, "start": role.start, "rows": role.rows, **runs})
     origin = {} if p.origin == p.path else {"origin": p.origin}
     return {"path": p.path, **origin, "in": p.width, "roles": roles}
+
+
+@lru_cache(maxsize=8)
+def _from_entries(text: str) -> tuple[StoredProjection, ...]:
+    """The projections from JSON: once for a thousand adapters of the same weights."""
+    entries = json.loads(text)
+    if not isinstance(entries, list) or not entries:
+        raise FormatError(f"projections must be a list that is not empty, not {_short(entries)}")
+    projections = tuple(_from_entry(entry) for entry in entries)
+    for name in ("path", "origin"):
+        count = Counter(getattr(p, name) for p in projections)
+        if twice := [value for value, n in count.items() if n > 1]:
+            raise FormatError(f"two projections have the {name} {_short(twice[0])}")
+    return projections
 
 
 def _from_entry(entry: Any) -> StoredProjection:
