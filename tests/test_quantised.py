@@ -285,6 +285,20 @@ def reference_sum(layer: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_reversible_merge_gives_the_quantised_layers_back(kind: str, tokens: Tensor) -> None:
+    model = wake(uora.inject(quantised_llama(kind), rank=8, train=()), scale=0.3)
+    layers = {path: model.get_submodule(path) for path in uora.adapters(model)}
+    with torch.no_grad():
+        want = logits(model, tokens)
+        uora.merge(model, reversible=True, dequantize=True)
+        assert [type(m) for m in model.modules()] == [type(m) for m in llama().modules()]
+        assert not torch.equal(logits(model, tokens), want)
+        uora.unmerge(model)
+        assert torch.equal(logits(model, tokens), want)
+    assert all(model.get_submodule(path) is layer for path, layer in layers.items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_merge_into_a_half_type_states_its_rounding(kind: str, tokens: Tensor) -> None:
     model = wake(uora.inject(quantised_llama(kind, torch.bfloat16), rank=8, train=()), scale=0.3)
     reports: list[uora.MergeReport] = []

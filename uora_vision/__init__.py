@@ -17,7 +17,7 @@ from .errors import (
 from .files import load, save
 from .fit import Base
 from .inject import adapters, inject, remove
-from .merge import MergeReport, merge
+from .merge import MergeReport, merge, unmerge
 from .optim import param_groups
 from .packed import Packed
 from .plan import Plan, plan
@@ -34,5 +34,5 @@ __all__ = [
     "Packed", "Plan",
     "Reinitializer", "StateError", "Summary", "TargetError", "ThresholdWave", "UoraConfig", "UoraError",
     "adapters", "inject", "load", "merge", "param_groups", "plan", "register_rule", "remove", "save", "summary",
-    "upgrade", "verify",
+    "unmerge", "upgrade", "verify",
 ]  # fmt: skip

@@ -23,6 +23,9 @@ from .sharded import is_sharded
 from .verify import verify
 from .walker import head_names
 
+MERGED = "_uora_merged"
+"""Attribute of a model that was merged reversibly; see `merge.Merged`."""
+
 
 def inject(
     model: nn.Module,
@@ -134,7 +137,7 @@ def apply_plan(
     except BaseException:
         del library.entries[name]
         if first:
-            _take_out(model, library)
+            take_out(model, library)
         raise
     return entry
 
@@ -151,10 +154,10 @@ def remove(model: nn.Module) -> nn.Module:
             for name, own in library.base.items():
                 if name in entry.base and entry.base[name].shape == own.shape:
                     entry.base[name].copy_(own)
-    return _take_out(model, library)
+    return take_out(model, library)
 
 
-def _take_out(model: nn.Module, library: Library) -> nn.Module:
+def take_out(model: nn.Module, library: Library) -> nn.Module:
     """The model without adapters, with the head of the active one."""
     library.detach(model)
     del model.__dict__[LIBRARY]
@@ -236,6 +239,8 @@ def check_room(model: nn.Module, name: str) -> Library | None:
             )
         check_switch(model, library)
         return library
+    if any(MERGED in m.__dict__ for m in model.modules()):
+        raise StateError("the adapters of this model are merged reversibly; unmerge() them first")
     if is_injected(model):
         raise StateError("a part of this model already has an adapter; merge() or remove() it first")
     if hasattr(model, CHILD):

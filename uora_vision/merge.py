@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from .errors import DeadAdapterError, StateError
-from .inject import adapters, check_whole, remove
-from .layers import Adapter, adapters_of, raw
+from .functional import folded
+from .inject import MERGED, adapters, check_whole, take_out
+from .layers import CHILD, Adapter, adapters_of, raw
+from .library import LIBRARY, Library, library_of
 from .quantised import dequantised, float_type, is_quantised
 from .verify import call, float_tensors
+from .views import from_matrix, to_matrix
+
+Term = tuple[Adapter, float]
+"""An adapter of a weight, and by how much of its dW the weight changes."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +47,29 @@ class MergeReport:
         return text
 
 
+@dataclass(eq=False)
+class Merged:
+    """What `unmerge` needs of a model that was merged reversibly.
+
+    Args:
+        library: its adapters, none of which is in the model meanwhile.
+        originals: the merged weights as they were, by path.
+        replaced: by the layer of floats that stands in the model now, the quantised one whose place it has.
+        trained: names of the parameters of the model that trained.
+    """
+
+    library: Library
+    originals: dict[str, Tensor]
+    replaced: dict[nn.Module, nn.Module]
+    trained: set[str]
+
+
 @torch.no_grad()
 def merge(
     model: nn.Module,
     example_input: Any = None,
     *,
+    reversible: bool = False,
     dequantize: bool = False,
     on_report: Callable[[MergeReport], None] | None = None,
 ) -> nn.Module:
@@ -56,19 +80,24 @@ def merge(
 
     Args:
         example_input: if given, the outputs before and after are compared, in eval mode.
+        reversible: keep the adapters and the original bits of the adapted weights, so that `unmerge` can undo it.
+            That costs as much memory as these weights have, since a sum cannot be undone to the last bit; nothing else
+            is copied. Until then nothing in the model trains, and no adapter can be put into it.
         dequantize: replace every adapted layer that is stored quantised by an nn.Linear that holds the values of its
             codes plus dW: in the type of its inputs for torchao, in that of the base's first parameter of floats (its
             embedding) for bitsandbytes. Hooks on the old layer are lost. Other quantised layers stay as they are.
         on_report: called with what was measured; by default a line is printed when an example input is given.
 
     Returns:
-        The same model, trainable where it was before `inject`.
+        The same model, trainable where it was before `inject`, or not at all if the merge is reversible.
 
     Raises:
-        StateError: the model is not injected, is spread over processes, or has adapters on quantised weights and
-            `dequantize` is not set.
+        StateError: the model is not injected, is merged already, is spread over processes, or has adapters on quantised
+            weights and `dequantize` is not set.
         DeadAdapterError: a merged weight would not be finite; nothing is changed.
     """
+    if MERGED in model.__dict__:
+        raise StateError("this model is merged already; unmerge() it first")
     found = adapters(model)
     check_whole(model)
     weights = {a.name: raw(m, tensor) for m in model.modules() for tensor, a in adapters_of(m).items()}
@@ -83,7 +112,7 @@ def merge(
     floats = _float_type(model)
     types = {name: float_type(w, floats) if name in packed else w.dtype for name, w in weights.items()}
     merged = {
-        name: _merged(dequantised(packed[name]) if name in packed else weights[name], adapter, types[name])
+        name: _merged(dequantised(packed[name]) if name in packed else weights[name], [(adapter, 1.0)], types[name])
         for name, adapter in found.items()
     }
     broken = [name for name, (weight, _) in merged.items() if not weight.isfinite().all()]
@@ -91,11 +120,18 @@ def merge(
         raise DeadAdapterError(
             f"merging would give weights that are not finite in {', '.join(broken)}; nothing was changed"
         )
+    plain: dict[nn.Module, nn.Module] = {
+        module: _plain_linear(module, merged[name][0]) for name, module in packed.items()
+    }
+    if reversible:
+        originals = {name: weight.detach().clone() for name, weight in weights.items() if name not in packed}
+        _set_aside(model, originals, {new: old for old, new in plain.items()})
+    else:
+        take_out(model, library_of(model))
     for name, (weight, _) in merged.items():
         if name not in packed:
             weights[name].copy_(weight)
-    remove(model)
-    _replace(model, {module: _plain_linear(module, merged[name][0]) for name, module in packed.items()})
+    _replace(model, plain)
     report = MergeReport(len(merged), max(error for _, error in merged.values()))
     if before is not None:
         after = _outputs(model, example_input)
@@ -108,10 +144,80 @@ def merge(
     return model
 
 
-def _merged(weight: Tensor, adapter: Adapter, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """The merged weight in a type, and its largest rounding error."""
+@torch.no_grad()
+def unmerge(model: nn.Module) -> nn.Module:
+    """Undo `merge(model, reversible=True)`: every weight has its old bits again, and the adapters are as they were.
+
+    Parameters of adapters are the same objects, so an optimizer and a `Reinitializer` of theirs go on.
+
+    Returns:
+        The same model.
+
+    Raises:
+        StateError: the model was not merged reversibly, or its weights were replaced, cast or reshaped since; it stays
+            merged then.
+    """
+    merged = model.__dict__.get(MERGED)
+    if not isinstance(merged, Merged):
+        raise StateError(f"this {type(model).__name__} was not merged with merge(model, reversible=True)")
+    library = merged.library
+    entry = library.entries[library.active or ""]
+    weights = {
+        p.path: owner._parameters.get(p.tensor)
+        for p, owner in zip(entry.layout.projections, entry.layout.modules, strict=True)
+    }
+    there = set(model.modules())
+    gone = [path for path, old in merged.originals.items() if not _like(weights[path], old)]
+    gone += [
+        p.path
+        for p, owner in zip(entry.layout.projections, entry.layout.modules, strict=True)
+        if owner not in there and owner not in merged.replaced.values()
+    ]
+    if gone:
+        raise StateError(
+            f"{gone[0]} is not the weight that was merged: it was replaced, cast, reshaped or fused since. Undo that, "
+            "or load() the adapter into a fresh base."
+        )
+    _replace(model, merged.replaced)
+    for path, old in merged.originals.items():
+        weight = weights[path]
+        assert weight is not None
+        weight.copy_(old)
+    del model.__dict__[MERGED]
+    model.__dict__[LIBRARY] = library
+    modules = entry.materialise()
+    model.add_module(CHILD, entry.bank.to(modules[0].b.device))
+    library.attach(model, entry, modules)
+    for name, p in model.named_parameters():
+        if name in merged.trained:
+            p.requires_grad_(True)
+    return model
+
+
+def _set_aside(model: nn.Module, originals: dict[str, Tensor], replaced: dict[nn.Module, nn.Module]) -> None:
+    """Take all adapters out of a model into its `Merged`, without a change to anything else."""
+    library = library_of(model)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    library.detach(model)
+    del model.__dict__[LIBRARY]
+    model._modules.pop(CHILD, None)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    model.__dict__[MERGED] = Merged(library, originals, replaced, trained)
+
+
+def _like(weight: Tensor | None, old: Tensor) -> bool:
+    return weight is not None and weight.shape == old.shape and weight.dtype == old.dtype
+
+
+def _merged(weight: Tensor, terms: Sequence[Term], dtype: torch.dtype) -> tuple[Tensor, float]:
+    """The weight with all terms added, in a type, and its largest rounding error."""
     wide = torch.promote_types(dtype, torch.float32)
-    exact = adapter.merged(weight, wide)
+    form = terms[0][0].form
+    exact = to_matrix(weight.to(wide), form)
+    for adapter, share in terms:
+        exact = folded(exact, share * adapter.b.to(wide), adapter.d.to(wide), adapter.spans, *adapter.matrices())
+    exact = from_matrix(exact, form, weight.shape)
     if wide == dtype:
         return exact, 0.0
     stored = exact.to(dtype)
@@ -134,7 +240,7 @@ def _plain_linear(module: nn.Module, weight: Tensor) -> nn.Linear:
     return plain.train(module.training)
 
 
-def _replace(model: nn.Module, new: dict[nn.Module, nn.Linear]) -> None:
+def _replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
     """Put modules in the place of others, under every path that those have."""
     for path, module in list(model.named_modules(remove_duplicate=False)) if new else ():
         if module in new:
