@@ -7,6 +7,7 @@ from .config import UoraConfig
 from .errors import (
     ConfigError,
     DeadAdapterError,
+    ExportError,
     FormatError,
     HubError,
     OptionError,
@@ -30,9 +31,9 @@ from .verify import verify
 __version__ = "0.1.0"
 
 __all__ = [
-    "AlphaDecay", "Base", "ConfigError", "DeadAdapterError", "FormatError", "HubError", "MergeReport", "OptionError",
-    "Packed", "Plan",
-    "Reinitializer", "StateError", "Summary", "TargetError", "ThresholdWave", "UoraConfig", "UoraError",
+    "AlphaDecay", "Base", "ConfigError", "DeadAdapterError", "ExportError", "FormatError", "HubError", "MergeReport",
+    "OptionError", "Packed", "Plan", "Reinitializer", "StateError", "Summary", "TargetError", "ThresholdWave",
+    "UoraConfig", "UoraError",
     "adapters", "inject", "load", "merge", "param_groups", "plan", "register_rule", "remove", "save", "summary",
     "unmerge", "upgrade", "verify",
 ]  # fmt: skip

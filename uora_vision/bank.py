@@ -90,6 +90,7 @@ class Bank(nn.Module):
         super().__init__()
         self.config = config
         self.log: list[Redraw] = []
+        self.given = first is not None
         widths = {"A": sorted(set(widths_in)), "B": sorted(set(widths_out))}
         if config.layout == "slice":
             widths = {side: [max(w)] for side, w in widths.items()}

@@ -29,5 +29,9 @@ class HubError(UoraError, OSError):
     """A repository on the Hugging Face hub cannot be read or written."""
 
 
+class ExportError(UoraError, ValueError):
+    """An adapter cannot be written in the form that was asked for."""
+
+
 class FormatError(UoraError, ValueError):
     """A saved adapter is damaged, of another version, or made for another model."""

@@ -42,7 +42,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, save_banks: SaveBa
 
     Args:
         save_banks: put rows of A and B into the file too, so that loading need not rebuild them from seed and log:
-            `changed`, those that were re-drawn; `all`, which loads where torch draws other matrices from the seed.
+            `changed`, those that were re-drawn; `all`, which loads where torch draws other matrices from the seed, and
+            is the default for matrices that were given, as by an adapter of PEFT's.
 
     Returns:
         The folder.
@@ -112,6 +113,8 @@ def collect(model: nn.Module, *, save_banks: SaveBanks | None = None) -> Stored:
     from . import __version__
 
     found, bank, base = adapters(model), bank_of(model), Base(model)
+    if save_banks is None and bank.given:
+        save_banks = "all"
     projections = tuple(
         StoredProjection(path, adapter.origin, adapter.width, base.findings[path].block, adapter.roles)
         for path, adapter in found.items()

@@ -189,7 +189,9 @@ def bank_for(model: nn.Module, what: Plan, first: Mapping[str, Tensor] | None = 
     library = model.__dict__.get(LIBRARY)
     for entry in library.entries.values() if library else ():
         bank = entry.bank
-        same = first is None or all(torch.equal(bank._first[n], t) for n, t in first.items() if n in bank._first)
+        given = {} if first is None else first
+        same = all(torch.equal(bank._first[n], t) for n, t in given.items() if n in bank._first)
+        same &= first is not None or not bank.given
         if same and bank.serves(what.config, widths_in, widths_out):
             return bank
     weight: Any = model.get_submodule(what.projections[0].module_path)._parameters[what.projections[0].tensor]
