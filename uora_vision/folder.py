@@ -12,7 +12,6 @@ import os
 import struct
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,7 @@ def read(folder: str | os.PathLike[str]) -> Stored:
             raise FormatError("its configuration is not an object")
         check_version(source, config)
         if metadata[CHECKSUM] != _checksum(header, metadata, content):
-            raise FormatError("its checksum is not that of its content, so it was edited or is not what was written")
+            raise FormatError("its checksum is not that of its content: it was truncated, edited or otherwise changed")
         adapter = _stored.from_config(config, _tensors(source / TENSOR_FILE, content))
     except FormatError as error:
         raise _damaged(source / TENSOR_FILE, error) from error
@@ -147,14 +146,6 @@ def is_old(folder: Path) -> bool:
 
 def _is_old(metadata: dict[str, str]) -> bool:
     return metadata.get("format") == FORMAT and "config" in metadata and CHECKSUM not in metadata
-
-
-def reseal(content: bytes, change: Callable[[dict[str, str], dict[str, Tensor]], Any]) -> bytes:
-    """The bytes of a tensor file with its metadata and tensors changed, and the checksum that belongs to them."""
-    _, metadata = _header(Path(TENSOR_FILE), content)
-    tensors = from_bytes(content)
-    change(metadata, tensors)
-    return _seal(to_bytes(tensors, {**metadata, CHECKSUM: _PENDING}))
 
 
 def _check_copy(path: Path) -> None:

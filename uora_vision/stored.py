@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from .bank import BankState, Redraw, pack_log, unpack_log
 from .config import UoraConfig
 from .errors import FormatError
 from .layers import Role
+from .rules import ATTENTION, CONV, MLP, OTHER
 from .views import disjoint
 
 FORMAT = "uora_vision"
@@ -33,7 +33,7 @@ VECTORS, ENTRIES, ALPHA, BASE, ROWS, SHARED = (
 LIMIT = 2**31
 """No width, row or step reaches this."""
 SaveBanks = Literal["changed", "all"]
-_KEY = re.compile(r"(?:(\d{1,9})/)?([\w-]{1,200})\.([\w-]{1,200})")
+_KEY = re.compile(rf"(?:([0-9]{{1,9}})/)?({ATTENTION}|{MLP}|{CONV}|{OTHER})\.([\w-]{{1,200}})")
 
 
 @dataclass(frozen=True)
@@ -307,7 +307,7 @@ def to_options(values: Any) -> UoraConfig:
         if type(values[name]) is not int or not 0 <= values[name] < 2**63:
             raise FormatError(f"{name} must be a whole number, not {_short(values[name])}")
     for name in ("d_init", "dropout"):
-        if type(values[name]) not in (int, float) or not math.isfinite(values[name]):
+        if type(values[name]) not in (int, float) or not -LIMIT < values[name] < LIMIT:
             raise FormatError(f"{name} must be a number, not {_short(values[name])}")
     for name in ("targets", "exclude", "train"):
         if not isinstance(values[name], list):
