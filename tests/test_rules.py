@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import uora_vision as uora
 from uora_vision import rules
-from uora_vision.__main__ import main
 
 
 def meta(name: str, **options: Any) -> nn.Module:
@@ -228,26 +227,3 @@ class TestTrace:
         uora.remove(model)
         uora.inject(model, rank=2, example_input=x)
         assert uora.verify(model, x)["fc1.fc1"] > 0
-
-
-class TestCommand:
-    def test_table_and_json(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["plan", "timm/test_vit", "--rank", "4", "--diff"]) == 0
-        assert "The trace confirms it." in capsys.readouterr().out
-        assert main(["plan", "timm/test_vit", "--rank", "4", "--json", "--targets", "qv"]) == 0
-        assert {r["name"] for p in json.loads(capsys.readouterr().out)["projections"] for r in p["roles"]} == {"q", "v"}
-
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            (["timm/nope"], "error: Unknown model (nope)"), (["vit"], "not of the form timm/NAME"),
-            (["timm/resnet18"], "targets='conv'"), (["timm/test_vit", "--targets", "q_porj"], "no projection matched"),
-            (["transformers/docs"], "error: "),
-        ],
-    )  # fmt: skip
-    def test_mistakes_are_one_line(
-        self, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        assert main(["plan", *arguments]) == 2
-        error = capsys.readouterr().err
-        assert message in error and error.count("\n") == 1
