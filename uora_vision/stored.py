@@ -431,6 +431,8 @@ def _hex(value: Any, what: str) -> str | None:
 
 def _check_log(stored: Stored) -> None:
     rank, step = stored.config.rank, 0
+    if len({(event.step, event.matrix) for event in stored.log}) < len(stored.log):
+        raise FormatError("the log re-draws a matrix twice at one step")
     draws: dict[str, Tensor] = {}
     known = stored._widths() if stored.log else {}
     for event in stored.log:
