@@ -244,19 +244,20 @@ def serve(options: Options) -> None:
     """Answer in a browser from a finished run, beside its base.
 
     Raises:
-        OutputError: there is none in --output.
+        OutputError: there is none in --output, or the port is taken.
     """
     folder = options.output
     if folder is None or not (folder / METRICS).is_file():
         raise OutputError(f"--serve needs --output FOLDER with a finished run; {folder or 'none'} is not one")
-    known = {f.name for f in dataclasses.fields(Options)}
-    kept = cli.read_yaml(folder / CONFIG, known)
-    made = Options(**(kept | {"method": Method(kept["method"]), "reinit": options.reinit, "output": folder}))
-    adapted, tokenizer, off = restore(made, folder)
-    limit = longest(adapted.base, None, sys.maxsize)
-    talk = chat.Talk(adapted.base, tokenizer, off, options.max_new_tokens, limit, made.precision)
-    Display(Console(), options.quiet).say(f"{made.method} on {made.model}. Ctrl-C ends it.")
-    chat.serve(talk, options.port, f"{made.method} on {Path(made.model).name}")
+    with chat.listen(options.port) as door:
+        known = {f.name for f in dataclasses.fields(Options)}
+        kept = cli.read_yaml(folder / CONFIG, known)
+        made = Options(**(kept | {"method": Method(kept["method"]), "reinit": options.reinit, "output": folder}))
+        adapted, tokenizer, off = restore(made, folder)
+        limit = longest(adapted.base, None, sys.maxsize)
+        talk = chat.Talk(adapted.base, tokenizer, off, options.max_new_tokens, limit, made.precision)
+        Display(Console(), options.quiet).say(f"{made.method} on {made.model}. Ctrl-C ends it.")
+        chat.serve(talk, door, f"{made.method} on {Path(made.model).name}")
 
 
 def restore(options: Options, folder: Path) -> tuple[Adapted, Any, dict[torch.nn.Parameter, torch.Tensor]]:

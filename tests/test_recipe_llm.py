@@ -6,12 +6,14 @@ import asyncio
 import importlib.util
 import json
 import math
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import aiohttp
+import chromium
 import llm_instruct
 import pytest
 import torch
@@ -274,9 +276,10 @@ class TestBadInput:
         code, error = recipe(*SHORT, "--max-length", 65, "--output", tmp_path)
         assert code == 2 and "--max-length 65 is more than the 64 positions of llama" in error
 
-    def test_a_language_model_has_no_head(self, recipe: Call, tmp_path: Path) -> None:
-        code, error = recipe(*SHORT, "--method", "linear", "--output", tmp_path)
-        assert code == 2 and "would train nothing" in error and "has no head" in error
+    @pytest.mark.parametrize(("method", "lacks"), [("linear", "no head"), ("bitfit", "neither biases nor a head")])
+    def test_a_llama_has_no_head_and_no_biases(self, method: str, lacks: str, recipe: Call, tmp_path: Path) -> None:
+        code, error = recipe(*SHORT, "--method", method, "--output", tmp_path)
+        assert code == 2 and f"would train nothing: LlamaForCausalLM has {lacks}; uora, vera," in error
 
     def test_tokenizers_without_a_padding_or_an_end_token(self, recipe: Call, backbone: Path, tmp_path: Path) -> None:
         for name, dropped, code in (("padded", ("pad_token",), 0), ("endless", ("pad_token", "eos_token"), 2)):
@@ -319,6 +322,14 @@ class TestBadInput:
     def test_serving_what_is_not_there(self, recipe: Call, tmp_path: Path) -> None:
         code, error = recipe("--serve", "--output", tmp_path)
         assert code == 2 and "a finished run" in error
+
+    def test_serving_at_a_port_that_is_taken(self, recipe: Call, tmp_path: Path) -> None:
+        (tmp_path / "metrics.json").write_text("{}")
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            code, error = recipe("--serve", "--output", tmp_path, "--port", port)
+        told = f"error: port {port} of 127.0.0.1 cannot be had: address already in use; give another --port"
+        assert (code, error) == (2, told)
 
 
 @pytest.fixture(scope="session")
@@ -403,6 +414,44 @@ class TestChat:
         status, reply = ask(talks["uora"], json.dumps(body), headers={"Content-Type": "text/plain"})[0]
         assert status == 400 and "application/json" in reply["error"]
         assert ask(talks["uora"], "x" * (chat.MOST_BYTES + 1))[0][0] == 413
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(chromium.FOUND is None, reason="no Chromium is installed")
+def test_a_person_asks_in_a_browser_and_both_sides_answer(talks: dict[str, chat.Talk], tmp_path: Path) -> None:
+    talk = talks["uora"]
+    question = TestChat.SAID["messages"][0]["content"]
+    expected = [talk.answer(side, TestChat.SAID["messages"]) for side in ("adapter", "base")]
+    rows = "['adapter', 'base'].map(side => [...document.querySelectorAll(`#${side} li`)].map(row => row.textContent))"
+    free = "!document.querySelector('[type=submit]').disabled"
+
+    async def go() -> None:
+        async with (
+            TestServer(chat.application(talk, "a <test>"), host="127.0.0.1") as server,
+            chromium.opened(str(server.make_url("/")), tmp_path) as page,
+        ):
+            assert await page.value("document.title") == "a <test>"
+            await page.write(question)
+            await page.enter()
+            await page.until(free)
+            assert await page.value(rows) == [[question, answer] for answer in expected]
+            assert page.troubles == []
+            await page.write("the")
+            await page.enter(shift=True)
+            await page.write("owl " * 70)
+            await page.enter()
+            await page.until(f"{free} && document.querySelectorAll('.error').length === 2")
+            assert [len(side) for side in await page.value(rows)] == [4, 4]
+            assert all("tokens, the model reads 64; clear it" in side[-1] for side in await page.value(rows))
+            await page.value("document.querySelector('#clear').click()")
+            assert await page.value(rows) == [[], []]
+            await page.write(question)
+            await page.enter()
+            await page.until(free)
+            assert await page.value(rows) == [[question, answer] for answer in expected]
+
+    talk.turn = asyncio.Lock()
+    asyncio.run(go())
 
 
 @pytest.mark.skipif(not (SHARED / "models" / "stories260K").is_dir(), reason="no real model beside the repository")

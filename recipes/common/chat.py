@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from html import escape
@@ -77,7 +79,8 @@ def application(talk: Talk, title: str) -> web.Application:
     page = PAGE.replace("{{title}}", escape(title))
 
     async def show(request: web.Request) -> web.Response:
-        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+        inline = "img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+        policy = f"default-src 'none'; connect-src 'self'; {inline}"
         headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
         return web.Response(text=page, content_type="text/html", headers=headers)
 
@@ -94,16 +97,22 @@ def application(talk: Talk, title: str) -> web.Application:
     return app
 
 
-def serve(talk: Talk, port: int, title: str) -> None:
-    """Answer until Ctrl-C.
+def listen(port: int) -> socket.socket:
+    """The port, for `serve`: to be had before a large model is loaded in vain.
 
     Raises:
-        OutputError: the port is taken.
+        OutputError: it is taken, or not for this user.
     """
     try:
-        web.run_app(application(talk, title), host=HOST, port=port)
+        return socket.create_server((HOST, port))
     except OSError as error:
-        raise OutputError(f"port {port} cannot be had ({error.strerror or error}); give another --port") from error
+        reason = os.strerror(error.errno or 0).lower()
+        raise OutputError(f"port {port} of {HOST} cannot be had: {reason}; give another --port") from error
+
+
+def serve(talk: Talk, door: socket.socket, title: str) -> None:
+    """Answer until Ctrl-C."""
+    web.run_app(application(talk, title), sock=door)
 
 
 @web.middleware
@@ -222,7 +231,7 @@ async function ask(side, content) {
     item.className = "error";
     item.textContent = error.message;
   }
-  item.scrollIntoView({block: "nearest"});
+  item.parentElement.scrollTop = item.parentElement.scrollHeight;
 }
 
 form.addEventListener("submit", async event => {

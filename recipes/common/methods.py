@@ -178,7 +178,11 @@ def apply_method(model: nn.Module, options: MethodOptions) -> Adapted:
         if id(p) in head:
             p.requires_grad_(True)
     if not any(p.requires_grad for p in model.parameters()):
-        raise MethodError(f"--method {options.method} would train nothing: {type(base).__name__} has no head")
+        lacks = "neither biases nor a head" if options.method is Method.bitfit else "no head"
+        raise MethodError(
+            f"--method {options.method} would train nothing: {type(base).__name__} has {lacks}; "
+            "uora, vera, vera-peft, lora and full train it"
+        )
     return Adapted(model, base, _groups(model, base, options), options)
 
 
@@ -218,12 +222,12 @@ def _with_peft_vera(model: nn.Module, options: MethodOptions) -> nn.Module:
     paths = _modules(model, options.targets)
     if bare := [path for path in paths if isinstance(model.get_submodule(path), nn.MultiheadAttention)]:
         raise MethodError(f"PEFT's VeRA cannot adapt {bare[0]}, an nn.MultiheadAttention; use --method vera")
-    with warnings.catch_warnings():  # it warns that the matrices are drawn again from the seed, which is what we want
+    with warnings.catch_warnings():  # of matrices drawn again from the seed, as we want them
         warnings.simplefilter("ignore")
         config = peft.VeraConfig(
             r=options.rank, target_modules=paths, projection_prng_key=options.seed, d_initial=0.1, save_projection=False
         )
-    return peft.get_peft_model(model, config)
+        return peft.get_peft_model(model, config)
 
 
 def _modules(model: nn.Module, targets: str) -> list[str]:
