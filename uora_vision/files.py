@@ -26,7 +26,7 @@ from .sharded import is_sharded, whole, writes
 from .stored import Identity, SaveBanks, Stored, StoredProjection, shared_matrices
 
 __all__ = [
-    "CONFIG_FILE", "TENSOR_FILE", "collect", "load", "own_matrices", "put_back", "refresh_own", "save",
+    "CONFIG_FILE", "TENSOR_FILE", "collect", "load", "own_matrices", "put_back", "save",
     "write_atomically",
 ]  # fmt: skip
 _IDENTITY = "_uora_identity"
@@ -101,8 +101,6 @@ def load(
     except FormatError as error:
         raise FormatError(f"{os.fspath(folder)}: {error}") from error
     apply_plan(model, what, name, stored.vector.clone(), parts, state, activate, bank)
-    if activate:
-        refresh_own(adapters(model))
     return model
 
 
@@ -200,7 +198,8 @@ def put_back(model: nn.Module, stored: Stored) -> None:
             adapter.d.copy_(vectors[path][1])
         for name, value in stored.base.items():
             held[name].copy_(value)
-    refresh_own(found)
+    for adapter in found.values():
+        adapter.take_own()
 
 
 def own_matrices(found: dict[str, Adapter]) -> dict[str, tuple[str, int]]:
@@ -211,15 +210,6 @@ def own_matrices(found: dict[str, Adapter]) -> dict[str, tuple[str, int]]:
             out[adapter.own_name(k, "A")] = (adapter.bank.matrix("A", adapter.width), adapter.width)
             out[adapter.own_name(k, "B")] = (adapter.bank.matrix("B", role.rows), role.rows)
     return out
-
-
-def refresh_own(found: dict[str, Adapter]) -> None:
-    """Let the adapters take over their own rows, as the bank's log has them."""
-    for adapter in found.values():
-        adapter.drop_own()
-        for k in range(len(adapter.roles)):
-            if adapter.bank.draws(adapter.own_name(k, "A")).any():
-                adapter.refresh_own(k)
 
 
 def _parts(stored: Stored, fitted: Fitted, base: Base) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from .checks import check_weights, plain
 from .errors import FormatError, StateError
 from .fingerprint import CLOSE, Weight, distance, sketch_of, weights_digest
 from .layers import Adapter
+from .library import LIBRARY
 from .plan import Projection
 from .sharded import class_name
 from .sites import Site, find_sites
@@ -215,7 +216,7 @@ def _names(stored: Stored, base: Base) -> dict[str, str]:
     names: dict[str, str] = {}
     for name, t in stored.base.items():
         held = base.held.get(name)
-        if held is not None and held.shape == t.shape:
+        if held is not None and (held.shape == t.shape or _other_classes(base.model, name, held, t)):
             names[name] = name
     taken = set(names.values())
     for name, t in stored.base.items():
@@ -235,6 +236,16 @@ def _names(stored: Stored, base: Base) -> dict[str, str]:
         names[name] = best[0]
         taken.add(best[0])
     return names
+
+
+def _other_classes(model: nn.Module, name: str, held: Tensor, t: Tensor) -> bool:
+    """Whether a trained part is a head for another number of classes, on a model that has adapters already: there each
+    has its own, and no code outside has yet been told how many classes there are."""
+    path, _, key = name.rpartition(".")
+    if LIBRARY not in model.__dict__ or key not in ("weight", "bias") or held.shape[1:] != t.shape[1:]:
+        return False
+    in_head = any(f"{path}.".startswith(f"{head}.") for head in head_names(model))
+    return in_head and isinstance(model.get_submodule(path), nn.Linear)
 
 
 def _common_end(one: str, two: str) -> int:

@@ -252,7 +252,7 @@ def folded(weight: Tensor, b: Tensor, d: Tensor, spans: Spans, a: Sequence[Tenso
 
 def left_matrix(b: Tensor, d: Tensor, spans: Spans, n_a: int, bm: Sequence[Tensor], out: int) -> Tensor:
     """L in the order of the matrix, (out, n_a r), at least in float32: the factored form is x W^T + u L^T."""
-    wide = torch.promote_types(b.dtype, torch.float32)
+    wide = torch.promote_types(torch.promote_types(b.dtype, torch.float32), bm[0].dtype)
     left = _lefts(b.to(wide), d.to(wide), spans, [m.to(wide) for m in bm])
     if n_a == 1:
         return place(left, spans, out)

@@ -56,17 +56,17 @@ def inject(
         ConfigError, OptionError, TargetError: see `plan`.
         DeadAdapterError: see `verify`.
     """
-    before = check_room(model, name)
-    with disabled(model) if before else nullcontext():
+    library = check_room(model, name)
+    active = library.active if library else None
+    with disabled(model) if library else nullcontext():
         what = plan(model, config, example_input=example_input, **options)
     apply_plan(model, what, name)
     if example_input is not None:
         try:
             verify(model, example_input)
         except BaseException:
-            if before:
-                library = library_of(model)
-                library.switch(model, before.active)
+            if library:
+                library.switch(model, active)
                 del library.entries[name]
             else:
                 remove(model)
@@ -260,7 +260,7 @@ def bank_of(model: nn.Module) -> Bank:
     Raises:
         StateError: the model is not injected, or its adapters are disabled.
     """
-    return _active(model).bank
+    return active_entry(model).bank
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
@@ -269,11 +269,16 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     Raises:
         StateError: the model is not injected, or its adapters are disabled.
     """
-    _active(model)
+    active_entry(model)
     return {adapter.name: adapter for m in model.modules() for adapter in adapters_of(m).values()}
 
 
-def _active(model: nn.Module) -> Entry:
+def active_entry(model: nn.Module) -> Entry:
+    """The active adapter, as the library has it.
+
+    Raises:
+        StateError: the model is not injected, or its adapters are disabled.
+    """
     library = library_of(model)
     if library.active is None:
         raise StateError("the adapters of this model are disabled; activate() one first")

@@ -127,11 +127,14 @@ class Adapter(nn.Module):
             self._set(f"own_{side.lower()}_{role}", rows[fill].to(shared))
         self._own = tuple(sorted({*self._own, role}))
 
-    def drop_own(self) -> None:
-        """Back to the shared rows alone."""
+    def take_own(self) -> None:
+        """Take over the own rows of every role, as the bank has them now."""
         for name in list(self._buffers):
             del self._buffers[name]
         self._own = ()
+        for role in range(len(self.roles)):
+            if self.bank.draws(self.own_name(role, "A")).any():
+                self.refresh_own(role)
 
     def _set(self, name: str, value: Tensor) -> None:
         old = self._buffers.get(name)
@@ -366,8 +369,10 @@ def attach(module: nn.Module, tensor: str, adapter: Adapter, read: bool) -> None
 
 def detach(module: nn.Module) -> None:
     """Undo every `attach` to a module."""
-    for name in list(adapters_of(module)):
-        delattr(module, child(name))
+    if not is_adapted(module):
+        return
+    for name in [name for name in module._modules if name == CHILD or name.startswith(f"{CHILD}_")]:
+        delattr(module, name)
     module.__class__ = base_class(module)
     if isinstance(module, nn.RNNBase):
         module._init_flat_weights()

@@ -70,6 +70,7 @@ class Entry:
         state: what re-draws made of the bank; of the active adapter, the bank itself has it.
         vector: every b and d, one after the other, float32; None once `modules` hold them.
         modules: made when it is first active, and kept, so that an optimizer still finds its parameters.
+        settled: whether the modules have taken over their own rows.
     """
 
     config: UoraConfig
@@ -79,6 +80,7 @@ class Entry:
     state: BankState = field(default_factory=BankState)
     vector: Tensor | None = None
     modules: tuple[Adapter, ...] | None = None
+    settled: bool = False
 
     def values(self) -> Tensor:
         """Every b and d, one after the other: (parameters,)."""
@@ -91,9 +93,15 @@ class Entry:
         if self.modules is None:
             self.modules = tuple(
                 Adapter(
-                    p.path, p.roles, p.shape[1], self.bank, p.form, self.config.d_init, self.config.dropout,
+                    p.path,
+                    p.roles,
+                    p.shape[1],
+                    self.bank,
+                    p.form,
+                    self.config.d_init,
+                    self.config.dropout,
                     origin=p.origin,
-                )  # fmt: skip
+                )
                 for p in self.layout.projections
             )
             if self.vector is not None:
@@ -125,8 +133,10 @@ class Library:
         """The base's own values of the parts that some adapter trains."""
         self.flags = {name: p.requires_grad for name, p in model.named_parameters()}
         self.unsent: set[str] = set()
-        self.patterns: dict[Any, Any] = {}
-        """What routing found out about the model; see `routing`."""
+        self.patterns: dict[tuple[str, int], Any] = {}
+        """What routing found out about the inputs of layers: see `probe.find_patterns`."""
+        self.probed: dict[str, set[str]] = {}
+        """Of modules that were called with a batch: the layers in them that it looked at."""
 
     def switch(self, model: nn.Module, name: str | None) -> None:
         """Make an adapter the active one, or none. What can fail is done before the model is touched."""
@@ -136,6 +146,10 @@ class Library:
             return
         modules = new.materialise() if new else ()
         self._swap_banks(model, old, new)
+        if new and not new.settled:
+            for module in modules:
+                module.take_own()
+            new.settled = True
         if old and new and old.layout is new.layout:
             for p, owner, module in zip(new.layout.projections, new.layout.modules, modules, strict=True):
                 owner._modules[child(p.tensor)] = module

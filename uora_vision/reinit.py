@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from .bank import Interpolation, pack_log, unpack_log
-from .errors import ConfigError, FormatError
-from .files import own_matrices, refresh_own
-from .inject import adapters, bank_of
+from .errors import ConfigError, FormatError, StateError
+from .files import own_matrices
+from .inject import active_entry, adapters, bank_of
 from .layers import Adapter
 from .sharded import clear, joined
 
@@ -119,7 +119,7 @@ class Reinitializer:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         if reset_moments and optimizer is None:
             raise ConfigError("reset_moments needs the optimizer: Reinitializer(model, ..., optimizer=optimizer)")
-        self.bank, self._adapters = bank_of(model), adapters(model)
+        self.model, self.bank, self._adapters = model, bank_of(model), adapters(model)
         rank = self.bank.config.rank
         widths = {n: b.shape[1] for n, b in self.bank.named_buffers()}
         if scope == "layer":
@@ -168,7 +168,12 @@ class Reinitializer:
 
         Returns:
             How many directions fired.
+
+        Raises:
+            StateError: another adapter is active than the one that this was made for.
         """
+        if self._places[0][0] not in (active_entry(self.model).modules or ()):
+            raise StateError("another adapter is active than the one that this Reinitializer was made for")
         self.steps += 1
         d = joined([a.d for a in self._adapters.values()]).abs()
         tau = self.threshold(self.steps) if callable(self.threshold) else self.threshold
@@ -214,7 +219,8 @@ class Reinitializer:
                 f"{self._bank_options()}; inject with the options of the run that is continued"
             )
         self.bank.replay(unpack_log(state["log"], state["matrices"]), own_matrices(self._adapters))
-        refresh_own(self._adapters)
+        for adapter in self._adapters.values():
+            adapter.take_own()
         self.steps = state["steps"]
         self._counts = state["counts"].clone().to(self._device)
         self._history = [state["history"].clone()] if len(state["history"]) else []
