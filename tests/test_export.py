@@ -78,6 +78,13 @@ class TestLora:
         plain, args = make_one("clip")
         check(wake(uora.inject(copy.deepcopy(plain), rank=4, targets=targets), 2.0), plain, args, tmp_path)
 
+    def test_a_linear_with_a_forward_of_its_own(self, tmp_path: Path) -> None:
+        options = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        plain = transformers.FalconForCausalLM(transformers.FalconConfig(**options)).eval()
+        model = wake(uora.inject(copy.deepcopy(plain), rank=4), 2.0)
+        check(model, plain, (torch.randint(50, (2, 7)),), tmp_path / "lora")
+        check(model, plain, (torch.randint(50, (2, 7)),), tmp_path / "vera", to_peft_vera)
+
     def test_one_tower_does_not_catch_the_other(self, tmp_path: Path) -> None:
         plain, args = make_one("clip")
         model = wake(uora.inject(copy.deepcopy(plain), rank=4, targets="transformer.*", exclude="visual.*+proj"), 3.0)
@@ -162,9 +169,21 @@ def tied() -> nn.Module:
     return nn.Sequential(layer, nn.GELU(), layer)
 
 
+def mixture() -> nn.Module:
+    return transformers.DeepseekV3ForCausalLM(
+        transformers.DeepseekV3Config(
+            vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+            intermediate_size=24, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+            topk_group=1, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+            first_k_dense_replace=1,
+        )
+    )  # fmt: skip
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "read": (beit, {}, r"blocks.0.attn.qkv: the model reads this weight"),
     "experts": (lambda: make_one("mixtral, eager")[0], {}, r"experts.gate_up_proj.*a tensor of its own"),
+    "renamed": (lambda: mixture(), {"exclude": "*.experts.*"}, r"layers.0.mlp.gate_proj.*PEFT renames"),
     "lstm": (lambda: nn.Sequential(nn.LSTM(6, 8)), {}, r"0.weight_ih_l0.*a tensor of its own"),
     "out_proj": (lambda: make_one("clip")[0], {}, r"attn.out_proj.*twice"),
     "fast path": (lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 2, 48), 1), {},
@@ -180,6 +199,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
 @pytest.mark.parametrize("export", [to_peft_lora, to_peft_vera])
 def test_what_peft_would_pass_by_is_refused_and_named(name: str, export: Any, tmp_path: Path) -> None:
     make, options, message = REFUSED[name]
+    if name == "renamed" and export is to_peft_vera:
+        pytest.skip("PEFT renames for LoRA only")
     model = wake(uora.inject(make(), rank=2, **options))
     with pytest.raises(uora.ExportError, match=message if export is to_peft_lora else "PEFT's VeRA cannot express"):
         export(model, tmp_path / "out")

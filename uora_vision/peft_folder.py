@@ -22,11 +22,12 @@ from .files import trained_base
 from .fit import published_name
 from .folder import CONFIG_FILE, TENSOR_FILE, write_atomically
 from .inject import adapters, check_whole
-from .layers import Adapter, base_class
+from .layers import Adapter, base_class, call_form
 from .library import STATISTICS, library_of
 from .packed import forward_source
 from .plan import Projection
 from .quantised import is_quantised
+from .sites import is_read
 
 PREFIX = "base_model.model."
 """Before every name in PEFT's files."""
@@ -115,7 +116,12 @@ def _reason(w: Adapted, modules: Mapping[str, nn.Module], method: str) -> str | 
         return "the model itself is this layer"
     if p.read and isinstance(modules[_above(p.module_path)], nn.MultiheadAttention):
         return "PEFT adds the update of an attention's out_proj twice (github.com/huggingface/peft/pull/3774)"
-    if p.read:
+    if method == "LoRA" and p.path.rpartition(".")[2] in _RENAMED and _is_mixture(modules[""]):
+        return (
+            "PEFT renames targets of that name in a mixture of experts, and leaves the layer out (its "
+            "utils/transformers_weight_conversion.py)"
+        )
+    if p.read and not _computes_linear(p.module_path, modules):
         return (
             "the model reads this weight, or may, without calling its layer; PEFT's layer would be passed by and "
             "change nothing (inject with example_input= if the layer is called)"
@@ -129,6 +135,26 @@ def _reason(w: Adapted, modules: Mapping[str, nn.Module], method: str) -> str | 
             return "PEFT's convolutions know neither groups nor dilation nor another padding than zeros"
         return None
     return f"PEFT does not adapt {base_class(module).__name__}"
+
+
+def _computes_linear(path: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a Linear whose forward is its own (Falcon's) is called, and computes what a Linear does."""
+    module = modules[path]
+    if not isinstance(module, nn.Linear) or call_form(module) is not None or is_read(path, dict(modules)):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, module.in_features, generator=generator).to(module.weight)
+    with torch.no_grad():
+        return torch.allclose(module(x), nn.functional.linear(x, module.weight, module.bias), rtol=1e-3, atol=1e-5)
+
+
+_RENAMED = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+
+
+def _is_mixture(model: nn.Module) -> bool:
+    """Whether a model of transformers holds stacks of experts."""
+    of_transformers = hasattr(getattr(model, "config", None), "model_type")
+    return of_transformers and any(p.dim() == 3 and "experts" in name for name, p in model.named_parameters())
 
 
 def _attention_reason(path: str, modules: Mapping[str, nn.Module]) -> str | None:

@@ -91,7 +91,7 @@ def find_sites(model: nn.Module) -> list[Site]:
                 tensor,
                 module,
                 form,
-                tensor != "weight" or call_form(module) is None or _is_read(path, modules),
+                tensor != "weight" or call_form(module) is None or is_read(path, modules),
                 module.groups if kernel else 1,  # type: ignore[arg-type]
                 kernel and max(module.kernel_size) > 1,  # type: ignore[arg-type, type-var]
             )
@@ -160,7 +160,7 @@ def _ancestors(path: str) -> Iterator[str]:
         yield path
 
 
-def _is_read(path: str, modules: dict[str, nn.Module]) -> bool:
+def is_read(path: str, modules: dict[str, nn.Module]) -> bool:
     """Whether the code of a module above takes `<name>.weight` for a computation, or cannot be looked at."""
     name = path.rpartition(".")[2]
     for above in _ancestors(path):

@@ -1,0 +1,72 @@
+"""Over families of models: what is written for PEFT computes the same in PEFT, and the rest is refused. Nothing between."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import wake
+from test_coverage import FAMILIES as HELD
+from test_families import FAMILIES as TIMM
+from test_families import small
+from torch import Tensor, nn
+from zoo import call, entries
+
+import uora_vision as uora
+from uora_vision.export import to_peft_lora, to_peft_vera
+from uora_vision.peft_folder import adapted_weights, check_expressible
+from uora_vision.verify import float_tensors
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.slow
+OTHERS = [
+    f"transformers/{name}" for name in "llama bloom falcon bert vit clip siglip dinov2 bart swin gptj opt".split()
+]
+CASES = [name for name in HELD.values() if name != "timm/test_resnet"] + OTHERS + list(TIMM)
+
+
+def made(name: str) -> tuple[nn.Module, Any]:
+    return entries(name)[0].real() if "/" in name else small(name)
+
+
+def outputs(model: nn.Module, example: Any) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([t.float().flatten() for t in float_tensors(call(model, example))])
+
+
+def refused(model: nn.Module, method: str) -> list[str]:
+    out = []
+    for w in adapted_weights(model):
+        try:
+            check_expressible(model, [w], method)
+        except uora.ExportError as error:
+            assert w.path in str(error)
+            out.append(w.path)
+    return out
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("method", "export"), [("LoRA", to_peft_lora), ("VeRA", to_peft_vera)])
+def test_the_same_function_or_a_refusal(name: str, method: str, export: Any, tmp_path: Path) -> None:
+    plain, example = made(name)
+    plain.eval()
+    model = uora.inject(copy.deepcopy(plain), rank=4)
+    out = refused(model, method)
+    if out:
+        with pytest.raises(uora.ExportError, match=method):
+            export(model, tmp_path)
+    if len(out) == len(uora.adapters(model)):
+        return
+    uora.remove(model)
+    wake(uora.inject(model, rank=4, exclude=out))
+    export(model, tmp_path)
+    base, want = outputs(plain, example), outputs(model, example)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        got = outputs(peft.PeftModel.from_pretrained(plain, tmp_path).eval(), example)
+    error, change = (got - want).abs().max(), (want - base).abs().max()
+    assert error < 1e-4 * want.abs().max() and error < 1e-3 * change
