@@ -346,10 +346,10 @@ def demo(options: Options) -> dict[str, Any] | None:
     display = Display(Console(), options.quiet)
     display.say("Pretraining a tiny GPT-2 to tell the data of toy restaurants in one way.")
     toy_restaurants.pretrain(folder / "backbone", options.seed, linearise)
-    toy_restaurants.write(folder / "data", options.seed)
+    toy_restaurants.write(folder / "restaurants", options.seed)
     display.say("Adapting it to two other ways. 60 meanings, 2 references each, to measure.")
     base = dataclasses.replace(
-        options, demo=False, data=str(folder / "data"), model=str(folder / "backbone"), targets="attention+mlp",
+        options, demo=False, data=str(folder / "restaurants"), model=str(folder / "backbone"), targets="attention+mlp",
         epochs=10, batch=32, beams=2, max_new_tokens=32, generate_batch=60, eval_every=10, quiet=True,
         checkpoint_every="0",
     )  # fmt: skip

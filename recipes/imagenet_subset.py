@@ -98,16 +98,16 @@ def demo(options: Options) -> dict[str, Any] | None:
     display = Display(Console(), options.quiet)
     display.say(f"Pretraining a tiny ViT on the digits {OLD} (8 x 8 pixels, from scikit-learn).")
     model = pretrain(folder / "backbone", options.seed, display)
-    write_photos(folder / "data", options.seed)
-    display.say(f"Adapting it to JPEG files of the digits {NEW}, {SHOTS} of each, read from {folder / 'data'}.")
+    data = write_photos(folder / "photos", options.seed)
+    display.say(f"Adapting it to JPEG files of the digits {NEW}, {SHOTS} of each, read from {data}.")
     base = dataclasses.replace(
-        options, demo=False, data=str(folder / "data"), model=model, classes=NEW, shots=SHOTS, augment=Augment.none,
+        options, demo=False, data=str(data), model=model, classes=NEW, shots=SHOTS, augment=Augment.none,
         targets="attention+mlp", epochs=30, batch=25, eval_every=5, quiet=True,
     )  # fmt: skip
     return compare(run, base, ROWS, folder, display)
 
 
-def write_photos(folder: Path, seed: int) -> None:
+def write_photos(folder: Path, seed: int) -> Path:
     """Digits as a folder of images: 70 to 140 pixels wide and high, with something of the background beside them."""
     chance = np.random.default_rng(seed)
     for split in ("train", "test"):
@@ -120,6 +120,7 @@ def write_photos(folder: Path, seed: int) -> None:
             file = folder / split / digits.names[label] / f"{index}.jpg"
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture).save(file, quality=95)
+    return folder
 
 
 app = cli.application(run, Options, __doc__)

@@ -180,6 +180,22 @@ def test_the_table_of_methods_shows_every_column_and_the_plot_every_point(tmp_pa
     assert "uora 92.5% with 9,866; full 95.0% with 1,204,000" in text
 
 
+def test_a_single_evaluation_is_seen_above_the_training_line() -> None:
+    history = [{"epoch": e, "train_loss": 1 / e, "test_loss": 1 / e if e == 4 else None} for e in range(1, 5)]
+    uri = figures.curves(history, {"test_loss": "test", "train_loss": "training"}, "loss")
+    drawn, legend, _ = base64.b64decode(uri.partition(",")[2]).decode().partition('id="legend')
+    assert legend and drawn.rindex(figures.BLUE) > drawn.rindex(figures.ORANGE)  # what comes later is above
+
+
+def test_words_fit_what_is_shown(tmp_path: Path) -> None:
+    row = {"epoch": 1, "test_accuracy": 0.5, "test_bleu": 20.0}
+    alone = page(replace(a_report(), history=[row]), tmp_path)
+    both = page(replace(a_report(), history=[{**row, "train_accuracy": 0.6}]), tmp_path / "both")
+    assert "A widening gap" in both and "A widening gap" not in alone
+    labels = [drawing.decode() for drawing in drawings(alone)]
+    assert all(any(f"<!-- {word} -->" in drawing for drawing in labels) for word in ("BLEU", "accuracy"))
+
+
 def test_wrong_predictions_are_marked_in_words(tmp_path: Path) -> None:
     report = a_report()
     report.samples.append((np.zeros((300, 200, 3), dtype=np.uint8), "class 1", "class 1", 0.9))

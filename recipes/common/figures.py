@@ -104,9 +104,8 @@ def curves(history: Sequence[Mapping[str, Any]], keys: Mapping[str, str], label:
     for (key, name), colour, line in zip(keys.items(), (BLUE, ORANGE, GREEN), ("-", "--", ":"), strict=False):
         points = [(row["epoch"], float(row[key])) for row in history if row.get(key) is not None]  # not every epoch
         marker = "o" if len(points) <= 30 else None
-        axes.plot(
-            *zip(*points, strict=True), line, color=colour, marker=marker, markersize=3.5, linewidth=1.8, label=name
-        )
+        look = {"markersize": 3.5, "linewidth": 1.8} if len(points) > 1 else {"markersize": 7, "zorder": 3}
+        axes.plot(*zip(*points, strict=True), line, color=colour, marker=marker, label=name, **look)
     axes.set(xlabel="epoch", ylabel=label)
     axes.grid(axis="y")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -148,7 +148,7 @@ def train_images(
         },
         config,
         f"{options.method} on {Path(options.data).name}",
-        f"{options.method} on {options.model}, {about}",
+        f"{options.method} on {Path(options.model).name}, {about}",
         comparison=comparison,
         **sections(tests, outcome.evaluation),
     )

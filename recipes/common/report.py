@@ -165,6 +165,12 @@ def label(key: str) -> str:
     return LABELS.get(key, words[:1].upper() + words[1:])
 
 
+def _axis(key: str) -> str:
+    """A label in the middle of things: `BLEU` stays, `Learning rate` begins small."""
+    words = label(key)
+    return words if words[1:2].isupper() else words.lower()
+
+
 def show(key: str, value: Any) -> str:
     """A value with the unit that its key implies: `show("adapter_bytes", 98304)` is `98.3 kB`."""
     if value is None:
@@ -252,7 +258,7 @@ def _compared(report: RunReport) -> dict[str, Any] | None:
     if len(rows) > 1:
         picture = Picture(
             f"{label(score)} for the parameters spent",
-            figures.comparison(rows, score, label(score).lower()),
+            figures.comparison(rows, score, _axis(score)),
             f"Further {'down' if score in LOWER else 'up'} is better, further left is cheaper. Trained parameters, "
             "head included, grow tenfold from one labelled step of the axis to the next.",
             f"{label(score)} and trained parameters: "
@@ -273,15 +279,16 @@ def _curves(report: RunReport) -> list[Picture]:
         ["accuracy", *(_quantity(key) for key in keys if key.startswith("test_")), "loss", "lr"]
     ):
         known = {split + quantity: name for split, name in SPLITS.items() if split + quantity in keys}
-        known |= {quantity: label(quantity).lower()} if quantity in keys else {}
+        known |= {quantity: _axis(quantity)} if quantity in keys else {}
         if known:
             title = label(quantity)
             ends = [
                 f"{name} {show(k, history[0].get(k))} to {show(k, history[-1].get(k))}" for k, name in known.items()
             ]
             alt = f"{title} over {len(history)} epochs, first to last: {', '.join(ends)}."
-            uri = figures.curves(history, known, title.lower(), percent="accuracy" in quantity)
-            pictures.append(Picture(title, uri, CAPTIONS.get(quantity, ""), alt))
+            uri = figures.curves(history, known, _axis(quantity), percent="accuracy" in quantity)
+            caption = "" if quantity == "accuracy" and len(known) == 1 else CAPTIONS.get(quantity, "")
+            pictures.append(Picture(title, uri, caption, alt))
     return pictures
 
 
