@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import struct
+import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -88,19 +91,27 @@ def fuzz(folder: Path, count: int, seed: int) -> Counter[str]:
     return results
 
 
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """In memory where there is a place for that: most of the time goes into opening files."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as place:
+        yield Path(place) / "a"
+
+
 def report(results: Counter[str], seconds: float) -> None:
     rows = "; ".join(f"{name}: {n:,}" for name, n in sorted(results.items()))
     print(f"\n{results.total():,} damaged adapters in {seconds:.0f} s: {rows}")
 
 
-def test_a_few_hundred_damaged_adapters(tmp_path: Path) -> None:
-    results = fuzz(tmp_path / "a", 60, seed=1)
+def test_a_few_hundred_damaged_adapters(folder: Path) -> None:
+    results = fuzz(folder, 60, seed=1)
     assert results.total() == 300
 
 
 @pytest.mark.slow
-def test_ten_thousand_damaged_adapters(tmp_path: Path) -> None:
+def test_ten_thousand_damaged_adapters(folder: Path) -> None:
     start = time.perf_counter()
-    results = fuzz(tmp_path / "a", 2400, seed=2)
+    results = fuzz(folder, 2100, seed=2)
     report(results, time.perf_counter() - start)
-    assert results.total() == 12_000
+    assert results.total() == 10_500
