@@ -216,3 +216,41 @@ class TestErrors:
         del many.blocks[0].attn.forward
         assert_same(before, many)
         assert "dead" not in uora.adapter_names(many)
+
+
+class TestMerging:
+    @pytest.mark.parametrize("shares", [{"plain": 0.3, "own rows": -1.5, "re-drawn": 2.0}, {"qv": 1.0}])
+    def test_shares_of_several(self, shares: dict[str, float], images: Tensor) -> None:
+        """Against dW = diag(b) B diag(d) A of each, and heads, written out in float64."""
+        model, base = small_vit().double(), small_vit().double()
+        for seed, name in enumerate(KINDS):
+            add(model, name, seed)
+        want = dict(base.named_parameters())
+        with torch.no_grad():
+            for name, share in shares.items():
+                uora.activate(model, name)
+                head = {n: p for n, p in model.named_parameters() if n.startswith("head")}
+                for path, adapter in uora.adapters(model).items():
+                    first, (a, bm) = 0, adapter.matrices()
+                    for k, role in enumerate(adapter.roles):
+                        b = adapter.b[first : first + role.rows].double()
+                        dw = b[:, None] * bm[k % len(bm)].double() * adapter.d[k].double() @ a[k % len(a)].double()
+                        want[f"{path}.weight"][role.start : role.start + role.rows] += share * dw
+                        first += role.rows
+                for n, p in head.items():
+                    want[n] += share * (p - small_vit().double().get_parameter(n))
+        assert uora.merge(model, shares=shares) is model
+        assert type(model.blocks[0].attn.qkv) is nn.Linear and not hasattr(model, "uora")
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p, want[name], rtol=1e-10, atol=1e-10)
+
+    def test_bad_shares_change_nothing(self, many: nn.Module) -> None:
+        before = snapshot(many)
+        for shares, error in (
+            ({"x": 1.0}, uora.StateError), ({"qv": float("nan")}, uora.ConfigError), ({}, uora.ConfigError),
+        ):  # fmt: skip
+            with pytest.raises(error):
+                uora.merge(many, shares=shares)
+        with pytest.raises(uora.ConfigError, match="reversible"):
+            uora.merge(many, shares={"qv": 1.0}, reversible=True)
+        assert_same(before, many)

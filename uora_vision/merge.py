@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .errors import DeadAdapterError, StateError
+from .errors import ConfigError, DeadAdapterError, StateError
 from .functional import folded
-from .inject import MERGED, adapters, check_whole, take_out
-from .layers import CHILD, Adapter, adapters_of, raw
-from .library import LIBRARY, Library, library_of
+from .inject import active_entry, adapters, check_whole, take_out
+from .layers import CHILD, Adapter, raw
+from .library import LIBRARY, MERGED, Library, check_switch, known_name, library_of
 from .quantised import dequantised, float_type, is_quantised
 from .verify import call, float_tensors
 from .views import from_matrix, to_matrix
-
-Term = tuple[Adapter, float]
-"""An adapter of a weight, and by how much of its dW the weight changes."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +67,7 @@ def merge(
     model: nn.Module,
     example_input: Any = None,
     *,
+    shares: Mapping[str, float] | None = None,
     reversible: bool = False,
     dequantize: bool = False,
     on_report: Callable[[MergeReport], None] | None = None,
@@ -79,7 +78,9 @@ def merge(
     in bfloat16 or float16 rounds young updates away; merge `model.float()` for an exact copy.
 
     Args:
-        example_input: if given, the outputs before and after are compared, in eval mode.
+        example_input: if given, the outputs before and after are compared, in eval mode; not with `shares`.
+        shares: of several adapters by name: W becomes W + sum(share * dW), and what they trained of the base (heads)
+            becomes base + sum(share * (trained - base)). By default the active adapter alone, with a share of 1.
         reversible: keep the adapters and the original bits of the adapted weights, so that `unmerge` can undo it.
             That costs as much memory as these weights have, since a sum cannot be undone to the last bit; nothing else
             is copied. Until then nothing in the model trains, and no adapter can be put into it.
@@ -93,28 +94,44 @@ def merge(
 
     Raises:
         StateError: the model is not injected, is merged already, is spread over processes, or has adapters on quantised
-            weights and `dequantize` is not set.
+            weights and `dequantize` is not set; `shares` names adapters that are not there, or whose heads differ in
+            shape.
+        ConfigError: a share is not finite, or `shares` comes with `reversible`.
         DeadAdapterError: a merged weight would not be finite; nothing is changed.
     """
     if MERGED in model.__dict__:
         raise StateError("this model is merged already; unmerge() it first")
-    found = adapters(model)
+    library = library_of(model)
     check_whole(model)
-    weights = {a.name: raw(m, tensor) for m in model.modules() for tensor, a in adapters_of(m).items()}
-    packed = {a.name: m for m in model.modules() for a in adapters_of(m).values() if is_quantised(weights[a.name])}
+    if shares is None:
+        active_entry(model)
+        names = {str(library.active): 1.0}
+    else:
+        names = _checked(library, shares, reversible)
+        check_switch(model, library)
+    layouts = [known_name(library, name).layout for name in names]
+    owners = {p.path: (m, p) for x in layouts for p, m in zip(x.projections, x.modules, strict=True)}
+    weights = {path: raw(module, p.tensor) for path, (module, p) in owners.items()}
+    packed = {path: module for path, (module, _) in owners.items() if is_quantised(weights[path])}
     if packed and not dequantize:
         raise StateError(
-            f"{len(packed)} of {len(found)} adapted weights ({next(iter(packed))}, ...) are quantised, and their codes "
-            "cannot hold W + dW. merge(model, dequantize=True) replaces these layers by plain ones of floats; or keep "
+            f"{len(packed)} of {len(weights)} adapted weights ({next(iter(packed))}, ...) are quantised, and their "
+            "codes cannot hold W + dW. merge(model, dequantize=True) replaces these layers by plain ones of floats; or keep "
             "the adapter beside the base, as save() does."
         )
-    before = _outputs(model, example_input)
+    before = _outputs(model, None if shares else example_input)
     floats = _float_type(model)
-    types = {name: float_type(w, floats) if name in packed else w.dtype for name, w in weights.items()}
-    merged = {
-        name: _merged(dequantised(packed[name]) if name in packed else weights[name], [(adapter, 1.0)], types[name])
-        for name, adapter in found.items()
-    }
+    types = {path: float_type(w, floats) if path in packed else w.dtype for path, w in weights.items()}
+    sums = {path: dequantised(packed[path]) if path in packed else w for path, w in weights.items()}
+    sums = {path: w.to(torch.promote_types(types[path], torch.float32)) for path, w in sums.items()}
+    parts = _parts(library, names) if shares else {}
+    active = library.active
+    for name, share in names.items():
+        library.switch(model, name)
+        for adapter in adapters(model).values():
+            sums[adapter.name] = _plus(sums[adapter.name], adapter, share)
+    library.switch(model, active)
+    merged = {path: _rounded(exact, types[path]) for path, exact in sums.items()}
     broken = [name for name, (weight, _) in merged.items() if not weight.isfinite().all()]
     if broken:
         raise DeadAdapterError(
@@ -123,11 +140,15 @@ def merge(
     plain: dict[nn.Module, nn.Module] = {
         module: _plain_linear(module, merged[name][0]) for name, module in packed.items()
     }
+    if shares:
+        library.switch(model, None)
+        for name, value in parts.items():
+            library.base[name].copy_(value)
     if reversible:
         originals = {name: weight.detach().clone() for name, weight in weights.items() if name not in packed}
         _set_aside(model, originals, {new: old for old, new in plain.items()})
     else:
-        take_out(model, library_of(model))
+        take_out(model, library)
     for name, (weight, _) in merged.items():
         if name not in packed:
             weights[name].copy_(weight)
@@ -210,18 +231,45 @@ def _like(weight: Tensor | None, old: Tensor) -> bool:
     return weight is not None and weight.shape == old.shape and weight.dtype == old.dtype
 
 
-def _merged(weight: Tensor, terms: Sequence[Term], dtype: torch.dtype) -> tuple[Tensor, float]:
-    """The weight with all terms added, in a type, and its largest rounding error."""
-    wide = torch.promote_types(dtype, torch.float32)
-    form = terms[0][0].form
-    exact = to_matrix(weight.to(wide), form)
-    for adapter, share in terms:
-        exact = folded(exact, share * adapter.b.to(wide), adapter.d.to(wide), adapter.spans, *adapter.matrices())
-    exact = from_matrix(exact, form, weight.shape)
-    if wide == dtype:
+def _checked(library: Library, shares: Mapping[str, float], reversible: bool) -> dict[str, float]:
+    for name, share in shares.items():
+        known_name(library, name)
+        if not isinstance(share, int | float) or not math.isfinite(share):
+            raise ConfigError(f"the share of {name!r} must be a finite number, got {share!r}")
+    if not shares or reversible:
+        raise ConfigError("shares must name an adapter" if not shares else "a merge of shares cannot be reversible")
+    return dict(shares)
+
+
+def _parts(library: Library, shares: Mapping[str, float]) -> dict[str, Tensor]:
+    """What becomes of the trained parts of the base."""
+    parts = {}
+    for name, own in library.base.items():
+        changes = [(share, library.entries[n].base.get(name, own)) for n, share in shares.items()]
+        if odd := [t for _, t in changes if t.shape != own.shape]:
+            raise StateError(
+                f"{name} has shape {tuple(odd[0].shape)} in an adapter and {tuple(own.shape)} in the base; only heads "
+                "of one shape can be merged by shares"
+            )
+        if own.is_floating_point():
+            wide = own.to(torch.promote_types(own.dtype, torch.float32))
+            parts[name] = wide + sum(share * (t.to(wide) - wide) for share, t in changes)
+    return parts
+
+
+def _plus(exact: Tensor, adapter: Adapter, share: float) -> Tensor:
+    """A weight with a share of an adapter's dW added, in the type of the weight."""
+    dtype, matrix = exact.dtype, to_matrix(exact, adapter.form)
+    matrix = folded(matrix, share * adapter.b.to(dtype), adapter.d.to(dtype), adapter.spans, *adapter.matrices())
+    return from_matrix(matrix, adapter.form, exact.shape)
+
+
+def _rounded(exact: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """A merged weight in a type, and its largest rounding error."""
+    if exact.dtype == dtype:
         return exact, 0.0
     stored = exact.to(dtype)
-    return stored, (stored.to(wide) - exact).abs().max().item()
+    return stored, (stored.to(exact) - exact).abs().max().item()
 
 
 def _float_type(model: nn.Module) -> torch.dtype:
