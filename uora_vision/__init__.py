@@ -17,12 +17,15 @@ from .errors import (
 )  # fmt: skip
 from .files import load, save
 from .fit import Base
+from .hub import push_to_hub
 from .inject import adapters, inject, remove
+from .library import activate, active_adapter, adapter_names, delete, disabled
 from .merge import MergeReport, merge, unmerge
 from .optim import param_groups
 from .packed import Packed
 from .plan import Plan, plan
 from .reinit import AlphaDecay, Reinitializer, ThresholdWave
+from .routing import route
 from .rules import register_rule
 from .summary import Summary, summary
 from .upgrade import upgrade
@@ -34,6 +37,7 @@ __all__ = [
     "AlphaDecay", "Base", "ConfigError", "DeadAdapterError", "ExportError", "FormatError", "HubError", "MergeReport",
     "OptionError", "Packed", "Plan", "Reinitializer", "StateError", "Summary", "TargetError", "ThresholdWave",
     "UoraConfig", "UoraError",
-    "adapters", "inject", "load", "merge", "param_groups", "plan", "register_rule", "remove", "save", "summary",
-    "unmerge", "upgrade", "verify",
+    "activate", "active_adapter", "adapter_names", "adapters", "delete", "disabled", "inject", "load", "merge",
+    "param_groups", "plan", "push_to_hub", "register_rule", "remove", "route", "save", "summary", "unmerge",
+    "upgrade", "verify",
 ]  # fmt: skip
