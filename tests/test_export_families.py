@@ -1,4 +1,4 @@
-"""Over families of models: what is written for PEFT computes the same in PEFT, and the rest is refused. Nothing between."""
+"""Over families of models: what is written for PEFT computes the same in PEFT, and the rest is refused."""
 
 from __future__ import annotations
 
@@ -23,10 +23,9 @@ from uora_vision.verify import float_tensors
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.slow
-OTHERS = [
-    f"transformers/{name}" for name in "llama bloom falcon bert vit clip siglip dinov2 bart swin gptj opt".split()
-]
-CASES = [name for name in HELD.values() if name != "timm/test_resnet"] + OTHERS + list(TIMM)
+NAMES = ["llama", "bloom", "falcon", "bert", "vit", "clip", "siglip", "dinov2", "bart", "swin", "gptj", "opt"]
+CASES = [name for name in HELD.values() if name != "timm/test_resnet"]
+CASES += [*(f"transformers/{name}" for name in NAMES), *TIMM]
 
 
 def made(name: str) -> tuple[nn.Module, Any]:

@@ -114,7 +114,7 @@ class TestStates:
     def test_twice(self) -> None:
         model = uora.merge(trained(), reversible=True)
         for reversible in (False, True):
-            with pytest.raises(uora.StateError, match="merged already"):
+            with pytest.raises(uora.StateError, match=r"unmerge\(\) it first"):
                 uora.merge(model, reversible=reversible)
         uora.unmerge(model)
         with pytest.raises(uora.StateError, match="was not merged with"):
@@ -129,6 +129,9 @@ class TestStates:
             lambda: uora.inject(model, rank=4),
             lambda: uora.inject(nn.Sequential(model), rank=4),
             lambda: uora.load(model, tmp_path),
+            lambda: uora.save(model, tmp_path),
+            lambda: uora.remove(model),
+            lambda: uora.activate(model, "default"),
         ]
         for action in actions:
             with pytest.raises(uora.StateError, match="unmerge"):

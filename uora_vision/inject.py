@@ -15,16 +15,13 @@ from .config import UoraConfig
 from .errors import StateError
 from .functional import WIDE
 from .layers import CHILD, REDUCED, Adapter, adapters_of, is_adapted
-from .library import DEFAULT, LIBRARY, STATISTICS, Entry, Layout, Library, check_switch, disabled, library_of
+from .library import DEFAULT, LIBRARY, MERGED, STATISTICS, Entry, Layout, Library, check_switch, disabled, library_of
 from .plan import Plan, plan
 from .quantised import is_quantised
 from .reduced import Reduced
 from .sharded import is_sharded
 from .verify import verify
 from .walker import head_names
-
-MERGED = "_uora_merged"
-"""Attribute of a model that was merged reversibly; see `merge.Merged`."""
 
 
 def inject(

@@ -26,6 +26,8 @@ from .sharded import is_sharded
 
 LIBRARY = "_uora_library"
 """Attribute of an injected model that holds its `Library`."""
+MERGED = "_uora_merged"
+"""Attribute of a model that was merged reversibly; see `merge.Merged`."""
 DEFAULT = "default"
 """Name of an adapter that was given none."""
 STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
@@ -260,6 +262,8 @@ def library_of(model: nn.Module) -> Library:
         StateError: there are none.
     """
     library = model.__dict__.get(LIBRARY)
+    if MERGED in model.__dict__:
+        raise StateError(f"the adapters of this {type(model).__name__} are merged reversibly; unmerge() it first")
     if not isinstance(library, Library):
         raise StateError(f"this {type(model).__name__} has no adapter; call inject() or load() on it first")
     return library
