@@ -295,6 +295,28 @@ class TestVerify:
         fails(["verify", tmp_path / "nothing"], "is no folder", capsys)
         fails(["verify", files["adapter"], "--model", "timm/nope"], "Unknown model", capsys)
 
+    def test_a_repository_on_the_hub(
+        self, files: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        asked = []
+
+        def local_copy(repository: str, revision: str | None = None) -> Path:
+            asked.append((repository, revision))
+            return Path(files["adapter"])
+
+        monkeypatch.setattr("uora_vision.cli.local_copy", local_copy)
+        assert main(["verify", "someone/adapter", "--revision", "v1"]) == 0
+        assert main(["inspect", "someone/adapter"]) == 0 and "timm/test_vit" in capsys.readouterr().out
+        assert asked == [("someone/adapter", "v1"), ("someone/adapter", None)]
+
+    def test_a_mistyped_folder_may_be_a_repository(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        fails(["verify", "runs/adaptr"], "runs/adaptr is n", capsys)
+        fails(["upgrade", "runs/adaptr"], "is no folder", capsys)
+
     def test_the_real_command(self, files: dict[str, Any], tmp_path: Path) -> None:
         folder = copied(files, tmp_path)
         truncate(folder)

@@ -95,6 +95,15 @@ class TestLora:
         model = trained(lambda: small_vit().double(), scope="layer")
         check(model, small_vit().double(), (images.double(),), tmp_path)
 
+    @pytest.mark.parametrize("export", [to_peft_lora, to_peft_vera])
+    def test_a_bfloat16_base_gets_factors_in_float32(self, images: Tensor, tmp_path: Path, export: Any) -> None:
+        model = trained(lambda: small_vit().bfloat16())
+        want, base = model(images.bfloat16()), small_vit().bfloat16()(images.bfloat16())
+        export(model, tmp_path)
+        files = load_file(tmp_path / "adapter_model.safetensors")
+        assert all(t.dtype == torch.float32 for name, t in files.items() if "lora_" in name or "vera_" in name)
+        close(loaded(small_vit().bfloat16(), tmp_path)(images.bfloat16()), want, base, 2**-5)
+
     def test_a_rank_above_the_width(self, images: Tensor, tmp_path: Path) -> None:
         report = check(trained(rank=100, init="kaiming", layout="slice"), small_vit(), (images,), tmp_path)
         assert set(report.ranks.values()) == {64}

@@ -214,9 +214,10 @@ def verify(
 @app.command()
 def upgrade(folder: Annotated[Path, typer.Argument(help="Folder of an adapter.")]) -> None:
     """Rewrite an adapter of an earlier format version, in place."""
-    there = _local(str(folder), None)
-    done = upgrade_folder(there)
-    print(f"{there} is of format version {FORMAT_VERSION} now" if done else f"{there} needs no upgrade")
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder")
+    done = upgrade_folder(folder)
+    print(f"{folder} is of format version {FORMAT_VERSION} now" if done else f"{folder} needs no upgrade")
 
 
 def _local(folder: str, revision: str | None) -> Path:
