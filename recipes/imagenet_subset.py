@@ -1,7 +1,8 @@
 """Teach a pretrained timm model any folder or data set of photos, from a few images of each class.
 
     python recipes/imagenet_subset.py --demo                                  # no data, no network, about a minute
-    python recipes/imagenet_subset.py --data photos/ --model convnext_tiny    # photos/train/CLASS/*.jpg, photos/test/
+    python recipes/imagenet_subset.py --data photos/                          # photos/train/CLASS/*.jpg, photos/test/
+    python recipes/imagenet_subset.py --data photos/ --model convnext_tiny --targets attention+mlp
     python recipes/imagenet_subset.py --data timm/oxford-iiit-pet --shots 20  # of the Hugging Face hub
     python recipes/imagenet_subset.py --data timm:torch/places365 --shots 20  # what timm.data.create_dataset takes
     accelerate launch recipes/imagenet_subset.py --precision bf16 ...         # several GPUs

@@ -187,6 +187,15 @@ def test_a_single_evaluation_is_seen_above_the_training_line() -> None:
     assert legend and drawn.rindex(figures.BLUE) > drawn.rindex(figures.ORANGE)  # what comes later is above
 
 
+def test_every_column_of_panels_has_numbers_below() -> None:
+    layers = [f"blocks.{block}.{role}" for block in range(3) for role in ("q", "k", "v")]
+    for roles, numbers in ((2, 6), (3, 6), (1, 3)):  # three blocks under each column
+        chosen = [name for name in layers if name[-1] in "qkv"[:roles]]
+        uri = figures.magnitudes([np.ones(4)] * len(chosen), chosen, "b")
+        drawn = base64.b64decode(uri.partition(",")[2]).decode()
+        assert sum(drawn.count(f"<!-- {block} -->") for block in range(3)) == numbers
+
+
 def test_words_fit_what_is_shown(tmp_path: Path) -> None:
     row = {"epoch": 1, "test_accuracy": 0.5, "test_bleu": 20.0}
     alone = page(replace(a_report(), history=[row]), tmp_path)

@@ -205,6 +205,8 @@ def magnitudes(sizes: Sequence[np.ndarray], layers: Sequence[str], symbol: str, 
         panel.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     for panel in panels[len(roles) :]:
         panel.set_visible(False)
+    if len(roles) % 2 and rows > 1:  # nothing stands below this one
+        panels[len(roles) - 2].tick_params(labelbottom=True)
     panels[0].set_ylim(bottom=0)
     figure.supxlabel("block, in the order of the model", fontsize=9, color=MUTED)
     figure.supylabel(f"|{symbol}|", fontsize=9, color=MUTED)

@@ -177,7 +177,7 @@ def vectors(adapted: Adapted) -> tuple[list[str], list[np.ndarray], list[np.ndar
     for name, adapter in uora.adapters(adapted.base).items():
         rows = adapter.b.detach().cpu().split([role.rows for role in adapter.roles])
         for role, role_b, role_d in zip(adapter.roles, rows, adapter.d.detach().cpu(), strict=True):
-            names.append(f"{name}.{role.name}")
+            names.append(name if name.endswith(f".{role.name}") else f"{name}.{role.name}")
             b.append(role_b.numpy())
             d.append(role_d.numpy())
     return names, b, d
