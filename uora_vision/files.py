@@ -20,7 +20,7 @@ from .folder import CONFIG_FILE, TENSOR_FILE, read, write, write_atomically
 from .hub import is_repository, local_copy
 from .inject import adapters, apply_plan, bank_for, bank_of, check_room, check_whole
 from .layers import Adapter
-from .library import DEFAULT, STATISTICS
+from .library import DEFAULT, STATISTICS, check_switch
 from .plan import Plan
 from .sharded import is_sharded, whole, writes
 from .stored import Identity, SaveBanks, Stored, StoredProjection, shared_matrices
@@ -86,8 +86,11 @@ def load(
         FormatError: a file is missing, damaged, of a newer version, or does not fit this model.
         HubError: the repository cannot be had.
     """
-    check_room(model, name)
-    check_whole(model)
+    library = check_room(model, name)
+    if library is None:
+        check_whole(model)
+    elif activate:
+        check_switch(model, library)
     if is_repository(folder):
         folder = local_copy(os.fspath(folder), revision)
     stored = read(folder)
@@ -100,7 +103,7 @@ def load(
         parts = _parts(stored, fitted, base)
     except FormatError as error:
         raise FormatError(f"{os.fspath(folder)}: {error}") from error
-    apply_plan(model, what, name, stored.vector.clone(), parts, state, activate, bank)
+    apply_plan(model, what, name, stored.vector.to(torch.float32, copy=True), parts, state, activate, bank)
     return model
 
 

@@ -15,7 +15,7 @@ from .config import UoraConfig
 from .errors import StateError
 from .functional import WIDE
 from .layers import CHILD, REDUCED, Adapter, adapters_of, is_adapted
-from .library import DEFAULT, LIBRARY, MERGED, STATISTICS, Entry, Layout, Library, check_switch, disabled, library_of
+from .library import DEFAULT, LIBRARY, MERGED, STATISTICS, Entry, Layout, Library, disabled, library_of, tensors_of
 from .plan import Plan, plan
 from .quantised import is_quantised
 from .reduced import Reduced
@@ -105,18 +105,17 @@ def apply_plan(
     entry = Entry(config, layout, bank or bank_for(model, what), {}, state or BankState(), vector)
     if activate:
         entry.materialise()
-    held: dict[str, Tensor] = dict(model.named_parameters())
-    parts = [n for n in base_parameters(model, config.train) if _trains(n, held[n])] if base is None else list(base)
-    held |= {name: t for name, t in model.named_buffers() if name.endswith(STATISTICS)}
-    if base is None:
-        parts += [name for name in held if name.endswith(STATISTICS)]
     first = not library.entries
-    # The first adapter trains the parts of the base as they stand there; later ones have their own.
-    kept = {name: _copy(held[name]) for name in parts if name not in library.base}
+    # Many are added beside others, and a walk over the model takes longer than all the rest.
+    held = tensors_of(model) if first or base is None or not base.keys() <= library.base.keys() else {}
     if base is None:
+        parts = [n for n in base_parameters(model, config.train) if _trains(n, held[n])]
+        parts += [name for name in held if name.endswith(STATISTICS)]
+        # The first adapter trains the parts of the base as they stand there; later ones have their own.
         entry.base = {name: held[name] if first else _copy(library.base.get(name, held[name]), True) for name in parts}
     else:
         entry.base = dict(base)
+    kept = {name: _copy(held[name]) for name in entry.base if name not in library.base}
     if first:
         model.__dict__[LIBRARY] = library
     try:
@@ -146,11 +145,12 @@ def remove(model: nn.Module) -> nn.Module:
     check_whole(model)
     if library.active is not None:
         # In place, since optimizers and tied weights know the base by its tensors.
-        entry = library.entries[library.active]
+        parts = library.entries[library.active].base
+        if any(t.shape != library.base[name].shape for name, t in parts.items()):
+            library.switch(model, None)
         with torch.no_grad():
-            for name, own in library.base.items():
-                if name in entry.base and entry.base[name].shape == own.shape:
-                    entry.base[name].copy_(own)
+            for name, t in parts.items() if library.active is not None else ():
+                t.copy_(library.base[name])
     return take_out(model, library)
 
 
@@ -236,7 +236,6 @@ def check_room(model: nn.Module, name: str) -> Library | None:
                 f"this model already has an adapter {name!r}; add this one under another name=..., or merge() or "
                 "remove() what is there"
             )
-        check_switch(model, library)
         return library
     if any(MERGED in m.__dict__ for m in model.modules()):
         raise StateError("the adapters of this model are merged reversibly; unmerge() them first")
