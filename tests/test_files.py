@@ -104,6 +104,14 @@ class TestRoundTrip:
         torch.manual_seed(0)
         assert torch.equal(uora.load(make(), tmp_path).eval()(x), model(x))
 
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+    def test_an_adapted_model_that_was_converted_as_a_whole(self, tmp_path: Path, dtype: torch.dtype) -> None:
+        model = trained().to(dtype)
+        uora.save(model, tmp_path)
+        again = uora.load(small_vit(), tmp_path)
+        for one, two in zip(uora.adapters(model).values(), uora.adapters(again).values(), strict=True):
+            assert torch.equal(one.b.float(), two.b) and torch.equal(one.d.float(), two.d)
+
     def test_a_bfloat16_base(self, images: Tensor, tmp_path: Path) -> None:
         make = lambda: small_vit().bfloat16()  # noqa: E731
         model = trained(make, scope="layer")

@@ -30,6 +30,8 @@ VECTORS, ENTRIES, ALPHA, BASE, ROWS, SHARED = (
     "vectors", "log/entries", "log/alpha", "base/", "banks/rows", "banks/shared",
 )  # fmt: skip
 """Names of tensors in the file; `base/` is the beginning of the names of trained parts of the base."""
+VECTOR_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""Types that b and d can have: float32, unless the adapted model was converted as a whole."""
 LIMIT = 2**31
 """No width, row or step reaches this."""
 SaveBanks = Literal["changed", "all"]
@@ -102,7 +104,7 @@ class Stored:
     Args:
         config: its options.
         projections: the adapted weights.
-        vector: b and d of the first projection, role after role, then of the next one, (n,) float32.
+        vector: b and d of the first projection, role after role, then of the next one, (n,).
         base: trained parts of the base by name.
         log: the redraws of its banks.
         identity: of its base.
@@ -240,7 +242,7 @@ def from_config(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> Stored
     if not isinstance(versions, dict) or not all(isinstance(v, str) for v in versions.values()):
         raise FormatError(f"versions must map names to versions, not {_short(versions)}")
     rest = dict(tensors)
-    for name, dtype, dims in ((VECTORS, torch.float32, 1), (ENTRIES, torch.int32, 2), (ALPHA, torch.float64, 1)):
+    for name, dtype, dims in ((VECTORS, None, 1), (ENTRIES, torch.int32, 2), (ALPHA, torch.float64, 1)):
         if name not in rest:
             raise FormatError(f"the tensor {name} is missing")
         _check_tensor(name, rest[name], dtype, dims)
@@ -485,10 +487,11 @@ def _where(stored: Stored, name: str) -> str:
     return name
 
 
-def _check_tensor(name: str, t: Tensor, dtype: torch.dtype, dims: int) -> None:
-    if t.dtype != dtype or t.dim() != dims:
+def _check_tensor(name: str, t: Tensor, dtype: torch.dtype | None, dims: int) -> None:
+    if t.dtype not in (VECTOR_TYPES if dtype is None else (dtype,)) or t.dim() != dims:
+        wanted = "floating point" if dtype is None else dtype
         raise FormatError(
-            f"the tensor {name} must have {dims} dimensions of {dtype}, not shape {tuple(t.shape)} of {t.dtype}"
+            f"the tensor {name} must have {dims} dimensions of {wanted}, not shape {tuple(t.shape)} of {t.dtype}"
         )
 
 

@@ -13,7 +13,7 @@ from . import folder as _folder
 from .bank import unpack_log
 from .errors import FormatError
 from .layers import Role
-from .stored import Identity, Stored, StoredProjection, _fields, _short, check, to_options
+from .stored import VECTOR_TYPES, Identity, Stored, StoredProjection, _fields, _short, check, to_options
 
 
 def upgrade(folder: str | os.PathLike[str]) -> bool:
@@ -61,7 +61,7 @@ def from_v2(source: Path, config: dict[str, Any], tensors: dict[str, Tensor], me
             raise FormatError(f"parameter_tensors must be a whole number, not {_short(count)}")
         projections = tuple(_projection(entry) for entry in entries)
         rest = dict(tensors)
-        log = {name: _taken(rest, f"log/{name}", dtype) for name, dtype in _LOG.items()}
+        log = {name: _taken(rest, f"log/{name}", types) for name, types in _LOG.items()}
         names = _folder.parse(metadata["matrices"]) if "matrices" in metadata else None
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise FormatError("matrices must be a list of names")
@@ -83,7 +83,7 @@ def from_v2(source: Path, config: dict[str, Any], tensors: dict[str, Tensor], me
     return adapter
 
 
-_LOG = {"entries": torch.int32, "alpha": torch.float64}
+_LOG = {"entries": (torch.int32,), "alpha": (torch.float64,)}
 
 
 def _projection(entry: Any) -> StoredProjection:
@@ -105,15 +105,18 @@ def _projection(entry: Any) -> StoredProjection:
 
 def _vectors(p: StoredProjection, tensors: dict[str, Tensor], rank: int) -> list[Tensor]:
     """b of every role, then d of every role."""
-    b = [_taken(tensors, f"vectors/{p.path}/{r.name}.b", torch.float32, (r.rows,)) for r in p.roles]
-    d = [_taken(tensors, f"vectors/{p.path}/{r.name}.d", torch.float32, (rank,)) for r in p.roles]
+    b = [_taken(tensors, f"vectors/{p.path}/{r.name}.b", VECTOR_TYPES, (r.rows,)) for r in p.roles]
+    d = [_taken(tensors, f"vectors/{p.path}/{r.name}.d", VECTOR_TYPES, (rank,)) for r in p.roles]
     return b + d
 
 
-def _taken(tensors: dict[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int, ...] | None = None) -> Tensor:
+def _taken(
+    tensors: dict[str, Tensor], name: str, types: tuple[torch.dtype, ...], shape: tuple[int, ...] | None = None
+) -> Tensor:
     if name not in tensors:
         raise FormatError(f"{_short(name)} is missing")
     t = tensors.pop(name)
-    if t.dtype != dtype or (shape is not None and tuple(t.shape) != shape):
-        raise FormatError(f"{_short(name)} has shape {tuple(t.shape)} and type {t.dtype}, expected {shape}, {dtype}")
+    if t.dtype not in types or (shape is not None and tuple(t.shape) != shape):
+        wanted = f"{'any' if shape is None else shape}, {types[0]}"
+        raise FormatError(f"{_short(name)} has shape {tuple(t.shape)} and type {t.dtype}, expected {wanted}")
     return t
