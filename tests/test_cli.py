@@ -193,6 +193,8 @@ class TestMerge:
         save_file(timm.create_model("test_vit2").state_dict(), tmp_path / "other.safetensors")
         fails([*other, "--checkpoint", tmp_path / "other.safetensors"], "the adapter was made for test_vit", capsys)
         fails([*other, "--checkpoint", files["base"]], "is not of this model", capsys)
+        fails(["merge", files["adapter"], "--model", "open_clip/ViT-B-32", "--output", tmp_path / "out"],
+              "open_clip needs --checkpoint", capsys)  # fmt: skip
         fails([*other, "--checkpoint", tmp_path / "none.pt"], "cannot be made", capsys)
         assert not (tmp_path / "out").exists() and (tmp_path / "model.safetensors").read_text() == "mine"
         assert main([str(a) for a in (*there, "--overwrite")]) == 0

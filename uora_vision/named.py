@@ -51,7 +51,8 @@ def _made(spec: str, stored: Stored | None, checkpoint: str | None, weights: boo
     except Exception as error:  # of three libraries, a network and files: whatever it is, the name is what to look at
         text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
         reason = next((line for line in text.splitlines() if line.strip()), type(error).__name__)
-        raise ConfigError(f"{spec} cannot be made: {reason.strip()}") from error
+        hint = "; --checkpoint gives its weights from a file" if weights and checkpoint is None else ""
+        raise ConfigError(f"{spec} cannot be made: {reason.strip().rstrip('.')}{hint}") from error
 
 
 def _timm(name: str, stored: Stored | None, checkpoint: str | None, weights: bool) -> tuple[nn.Module, Any]:
