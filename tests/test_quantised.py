@@ -15,6 +15,7 @@ from conftest import wake
 from torch import Tensor, nn
 
 import uora_vision as uora
+from uora_vision.export import to_peft_lora, to_peft_vera
 from uora_vision.functional import add_update
 from uora_vision.quantised import dequantised, is_quantised
 from uora_vision.views import Span
@@ -399,3 +400,17 @@ def test_a_model_that_transformers_loads_quantised(bits: int, tokens: Tensor, tm
         assert torch.equal(logits(model, tokens), before)
         uora.merge(wake(model, scale=0.3), dequantize=True)
         assert model.generate(tokens[:1], max_new_tokens=3, do_sample=False).shape == (1, TOKENS + 3)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "torchao" not in kind])
+def test_peft_takes_the_adapter_over_the_same_codes(kind: str, tokens: Tensor, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = wake(uora.inject(quantised_llama(kind), rank=8, train=()), scale=0.3)
+    for name, export in (("lora", to_peft_lora), ("vera", to_peft_vera)):
+        export(model, tmp_path / name)
+        base = quantised_llama(kind)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            plain, want = logits(base, tokens), logits(model, tokens)
+            got = logits(peft.PeftModel.from_pretrained(base, tmp_path / name).eval(), tokens)
+        assert (got - want).abs().max() < 1e-4 * want.abs().max() < 1e-2 * (want - plain).abs().max()
