@@ -60,7 +60,11 @@ class Weight:
         # An odd distance, so that the values are not all of one column.
         step = max(1, (t.numel() // count - 1) | 1)
         index = torch.arange(min(count, t.numel()), device=t.device) * step
-        return t[torch.unravel_index(index, t.shape)].to(torch.bfloat16)
+        places = []
+        for size in reversed(t.shape):  # torch.unravel_index would import sympy, which takes seconds
+            places.append(index % size)
+            index = index // size
+        return t[tuple(reversed(places))].to(torch.bfloat16)
 
 
 def weights_digest(weights: Iterable[Weight]) -> str | None:
