@@ -116,8 +116,8 @@ def merge(
     if packed and not dequantize:
         raise StateError(
             f"{len(packed)} of {len(weights)} adapted weights ({next(iter(packed))}, ...) are quantised, and their "
-            "codes cannot hold W + dW. merge(model, dequantize=True) replaces these layers by plain ones of floats; or keep "
-            "the adapter beside the base, as save() does."
+            "codes cannot hold W + dW. merge(model, dequantize=True) replaces these layers by plain ones of floats; or "
+            "keep the adapter beside the base, as save() does."
         )
     before = _outputs(model, None if shares else example_input)
     floats = _float_type(model)
