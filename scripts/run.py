@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = ROOT / ".venv"
 PYTHON = ENVIRONMENT / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
 READY = ENVIRONMENT / "uora_vision-ready"
-JOBS = {"demo": ["recipes/vit_cifar100.py", "--demo"], "test": ["-m", "pytest"]}
+JOBS = {"demo": ["recipes/vit_cifar100.py", "--demo"], "test": ["-m", "pytest", "-n", "auto", "--dist", "loadfile"]}
 
 
 def set_up() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import uora_vision as uora
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core, each of one thread
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 SMALL: dict[str, Any] = {
     "img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 7,

@@ -50,6 +50,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_every_way_to_hold_a_projection(family: str) -> None:
     (entry,) = entries(FAMILIES[family])
     row = prove(entry)
@@ -102,6 +103,7 @@ class TestCommand:
         app.command()(coverage.main)
         return CliRunner().invoke(app, [*arguments])
 
+    @pytest.mark.slow
     def test_it_goes_on_where_it_stopped_and_survives_a_cut_line(self, tmp_path: Path) -> None:
         rows = tmp_path / "rows.jsonl"
         row = {"library": "transformers", "name": "gptj", "projections": True, "dead": 0, "failures": []}

@@ -42,7 +42,7 @@ class TestTargets:
             (" q + fc1 ", {"attn.q", "mlp.fc1"}), ("blocks.*.attn.*", {"attn.q", "attn.k", "attn.v", "attn.proj"}),
             ("*.qkv.k", {"attn.k"}), ("qv+mlp", {"attn.q", "attn.v", "mlp.fc1", "mlp.fc2"}),
         ],
-        ids=str,
+        ids=lambda terms: str(sorted(terms) if isinstance(terms, set) else terms),
     )  # fmt: skip
     def test_terms(self, vit: nn.Module, targets: Any, wanted: set[str]) -> None:
         what = uora.plan(vit, targets=targets)

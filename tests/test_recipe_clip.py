@@ -93,6 +93,7 @@ def metrics(folder: Path) -> dict:
 
 
 @pytest.mark.parametrize("method", [m for m in Method if m is not Method.vera_peft])
+@pytest.mark.slow
 def test_every_method_leaves_its_results(method: Method, recipe: Call, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     rank = ["--rank", 4] if method in (Method.uora, Method.vera, Method.lora) else []
@@ -134,6 +135,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
+@pytest.mark.slow
 def test_resuming_ends_at_the_same_weights(name: str, recipe: Call, tmp_path: Path) -> None:
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     assert recipe(*CLASSES, *RUNS[name], "--output", whole)[0] == 0
@@ -145,6 +147,7 @@ def test_resuming_ends_at_the_same_weights(name: str, recipe: Call, tmp_path: Pa
     assert metrics(whole)["accuracy_before"] == metrics(pieces)["accuracy_before"]
 
 
+@pytest.mark.slow
 def test_resuming_pairs_ends_at_the_same_weights(recipe: Call, table: Path, tmp_path: Path) -> None:
     words, whole, pieces = ("--pairs", table, "--rank", 4, *SHORT), tmp_path / "whole", tmp_path / "pieces"
     assert recipe(*words, "--output", whole)[0] == 0
@@ -159,6 +162,7 @@ def test_resuming_pairs_ends_at_the_same_weights(recipe: Call, table: Path, tmp_
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
+@pytest.mark.slow
 def test_models_of_transformers(kind: str, recipe: Call, table: Path, tmp_path: Path) -> None:
     model = of_transformers(tmp_path / kind, kind)
     words = ("--rank", 4, "--lr", 0.02)

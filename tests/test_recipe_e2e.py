@@ -89,6 +89,7 @@ def without_linear() -> list[Method]:
 
 
 @pytest.mark.parametrize("method", without_linear())
+@pytest.mark.slow
 def test_every_method_leaves_its_results(method: Method, recipe: Call, tmp_path: Path) -> None:
     out = tmp_path / "out"
     rank = ["--rank", 4] if "a" in method else []
@@ -117,6 +118,7 @@ def test_a_llama_works_too(recipe: Call, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [FIRES, ("--method", "lora", "--rank", 2)], ids=["uora", "lora"])
+@pytest.mark.slow
 def test_resuming_ends_at_the_same_weights(words: tuple, recipe: Call, tmp_path: Path) -> None:
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     assert recipe(*SHORT, *words, "--output", whole)[0] == 0

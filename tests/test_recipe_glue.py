@@ -77,6 +77,7 @@ def trained(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("method", list(Method))
+@pytest.mark.slow
 def test_every_method_leaves_its_results(method: Method, recipe: Call, tmp_path: Path) -> None:
     rank = ["--rank", 4] if "a" in method else []
     code, error = recipe(*SHORT, "--method", method.value, "--output", tmp_path / "out", *rank)
@@ -106,6 +107,7 @@ def test_the_saved_adapter_gives_the_measured_accuracy(
     assert metrics["accuracy"] == pytest.approx(right / len(rows), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_as_an_uninterrupted_one(recipe: Call, tmp_path: Path) -> None:
     assert recipe(*SHORT, *FIRES, "--output", tmp_path / "whole")[0] == 0
     assert recipe(*SHORT, *FIRES, "--output", tmp_path / "parts", "--max-steps", 2)[0] == 0

@@ -72,6 +72,7 @@ def trained(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_results_and_a_resumed_one_the_same(recipe: Call, tiny: str, tmp_path: Path) -> None:
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     assert recipe(*SHORT, *FIRES, "--output", whole) == (0, "")

@@ -106,6 +106,7 @@ def loaded(folder: Path, dialogues: list[Any] | None = None) -> tuple[Any, Any, 
 
 
 @pytest.mark.parametrize("method", [m for m in Method if m not in (Method.linear, Method.bitfit)])
+@pytest.mark.slow
 def test_every_method_leaves_its_results(method: Method, recipe: Call, tmp_path: Path) -> None:
     rank = ["--rank", 4] if method is not Method.full else []
     code, error = recipe(*SHORT, "--lr", 0.01, "--method", method.value, "--output", tmp_path / "out", *rank)
@@ -143,6 +144,7 @@ def test_the_saved_adapter_gives_the_measured_loss(recipe: Call, backbone: Path,
 
 
 @pytest.mark.parametrize("method", ["uora", "lora"])
+@pytest.mark.slow
 def test_a_resumed_run_ends_as_an_uninterrupted_one(method: str, recipe: Call, tmp_path: Path) -> None:
     words = (*SHORT, *FIRES, "--method", method)
     assert recipe(*words, "--output", tmp_path / "whole")[0] == 0
@@ -234,6 +236,7 @@ def test_the_loss_does_not_depend_on_batches(backbone: Path) -> None:
 @pytest.mark.parametrize(
     "more", [("--packing", "--max-length", 40), ("--gradient-checkpointing",), ("--accumulate", 3)]
 )
+@pytest.mark.slow
 def test_ways_to_save_memory(more: tuple[object, ...], recipe: Call, tmp_path: Path) -> None:
     code, error = recipe(*SHORT, "--rank", 4, "--lr", 0.05, *more, "--output", tmp_path)
     assert code == 0, error
@@ -243,6 +246,7 @@ def test_ways_to_save_memory(more: tuple[object, ...], recipe: Call, tmp_path: P
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.slow
 def test_a_base_in_4_bits(recipe: Call, tmp_path: Path) -> None:
     words = (*SHORT, "--rank", 4, "--lr", 0.05, "--load-in-4bit", "--output", tmp_path)
     assert recipe(*words, "--max-steps", 3)[0] == 0

@@ -78,6 +78,7 @@ def assert_same_run(first: Path, second: Path) -> None:
 
 
 @pytest.mark.parametrize("method", list(Method))
+@pytest.mark.slow
 def test_every_method_leaves_its_results(method: Method, recipe: Call, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     code, _ = recipe(*SHORT, "--method", method.value, "--output", folder, *(["--rank", 4] if "a" in method else []))
@@ -126,6 +127,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
+@pytest.mark.slow
 def test_resuming_ends_at_the_same_weights(name: str, recipe: Call, tmp_path: Path) -> None:
     words, whole, pieces = (*SHORT, *RUNS[name]), tmp_path / "whole", tmp_path / "pieces"
     assert recipe(*words, "--output", whole)[0] == 0
@@ -149,6 +151,7 @@ def test_dropout_in_the_model_is_resumed_exactly(recipe: Call, tmp_path: Path) -
     assert_same_run(tmp_path / "whole", tmp_path / "pieces")
 
 
+@pytest.mark.slow
 def test_a_failed_write_leaves_a_checkpoint_to_resume_from(recipe: Call, tmp_path: Path, monkeypatch: Any) -> None:
     words = (*SHORT, "--rank", 8, *FIRES, "--checkpoint-every", 2)
     assert recipe(*words, "--output", tmp_path / "whole")[0] == 0
@@ -169,6 +172,7 @@ def test_a_failed_write_leaves_a_checkpoint_to_resume_from(recipe: Call, tmp_pat
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.slow
 def test_an_interrupt_leaves_a_checkpoint_and_says_how_to_go_on(
     sent: signal.Signals, recipe: Call, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
@@ -331,6 +335,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "model"), [("cifar100", None), ("someone/photos", None), ("digits", "vit_tiny_patch16_224")]
 )
+@pytest.mark.slow
 def test_without_network_it_says_demo_at_once(data: str, model: str | None, recipe: Call) -> None:
     started = time.monotonic()
     code, said = recipe(data=data, model=model)

@@ -73,6 +73,7 @@ def test_checkpointing_gives_the_same_gradients(images: Tensor, reentrant: bool,
         "layer",
     ],
 )
+@pytest.mark.slow
 def test_a_compiled_model_matches_eager_also_after_firings(images: Tensor, scope: str, backend: str) -> None:
     torch.compiler.reset()
     model = injected(depth=1, train=("head", "norm"))
