@@ -25,7 +25,7 @@ from .bank import Bank
 from .convolution import Geometry, convolve
 from .quantised import is_quantised, is_quantised_linear, own_forward
 from .sharded import is_sharded
-from .views import Form, Span, from_matrix, to_matrix
+from .views import Form, Span, to_matrix
 
 CHILD = "uora"
 """Name of the child module that holds the vectors of a module's `weight`, and of the bank in the injected model."""
@@ -184,13 +184,6 @@ class Adapter(nn.Module):
     def fold(self, weight: Tensor) -> Tensor:
         """W + dW, differentiable; see `functional.fold`."""
         return functional.fold(weight, self.form, self.b, self.d, self.spans, *self.matrices())
-
-    def merged(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """W + dW in `dtype`, in which it is computed too."""
-        a, bm = self.matrices()
-        matrix = to_matrix(weight.to(dtype), self.form)
-        matrix = functional.folded(matrix, self.b.to(dtype), self.d.to(dtype), self.spans, a, bm)
-        return from_matrix(matrix, self.form, weight.shape)
 
     def delta_weight(self, dtype: torch.dtype) -> list[Tensor]:
         """dW of each role, (rows, in), computed in `dtype`."""

@@ -25,7 +25,7 @@ from .library import Entry, Layout, Library, check_switch, holders, known_name, 
 from .mixed import Table, tables
 from .plan import Projection
 from .probe import Pattern, Recorder, check_batch, find_patterns
-from .reads import Reads
+from .reads import AddUpdate, Reads
 from .views import Form, to_matrix
 
 
@@ -147,7 +147,7 @@ class _Route:
         """While this runs, the model computes each sample with its own adapter."""
         with ExitStack() as stack:
             stack.callback(self.library.detach, self.model)
-            read = {}
+            read: dict[int, tuple[str, Tensor, AddUpdate]] = {}
             for owner, p, routed in self.sites.values():
                 attach(owner, p.tensor, routed, p.read)  # type: ignore[arg-type]
                 if p.tensor in type(owner).read:  # type: ignore[attr-defined]
@@ -157,16 +157,7 @@ class _Route:
                 module.__dict__["forward"] = _Part(self, module, values)
                 stack.callback(module.__dict__.pop, "forward")
             inner = {*self.parts, *(owner for owner, _, _ in self.sites.values())}
-            above = {
-                "",
-                *(
-                    ".".join(parts[:i])
-                    for m in inner
-                    for parts in [self.paths[m].split(".")]
-                    for i in range(len(parts))
-                ),
-            }
-            for path in above:
+            for path in {above for m in inner for above in _above(self.paths[m])}:
                 module = self.model.get_submodule(path)
                 stack.callback(module.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(self._leave, always_call=True).remove)
@@ -274,6 +265,11 @@ def _checking(model: nn.Module, batch: int) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def _above(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts))]
 
 
 def _within(path: str, above: str) -> bool:
