@@ -217,6 +217,7 @@ class TestExport:
         assert main(["export", str(files["adapter"]), *of(files), *to]) == 0
         assert "at rank 2" in (text := capsys.readouterr().out) and "at worst (blocks." in text
 
+    @pytest.mark.slow
     def test_to_onnx(self, files: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         pytest.importorskip("onnxscript")
         onnxruntime = pytest.importorskip("onnxruntime")
@@ -319,6 +320,7 @@ class TestVerify:
         fails(["verify", "runs/adaptr"], "runs/adaptr is n", capsys)
         fails(["upgrade", "runs/adaptr"], "is no folder", capsys)
 
+    @pytest.mark.slow
     def test_the_real_command(self, files: dict[str, Any], tmp_path: Path) -> None:
         folder = copied(files, tmp_path)
         truncate(folder)

@@ -16,6 +16,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 
 @pytest.mark.parametrize("reversible", [False, True])
+@pytest.mark.slow
 def test_onnx_runs_on_any_batch_size(images: Tensor, tmp_path: Path, reversible: bool) -> None:
     model = trained(scope="layer")
     want = model(images)

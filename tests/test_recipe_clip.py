@@ -218,6 +218,7 @@ def test_recall_counts_any_of_several_right_answers() -> None:
     assert found == {1: 2 / 3, 5: 1.0}
 
 
+@pytest.mark.slow
 def test_tar_shards_as_webdataset_writes_them(recipe: Call, table: Path, tmp_path: Path) -> None:
     wds = pytest.importorskip("webdataset")
     rows = pd.read_csv(table)

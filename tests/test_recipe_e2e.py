@@ -113,6 +113,7 @@ def test_a_method_that_trains_only_a_head_is_refused(recipe: Call, tmp_path: Pat
     assert (code, error) == (2, f"{told}uora, vera, vera-peft, lora and full train it")
 
 
+@pytest.mark.slow
 def test_a_llama_works_too(recipe: Call, tmp_path: Path) -> None:
     model = write_model(tmp_path / "llama", llama=True)
     assert recipe(*SHORT, *FIRES, "--output", tmp_path / "out", model=model) == (0, "")

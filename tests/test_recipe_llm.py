@@ -374,6 +374,7 @@ class TestChat:
     SAID: ClassVar[dict[str, Any]] = {"messages": [{"role": "user", "content": "what colour is the fox ?"}]}
 
     @pytest.mark.parametrize("method", ["uora", "lora", "full"])
+    @pytest.mark.slow
     def test_base_and_adapter_answer_side_by_side(
         self, method: str, talks: dict[str, chat.Talk], backbone: Path
     ) -> None:
@@ -459,6 +460,7 @@ def test_a_person_asks_in_a_browser_and_both_sides_answer(talks: dict[str, chat.
 
 
 @pytest.mark.skipif(not (SHARED / "models" / "stories260K").is_dir(), reason="no real model beside the repository")
+@pytest.mark.slow
 def test_a_real_model_on_real_instructions(recipe: Call, tmp_path: Path) -> None:
     rows = json.loads((SHARED / "data" / "instruct" / "roleplay_instruct.json").read_text())
     (tmp_path / "rows.json").write_text(json.dumps(rows[:40]))

@@ -221,9 +221,9 @@ class TestErrors:
         with pytest.raises(uora.StateError, match="name of an adapter"), uora.route(model, []):
             pass
         for names in (["a", "less"], ["a", "a", "a"], ["a", "less"] * 4):
-            with pytest.raises(uora.StateError, match=f"{len(names)} adapters were named.* 4 samples"):
-                with uora.route(model, names):
-                    model(images)
+            wrong = pytest.raises(uora.StateError, match=f"{len(names)} adapters were named.* 4 samples")
+            with wrong, uora.route(model, names):
+                model(images)
             assert torch.equal(model(images), want)
         with pytest.raises(uora.StateError, match="inject"), uora.route(small_vit(), ["a"]):
             pass
@@ -254,5 +254,5 @@ class TestErrors:
             wake(uora.inject(model, name=name, rank=8, train="head"), seed=seed)
             with torch.no_grad():
                 model.head.weight.normal_()
-        with pytest.raises(uora.StateError, match="head.*does not call"), uora.route(model, ["a", "b"]):
+        with pytest.raises(uora.StateError, match=r"head.*does not call"), uora.route(model, ["a", "b"]):
             model(torch.randn(2, 3, 32, 32))
