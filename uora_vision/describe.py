@@ -96,7 +96,7 @@ def _redraws(stored: Stored) -> str:
     shown = [f"  {name}: {n:,}" for name, n in found["matrices"].most_common(8)]
     more = len(found["matrices"]) - len(shown)
     text = (
-        f"{found['directions']:,} directions re-drawn, at {found['steps']:,} steps from {first:,} to {last:,}\n  {line}"
+        f"{found['directions']:,} rows of A and B re-drawn, in {found['steps']:,} steps from {first:,} to {last:,}\n  {line}"
     )
     return "\n".join([text, *shown, *([f"  and {more} more matrices"] if more else [])])
 
@@ -149,6 +149,6 @@ def plot(stored: Stored, path: Path) -> None:
     for event in stored.log:
         steps[event.step] += len(event.indices)
     axes[2].bar(list(steps), list(steps.values()), width=max(1.0, max(steps, default=1) / 100))
-    axes[2].set(title=f"{sum(steps.values()):,} directions re-drawn", xlabel="step")
+    axes[2].set(title=f"{sum(steps.values()):,} rows of A and B re-drawn", xlabel="step")
     figure.suptitle(f"{stored.identity.shown}, rank {stored.config.rank}", fontsize=10)
     figure.savefig(path, dpi=120)
