@@ -95,10 +95,8 @@ def _redraws(stored: Stored) -> str:
     line = "".join(_LEVELS[-(-7 * n // max(counts))] for n in counts)
     shown = [f"  {name}: {n:,}" for name, n in found["matrices"].most_common(8)]
     more = len(found["matrices"]) - len(shown)
-    text = (
-        f"{found['directions']:,} rows of A and B re-drawn, in {found['steps']:,} steps from {first:,} to {last:,}\n  {line}"
-    )
-    return "\n".join([text, *shown, *([f"  and {more} more matrices"] if more else [])])
+    text = f"{found['directions']:,} rows of A and B re-drawn, in {found['steps']:,} steps from {first:,} to {last:,}"
+    return "\n".join([text, f"  {line}", *shown, *([f"  and {more} more matrices"] if more else [])])
 
 
 def _bars(stored: Stored) -> str:
