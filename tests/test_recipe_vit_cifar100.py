@@ -367,4 +367,5 @@ def test_demo_compares_the_methods_and_leaves_a_report(tmp_path: Path) -> None:
     assert rows["full"]["accuracy"] > rows["linear"]["accuracy"] + 0.05
     assert rows["uora"]["accuracy"] > rows["linear"]["accuracy"] + 0.05
     assert "<html" in (tmp_path / "report.html").read_text()
-    assert uora.load(timm.create_model(f"local-dir:{tmp_path / 'backbone'}", num_classes=5), tmp_path / "adapter")
+    backbone = timm.create_model(f"local-dir:{tmp_path / 'backbone'}", pretrained=True, num_classes=5)
+    assert uora.load(backbone, tmp_path / "adapter")
