@@ -225,6 +225,8 @@ class TestErrors:
             with wrong, uora.route(model, names):
                 model(images)
             assert torch.equal(model(images), want)
+        with pytest.raises(uora.StateError, match="for each sample"), uora.route(model, "less"):
+            pass
         with pytest.raises(uora.StateError, match="inject"), uora.route(small_vit(), ["a"]):
             pass
 

@@ -36,7 +36,7 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
         with uora.route(model, ["cats", "dogs", None]): y = model(images)  # (3, ...)
 
     The samples may lie anywhere in the model's tensors (windows, sequence first): where they are is found once per
-    model, by three more runs of the first batch. Where the heads of the adapters have different numbers of classes, the
+    model, by three or four runs of the first batch. Where the heads of the adapters have different numbers of classes, the
     outputs of the smaller ones are filled up with -inf. For inference: vectors get no gradient here.
 
     Args:
@@ -48,6 +48,8 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
             something that cannot be computed sample by sample.
     """
     library = library_of(model)
+    if isinstance(names, str):
+        raise StateError(f"route() needs a name for each sample, [{names!r}, ...]; activate() one adapter for all")
     for name in names:
         if name is not None:
             known_name(library, name)
@@ -109,7 +111,7 @@ class Routed(nn.Module):
         return self.project(x.movedim(1, -1), weight, bias).movedim(-1, 1)
 
     def fold(self, weight: Tensor) -> Tensor:
-        """The base's weight: `_Reads` sees where the model takes it."""
+        """The base's weight: `Reads` sees where the model takes it."""
         return weight
 
 
