@@ -36,8 +36,8 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
         with uora.route(model, ["cats", "dogs", None]): y = model(images)  # (3, ...)
 
     The samples may lie anywhere in the model's tensors (windows, sequence first): where they are is found once per
-    model, by three or four runs of the first batch. Where the heads of the adapters have different numbers of classes, the
-    outputs of the smaller ones are filled up with -inf. For inference: vectors get no gradient here.
+    model, by three or four runs of the first batch. Where the heads of the adapters have different numbers of classes,
+    the outputs of the smaller ones are filled up with -inf. For inference: vectors get no gradient here.
 
     Args:
         model: an injected model.
