@@ -230,6 +230,19 @@ class TestErrors:
         with pytest.raises(uora.StateError, match="inject"), uora.route(small_vit(), ["a"]):
             pass
 
+    def test_nothing_moves_while_a_batch_is_routed(self) -> None:
+        model, images = teach(small_vit(), "attention"), torch.randn(2, 3, 32, 32)
+        with uora.route(model, ["a", "less"]), torch.no_grad():
+            want = model(images)
+            for call in (
+                lambda: uora.activate(model, "a"), lambda: uora.remove(model), lambda: uora.inject(model, name="new"),
+                lambda: uora.route(model, ["less", "a"]).__enter__(), lambda: uora.disabled(model).__enter__(),
+            ):  # fmt: skip
+                with pytest.raises(uora.StateError, match="being routed"):
+                    call()
+            assert torch.equal(model(images), want)
+        uora.activate(model, "a")
+
     def test_a_weight_that_is_not_multiplied_with_samples(self) -> None:
         model = tf.MixtralForCausalLM(
             tf.MixtralConfig(**TINY, intermediate_size=48, num_key_value_heads=2, num_local_experts=4)

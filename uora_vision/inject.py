@@ -15,7 +15,19 @@ from .config import UoraConfig
 from .errors import StateError
 from .functional import WIDE
 from .layers import CHILD, REDUCED, Adapter, adapters_of, is_adapted
-from .library import DEFAULT, LIBRARY, MERGED, STATISTICS, Entry, Layout, Library, disabled, library_of, tensors_of
+from .library import (
+    DEFAULT,
+    LIBRARY,
+    MERGED,
+    STATISTICS,
+    Entry,
+    Layout,
+    Library,
+    check_not_routing,
+    disabled,
+    library_of,
+    tensors_of,
+)
 from .plan import Plan, plan
 from .quantised import is_quantised
 from .reduced import Reduced
@@ -142,6 +154,7 @@ def remove(model: nn.Module) -> nn.Module:
     """Take all adapters out without merging: the base as it was, with its own head, its parameters trainable as they
     were."""
     library = library_of(model)
+    check_not_routing(library)
     check_whole(model)
     if library.active is not None:
         # In place, since optimizers and tied weights know the base by its tensors.

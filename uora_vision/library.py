@@ -135,6 +135,7 @@ class Library:
         """The base's own values of the parts that some adapter trains."""
         self.flags = {name: p.requires_grad for name, p in model.named_parameters()}
         self.unsent: set[str] = set()
+        self.routing = False
         self.patterns: dict[tuple[str, int], Any] = {}
         """What routing found out about the inputs of layers: see `probe.find_patterns`."""
         self.probed: dict[str, set[str]] = {}
@@ -354,8 +355,15 @@ def known_name(library: Library, name: str) -> Entry:
     return library.entries[name]
 
 
+def check_not_routing(library: Library) -> None:
+    """Whether adapters may be moved now: inside `route` they are all out of the model."""
+    if library.routing:
+        raise StateError("a mixed batch is being routed; leave `with route(...)` first")
+
+
 def check_switch(model: nn.Module, library: Library) -> None:
     """Whether the active adapter can be taken out and put back."""
+    check_not_routing(library)
     if any(map(is_sharded, model.parameters())):
         raise StateError("adapters cannot be switched while the model is spread over processes")
     if library.active is None:

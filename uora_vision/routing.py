@@ -149,6 +149,8 @@ class _Route:
         """While this runs, the model computes each sample with its own adapter."""
         with ExitStack() as stack:
             stack.callback(self.library.detach, self.model)
+            self.library.routing = True
+            stack.callback(setattr, self.library, "routing", False)
             read: dict[int, tuple[str, Tensor, AddUpdate]] = {}
             for owner, p, routed in self.sites.values():
                 attach(owner, p.tensor, routed, p.read)  # type: ignore[arg-type]
