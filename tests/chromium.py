@@ -56,7 +56,9 @@ class Page:
                 await asyncio.sleep(0.05)
 
     async def write(self, text: str) -> None:
-        """Into what has the focus."""
+        """Into the field that has the focus, once one has it: autofocus acts when the page is first drawn, after it has
+        loaded."""
+        await self.until("document.activeElement.matches('input, textarea')")
         await self.call("Input.insertText", text=text)
 
     async def enter(self, shift: bool = False) -> None:
@@ -91,6 +93,7 @@ async def opened(url: str, folder: Path, width: int = 1000, height: int = 640) -
                 await page.call(
                     "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
                 )
+                await page.call("Emulation.setFocusEmulationEnabled", enabled=True)
                 went = await page.call("Page.navigate", url=url)
                 assert "errorText" not in went, went
                 await page.until("document.readyState === 'complete' && location.href !== 'about:blank'")

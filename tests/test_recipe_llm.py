@@ -429,6 +429,7 @@ def test_a_person_asks_in_a_browser_and_both_sides_answer(talks: dict[str, chat.
     expected = [talk.answer(side, TestChat.SAID["messages"]) for side in ("adapter", "base")]
     rows = "['adapter', 'base'].map(side => [...document.querySelectorAll(`#${side} li`)].map(row => row.textContent))"
     free = "!document.querySelector('[type=submit]').disabled"
+    answered = f"{free} && document.querySelectorAll('li').length === 4"
 
     async def go() -> None:
         async with (
@@ -438,7 +439,7 @@ def test_a_person_asks_in_a_browser_and_both_sides_answer(talks: dict[str, chat.
             assert await page.value("document.title") == "a <test>"
             await page.write(question)
             await page.enter()
-            await page.until(free)
+            await page.until(answered)
             assert await page.value(rows) == [[question, answer] for answer in expected]
             assert page.troubles == []
             await page.write("the")
@@ -452,7 +453,7 @@ def test_a_person_asks_in_a_browser_and_both_sides_answer(talks: dict[str, chat.
             assert await page.value(rows) == [[], []]
             await page.write(question)
             await page.enter()
-            await page.until(free)
+            await page.until(answered)
             assert await page.value(rows) == [[question, answer] for answer in expected]
 
     talk.turn = asyncio.Lock()
