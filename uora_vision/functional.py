@@ -12,9 +12,10 @@ Two forms compute the same y, and the operation counts choose between them (UORA
 
 - *folded*, for many tokens: W + L A is formed once, at a cost that does not depend on the number of tokens, and y is
   one product. It is formed again for the input gradient rather than kept.
-- *factored*, for few tokens, or when W is stored in a type too coarse to hold the sum (bfloat16, float16). Over a
-  coarse W it is one product too, [x, u] [W, L]^T, and the update is added before y is rounded. A quantised W has its
-  own product, and the update is added to what comes out of it.
+- *factored*, for few tokens, or when W is stored in a type too coarse to hold the sum (bfloat16, float16). Where y is
+  of such a type, the update is added before y is rounded: it goes into the accumulator of the frozen product, or, for
+  many tokens, both are one product [x, u] [W, L]^T. A quantised W has its own product, and the update is added to what
+  comes out of it.
 
 The gradients of b and d need only P = g^T (x A^T), (rows x r), so the forward keeps u = x A^T, N x r, and never
 anything of size N x out. When r is so large that P costs less as (g^T x) A^T, x is kept in place of u.
@@ -34,6 +35,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from .cost import folds, joins, keeps_input
 from .reduced import Reduced
 from .views import Form, Spans, add_, from_matrix, in_order, place, take, to_matrix
 
@@ -293,13 +295,17 @@ def _forward(
     if u is None:
         u = [flat @ m.to(x.dtype).t() for m in a]
     left = left_matrix(b, d, spans, len(a), bm, weight.shape[0])
-    if weight.dtype not in WIDE:
-        joined = torch.cat([weight, left.to(weight.dtype)], dim=1)
-        y = linear(torch.cat([flat, *u], dim=1), joined.to(x.dtype), bias)
-    else:
+    left = left.to(x.dtype)
+    joined = u[0] if len(u) == 1 else torch.cat(list(u), dim=1)
+    if x.dtype in WIDE:
         # Of x as it came: torch sums in another order for other strides, and with b = 0 this must be the base's y.
         y = linear(x, weight.to(x.dtype), bias).reshape(-1, weight.shape[0])
-        y = torch.addmm(y, u[0] if len(u) == 1 else torch.cat(list(u), dim=1), left.to(x.dtype).t())
+        y = torch.addmm(y, joined, left.t())
+    elif joins(len(flat), *weight.shape):
+        y = linear(torch.cat([flat, joined], dim=1), torch.cat([weight.to(x.dtype), left], dim=1), bias)
+    else:
+        y = torch.addmm(joined @ left.t(), flat, weight.to(x.dtype).t())
+        y = y if bias is None else y.add_(bias)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -310,7 +316,8 @@ def _input_gradient(
     if _folds(g.shape[0], weight):
         return g @ folded(weight, b, d, spans, a, bm).to(g.dtype)
     left = left_matrix(b, d, spans, len(a), bm, weight.shape[0]).to(g.dtype)
-    return torch.addmm(g @ weight.to(g.dtype), g @ left, (a[0] if len(a) == 1 else torch.cat(list(a))).to(g.dtype))
+    update = (g @ left) @ (a[0] if len(a) == 1 else torch.cat(list(a))).to(g.dtype)
+    return torch.addmm(update, g, weight.to(g.dtype))
 
 
 def _fold(
@@ -335,9 +342,7 @@ def _added(y: Tensor, u: Sequence[Tensor], b: Tensor, d: Tensor, spans: Spans, b
 
 
 def _large(width: int, n_a: int, b: Tensor, d: Tensor) -> bool:
-    """Whether r is so large that P costs less as (g^T x) A^T than as g^T (x A^T)."""
-    rows, rank = b.numel(), d.shape[1]
-    return rank * (width * n_a + rows) > width * rows
+    return keeps_input(b.numel(), width, d.shape[1], n_a)
 
 
 def _products(g: Tensor, kept: Sequence[Tensor], spans: Spans, a: Sequence[Tensor], keep_x: bool) -> Tensor:
@@ -352,12 +357,7 @@ def _products(g: Tensor, kept: Sequence[Tensor], spans: Spans, a: Sequence[Tenso
 
 
 def _folds(tokens: int, weight: Tensor) -> bool:
-    """Whether one product of size r * in * out costs less than those of the tokens, r * tokens * (in + out).
-
-    With and without gradients alike, so that both compute the same y (re-entrant checkpointing relies on it).
-    """
-    out, width = weight.shape
-    return weight.dtype in WIDE and tokens * (width + out) > width * out
+    return weight.dtype in WIDE and folds(tokens, *weight.shape)
 
 
 def _lefts(b: Tensor, d: Tensor, spans: Spans, bm: Sequence[Tensor]) -> Tensor:
