@@ -35,6 +35,9 @@ class UoraConfig:
         init: `haar` (UORA: uniform orthonormal) or `kaiming` (VeRA, arXiv 2310.11454).
         dropout: probability of dropping an input element of the low-rank branch while training. Above 0 the branch
             cannot be folded into the weight, and a step costs what PEFT's VeRA costs.
+        token_sampling: while training, the gradients of b and d of a Linear layer are estimated, without bias, from one
+            token drawn out of every `token_sampling`. Time and saved activations fall, noise rises:
+            docs/performance.md. 1 for the exact gradients.
         train: parts of the base that train besides: any of `head`, `norm`, `bias`.
     """
 
@@ -47,6 +50,7 @@ class UoraConfig:
     layout: Layout = "shape"
     init: Init = "haar"
     dropout: float = 0.0
+    token_sampling: int = 1
     train: BasePart | Iterable[BasePart] = ("head",)
 
     def __post_init__(self) -> None:
@@ -67,6 +71,10 @@ class UoraConfig:
             raise ConfigError(f"d_init must be finite and not 0 (b would receive no gradient), got {self.d_init!r}")
         if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must be in [0, 1), got {self.dropout!r}")
+        if not _is_whole(self.token_sampling) or self.token_sampling < 1:
+            raise ConfigError(f"token_sampling must be a whole number of at least 1, got {self.token_sampling!r}")
+        if self.token_sampling > 1 and self.dropout:
+            raise ConfigError("token_sampling and dropout cannot be had together; leave one at its default")
         for name, allowed in (("layout", get_args(Layout)), ("init", get_args(Init))):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")

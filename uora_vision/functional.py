@@ -18,7 +18,8 @@ Two forms compute the same y, and the operation counts choose between them (UORA
   comes out of it.
 
 The gradients of b and d need only P = g^T (x A^T), (rows x r), so the forward keeps u = x A^T, N x r, and never
-anything of size N x out. When r is so large that P costs less as (g^T x) A^T, x is kept in place of u.
+anything of size N x out. When r is so large that P costs less as (g^T x) A^T, x is kept in place of u. With token
+sampling, P is estimated without bias from the rows of one token drawn out of every few, and only u of those is kept.
 
 Every function takes `b` (sum of rows,), `d` (roles, r), `spans`, and `a` and `bm`: A of each role (r, in) and B of each
 role (rows, r), or one entry that all roles share.
@@ -53,6 +54,7 @@ def project(
     a: Sequence[Tensor],
     bm: Sequence[Tensor],
     reduced: Reduced | None = None,
+    sampling: int = 1,
 ) -> Tensor:
     """The adapted projection, (..., in) -> (..., out).
 
@@ -61,16 +63,18 @@ def project(
         weight: frozen W, (out, in).
         bias: (out,) or None.
         reduced: shared by projections that may have their input in common.
+        sampling: the gradients of b and d come from one token drawn out of every `sampling`; from all while W trains.
     """
     source = x
     if autocasts(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))
+    drawn = _draw(x, sampling if not weight.requires_grad else 1)
     with exact(x):
         if not torch.is_grad_enabled():
             return _forward(x, weight, bias, b, d, spans, a, bm)
         keep_x = weight.requires_grad or _large(x.shape[-1], len(a), b, d)
-        u = None if keep_x or reduced is None else reduced(source, x.dtype, a)
-        return _Project.apply(x, weight, bias, b, d, u, spans, len(a), *a, *bm)
+        u = None if keep_x or reduced is None or sampling > 1 else reduced(source, x.dtype, a)
+        return _Project.apply(x, weight, bias, b, d, u, drawn, sampling, spans, len(a), *a, *bm)
 
 
 def add_update(
@@ -82,6 +86,7 @@ def add_update(
     a: Sequence[Tensor],
     bm: Sequence[Tensor],
     reduced: Reduced | None = None,
+    sampling: int = 1,
 ) -> Tensor:
     """y plus the low-rank branch of x, where the frozen layer has computed y itself (quantised weights): (..., out).
 
@@ -93,17 +98,18 @@ def add_update(
     Args:
         x: (..., in).
         y: (..., out), the frozen layer's output for x.
-        reduced: shared by projections that may have their input in common.
+        reduced, sampling: as of `project`.
     """
     source = x
     if autocasts(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))
+    drawn = _draw(x, sampling)
     with exact(x):
         if not torch.is_grad_enabled():
             flat = x.reshape(-1, x.shape[-1])
             return _added(y, [flat @ m.to(x.dtype).t() for m in a], b, d, spans, bm)
         u = None if reduced is None or _large(x.shape[-1], len(a), b, d) else reduced(source, x.dtype, a)
-        return _AddUpdate.apply(x, y, b, d, u, spans, len(a), *a, *bm)
+        return _AddUpdate.apply(x, y, b, d, u, drawn, sampling, spans, len(a), *a, *bm)
 
 
 def fold(
@@ -148,23 +154,27 @@ class _Project(torch.autograd.Function):
         b: Tensor,
         d: Tensor,
         u: Tensor | None,
+        drawn: Tensor | None,
+        sampling: int,
         spans: Spans,
         n_a: int,
         *banks: Tensor,
     ) -> Tensor:
         a, bm = banks[:n_a], banks[n_a:]
         flat = x.reshape(-1, x.shape[-1])
+        if drawn is not None:
+            flat = _stand_ins(flat, drawn, sampling)
         keep_x = ctx.needs_input_grad[1] or _large(x.shape[-1], n_a, b, d)
         kept = (flat,) if keep_x else (u,) if u is not None else tuple(flat @ m.to(x.dtype).t() for m in a)
-        ctx.save_for_backward(weight, b, d, *banks, *kept)
+        ctx.save_for_backward(weight, b, d, drawn, *banks, *kept)
         ctx.spans, ctx.n_a, ctx.n_banks, ctx.keep_x = spans, n_a, len(banks), keep_x
-        return _forward(x, weight, bias, b, d, spans, a, bm, None if keep_x else kept)
+        return _forward(x, weight, bias, b, d, spans, a, bm, None if keep_x or drawn is not None else kept)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         n_a, spans = ctx.n_a, ctx.spans
-        weight, b, d, *rest = ctx.saved_tensors
+        weight, b, d, drawn, *rest = ctx.saved_tensors
         a, bm, kept = rest[:n_a], rest[n_a : ctx.n_banks], rest[ctx.n_banks :]
         need_x, need_w, need_bias, need_b, need_d = ctx.needs_input_grad[:5]
         grad_x = grad_w = grad_bias = grad_b = grad_d = None
@@ -177,29 +187,42 @@ class _Project(torch.autograd.Function):
             if need_bias:
                 grad_bias = flat.sum(0)
             if need_b or need_d:
-                p = _products(flat, kept, spans, a, ctx.keep_x)
+                p = _products(flat if drawn is None else flat[drawn], kept, spans, a, ctx.keep_x)
                 grad_b, grad_d = vector_gradients(p, b, d, spans, bm)
-        return grad_x, grad_w, grad_bias, grad_b, grad_d, *[None] * (3 + ctx.n_banks)
+        return grad_x, grad_w, grad_bias, grad_b, grad_d, *[None] * (5 + ctx.n_banks)
 
 
 class _AddUpdate(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor, b: Tensor, d: Tensor, u: Tensor | None, spans: Spans, n_a: int, *banks: Tensor
+        ctx: Any,
+        x: Tensor,
+        y: Tensor,
+        b: Tensor,
+        d: Tensor,
+        u: Tensor | None,
+        drawn: Tensor | None,
+        sampling: int,
+        spans: Spans,
+        n_a: int,
+        *banks: Tensor,
     ) -> Tensor:
         a, bm = banks[:n_a], banks[n_a:]
         flat = x.reshape(-1, x.shape[-1])
         each = (u,) if u is not None else tuple(flat @ m.to(x.dtype).t() for m in a)
-        ctx.keep_x = _large(x.shape[-1], n_a, b, d)
-        kept = (flat,) if ctx.keep_x else each
-        ctx.save_for_backward(b, d, *banks, *kept)
+        ctx.keep_x, kept = _large(x.shape[-1], n_a, b, d), each
+        if drawn is not None:
+            flat = _stand_ins(flat, drawn, sampling)
+            kept = tuple(flat @ m.to(x.dtype).t() for m in a)
+        kept = (flat,) if ctx.keep_x else kept
+        ctx.save_for_backward(b, d, drawn, *banks, *kept)
         ctx.spans, ctx.n_a, ctx.n_banks = spans, n_a, len(banks)
         return _added(y, each, b, d, spans, bm)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        b, d, *rest = ctx.saved_tensors
+        b, d, drawn, *rest = ctx.saved_tensors
         a, bm, kept = rest[: ctx.n_a], rest[ctx.n_a : ctx.n_banks], rest[ctx.n_banks :]
         grad_x = grad_b = grad_d = None
         flat = g.reshape(-1, g.shape[-1]).to(kept[0].dtype)
@@ -209,9 +232,9 @@ class _AddUpdate(torch.autograd.Function):
                 grad_x = (flat @ left) @ torch.cat([m.to(flat.dtype) for m in a])
                 grad_x = grad_x.view(*g.shape[:-1], a[0].shape[1])
             if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-                p = _products(flat, kept, ctx.spans, a, ctx.keep_x)
+                p = _products(flat if drawn is None else flat[drawn], kept, ctx.spans, a, ctx.keep_x)
                 grad_b, grad_d = vector_gradients(p, b, d, ctx.spans, bm)
-        return grad_x, g if ctx.needs_input_grad[1] else None, grad_b, grad_d, *[None] * (3 + ctx.n_banks)
+        return grad_x, g if ctx.needs_input_grad[1] else None, grad_b, grad_d, *[None] * (5 + ctx.n_banks)
 
 
 class _Fold(torch.autograd.Function):
@@ -343,6 +366,25 @@ def _added(y: Tensor, u: Sequence[Tensor], b: Tensor, d: Tensor, spans: Spans, b
 
 def _large(width: int, n_a: int, b: Tensor, d: Tensor) -> bool:
     return keeps_input(b.numel(), width, d.shape[1], n_a)
+
+
+def _draw(x: Tensor, every: int) -> Tensor | None:
+    """One row of each `every` of x that follow each other, (runs,); the last run may be shorter. None for every = 1.
+
+    Also where no gradient is asked for: the forward of a checkpoint must leave the generator as its recomputation does.
+    """
+    if every == 1:
+        return None
+    rows = x.numel() // x.shape[-1]
+    start = torch.arange(0, rows, every, device=x.device)
+    size = (rows - start).clamp(max=every)
+    return start + torch.minimum((torch.rand(len(start), device=x.device) * size).long(), size - 1)
+
+
+def _stand_ins(x: Tensor, drawn: Tensor, every: int) -> Tensor:
+    """The drawn rows of x, (runs, in), times the lengths of their runs: their sums have those of all rows as mean."""
+    size = (len(x) - torch.arange(0, len(x), every, device=x.device)).clamp(max=every)
+    return x[drawn] * size[:, None].to(x.dtype)
 
 
 def _products(g: Tensor, kept: Sequence[Tensor], spans: Spans, a: Sequence[Tensor], keep_x: bool) -> Tensor:

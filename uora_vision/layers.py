@@ -79,7 +79,7 @@ class Adapter(nn.Module):
         bank: the shared matrices; referred to, not owned.
         form: what the dimensions of the weight are.
         d_init: initial value of d.
-        dropout: see `UoraConfig`.
+        dropout, token_sampling: see `UoraConfig`.
         origin: the name under which its own rows were first drawn, if modules were renamed since.
     """
 
@@ -94,12 +94,14 @@ class Adapter(nn.Module):
         form: Form = "matrix",
         d_init: float = 0.1,
         dropout: float = 0.0,
+        token_sampling: int = 1,
         device: torch.device | str = "cpu",
         origin: str | None = None,
     ) -> None:
         super().__init__()
         self.origin = name if origin is None else origin
-        self.name, self.roles, self.width, self.form, self.dropout = name, roles, width, form, dropout
+        self.name, self.roles, self.width, self.form = name, roles, width, form
+        self.dropout, self.token_sampling = dropout, token_sampling
         self.spans = tuple(role.span for role in roles)
         # Past nn.Module's registration: the bank is a child of the model, once, not of every adapted module.
         self.__dict__["bank"] = bank
@@ -166,7 +168,7 @@ class Adapter(nn.Module):
             dropped = nn.functional.dropout(x, self.dropout)
             branch = functional.delta(dropped, self.b, self.d, self.spans, a, bm, matrix.shape[0])
             return nn.functional.linear(x, matrix, bias) + branch
-        return functional.project(x, matrix, bias, self.b, self.d, self.spans, a, bm, self.bank.__dict__.get(REDUCED))
+        return functional.project(x, matrix, bias, self.b, self.d, self.spans, a, bm, *self._options)
 
     def add_update(self, x: Tensor, y: Tensor) -> Tensor:
         """y + low-rank branch of x, for a layer that has computed its y itself; see `functional.add_update`."""
@@ -174,7 +176,12 @@ class Adapter(nn.Module):
         if self.training and self.dropout:
             dropped = nn.functional.dropout(x, self.dropout)
             return (y + functional.delta(dropped, self.b, self.d, self.spans, a, bm, y.shape[-1])).to(y.dtype)
-        return functional.add_update(x, y, self.b, self.d, self.spans, a, bm, self.bank.__dict__.get(REDUCED))
+        return functional.add_update(x, y, self.b, self.d, self.spans, a, bm, *self._options)
+
+    @property
+    def _options(self) -> tuple[Any, int]:
+        """What `project` and `add_update` take last."""
+        return self.bank.__dict__.get(REDUCED), self.token_sampling if self.training else 1
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
         """The adapted convolution; see `convolution.convolve`."""

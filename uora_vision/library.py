@@ -102,6 +102,7 @@ class Entry:
                     p.form,
                     self.config.d_init,
                     self.config.dropout,
+                    self.config.token_sampling,
                     origin=p.origin,
                 )
                 for p in self.layout.projections

@@ -304,8 +304,10 @@ def to_options(values: Any) -> UoraConfig:
         FormatError: they are none.
     """
     known = UoraConfig().to_dict()
+    if isinstance(values, dict):
+        values = {"token_sampling": 1} | values  # the one option that adapters of format 3 can be without
     _fields("config", values, *known)
-    for name in ("rank", "seed"):
+    for name in ("rank", "seed", "token_sampling"):
         if type(values[name]) is not int or not 0 <= values[name] < 2**63:
             raise FormatError(f"{name} must be a whole number, not {_short(values[name])}")
     for name in ("d_init", "dropout"):
