@@ -68,6 +68,7 @@ class MethodOptions:
         weight_decay: of matrices.
         seed: of the adapter's random matrices.
         scope, threshold, relative, alpha, every: of UORA's reinitialisation; see `uora.Reinitializer`.
+        token_sampling: see `uora.UoraConfig`; for UORA and its VeRA.
     """
 
     method: Method = Method.uora
@@ -82,6 +83,7 @@ class MethodOptions:
     relative: bool = False
     alpha: float = 0.5
     every: int = 1
+    token_sampling: int = 1
 
 
 @dataclass
@@ -157,11 +159,10 @@ def apply_method(model: nn.Module, options: MethodOptions) -> Adapted:
         raise MethodError(f"rank must be at least 1, got {options.rank}")
     base = model
     match options.method:
-        case Method.uora:
-            uora.inject(model, rank=options.rank, targets=options.targets, seed=options.seed)
-        case Method.vera:
-            same = {"rank": options.rank, "targets": options.targets, "seed": options.seed}
-            uora.inject(model, **same, init="kaiming", layout="slice")
+        case Method.uora | Method.vera:
+            law = {"init": "kaiming", "layout": "slice"} if options.method is Method.vera else {}
+            same = {name: getattr(options, name) for name in ("rank", "targets", "seed", "token_sampling")}
+            uora.inject(model, **same, **law)
         case Method.lora:
             model = _with_lora(model, options)
         case Method.vera_peft:

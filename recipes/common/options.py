@@ -33,6 +33,7 @@ class MethodChoice:
     )
     alpha: Annotated[float, Option(min=0, max=1, help="uora: share of the old direction that stays")] = 0.5
     every: Annotated[int, Option(min=1, help="uora: re-draw at every n-th step below the threshold")] = 1
+    token_sampling: Annotated[int, Option(min=1, help="uora, vera: gradients from one token of every n")] = 1
     seed: Annotated[int, Option(min=0, help="of everything random")] = 0
 
     def method_options(self, defaults: dict[Method, Defaults]) -> MethodOptions:
@@ -51,6 +52,7 @@ class MethodChoice:
             relative=self.relative,
             alpha=self.alpha,
             every=self.every,
+            token_sampling=self.token_sampling,
         )
 
 
