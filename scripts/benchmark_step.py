@@ -1,7 +1,7 @@
 """What a training step costs: time, saved activations, peak memory and parameters of UORA beside other methods.
 
     python scripts/benchmark_step.py
-    python scripts/benchmark_step.py --model vit_small_patch16_224 --methods floor,uora-64,vera-256 --threads 1
+    python scripts/benchmark_step.py --model vit_small_patch16_224 --methods uora-64,uora-256/4,vera-256 --threads 1
     python scripts/benchmark_step.py --batch 64 --device cuda --dtype bf16 --rounds 20
 
 Adapters sit on the attention and MLP projections (qkv, proj, fc1, fc2) and train the head besides. Everything is
@@ -53,7 +53,7 @@ from torch import Tensor, nn
 import uora_vision as uora
 from uora_vision.tables import render
 
-DEFAULT_METHODS = "floor,linear,uora-16,uora-64,uora-256,uora-1024,lora-8,lora-16,vera-256,full"
+DEFAULT_METHODS = "floor,linear,uora-16,uora-64,uora-256,uora-256/4,uora-1024,lora-8,lora-16,vera-256,full"
 COLORS = {"uora": "#0b6e99", "lora": "#d08c3f", "vera": "#b5532f"}
 
 

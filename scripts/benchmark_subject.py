@@ -108,18 +108,20 @@ class Settings:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to train: its kind (a key of `LABELS`) and the rank, for those that have one."""
+    """A way to train: its kind (a key of `LABELS`), the rank, for those that have one, and UORA's token sampling."""
 
     kind: str
     rank: int | None = None
+    sampling: int = 1
 
     @property
     def name(self) -> str:
-        return self.kind if self.rank is None else f"{self.kind}-{self.rank}"
+        name = self.kind if self.rank is None else f"{self.kind}-{self.rank}"
+        return name if self.sampling == 1 else f"{name}/{self.sampling}"
 
     @property
     def label(self) -> str:
-        return LABELS[self.kind].format(self.rank)
+        return LABELS[self.kind].format(self.rank) + ("" if self.sampling == 1 else f", 1 token of {self.sampling}")
 
 
 def parse_methods(text: str) -> list[Method]:
@@ -130,13 +132,14 @@ def parse_methods(text: str) -> list[Method]:
     """
     methods = [Method("floor")]
     for name in filter(None, (part.strip() for part in text.split(","))):
-        match = re.fullmatch(r"([a-z]+)(?:-([1-9]\d*))?", name)
-        if not match or match[1] not in LABELS or (match[1] in RANKED) != (match[2] is not None):
+        match = re.fullmatch(r"([a-z]+)(?:-([1-9]\d*))?(?:/([1-9]\d*))?", name)
+        known = match is not None and match[1] in LABELS and (match[1] in RANKED) == (match[2] is not None)
+        if match is None or not known or (match[3] and match[1] != "uora"):
             raise typer.BadParameter(
                 f"no method {name!r}; there are floor, linear, full, and uora-R, lora-R, vera-R of any rank R, such as "
-                "uora-256"
+                "uora-256; uora-256/4 takes the gradients from one token of 4"
             )
-        methods.append(Method(match[1], int(match[2]) if match[2] else None))
+        methods.append(Method(match[1], int(match[2]) if match[2] else None, int(match[3] or 1)))
     return list(dict.fromkeys(methods))
 
 
@@ -170,7 +173,7 @@ class Subject:
         model = self.base
         match method.kind:
             case "uora":
-                uora.inject(model, rank=method.rank, targets=TARGETS, train=())
+                uora.inject(model, rank=method.rank, targets=TARGETS, train=(), token_sampling=method.sampling)
             case "lora":
                 import peft
 

@@ -20,6 +20,7 @@ class Shape:
         rank: r.
         rows: rows of W that are adapted; None for all.
         matrices: matrices A that its roles use: 1, or one per role if roles have rows of their own.
+        sampling: of how many tokens one gives the gradients of b and d.
     """
 
     tokens: int
@@ -28,6 +29,7 @@ class Shape:
     rank: int
     rows: int | None = None
     matrices: int = 1
+    sampling: int = 1
 
     @property
     def base(self) -> int:
@@ -51,24 +53,32 @@ class Shape:
 
     @property
     def forward(self) -> int:
-        """Beyond `base`, without gradients."""
-        return self.fold if folds(self.tokens, self.out, self.width) else self.reduce + self.expand
+        """Beyond `base`, without gradients. Of roles with an A each, L is as wide as all together, with zeros."""
+        return self.fold if folds(self.tokens, self.out, self.width) else self.reduce + self.expand * self.matrices
 
     @property
     def step(self) -> int:
         """Forward, gradient for the input, and gradients of b and d, beyond twice `base`."""
-        if keeps_input(self._rows, self.width, self.rank, self.matrices):
-            vectors = 2 * self._rows * self.width * (self.tokens + self.rank)
+        if self._keeps_input:
+            vectors = 2 * self._rows * self.width * (self._drawn + self.rank)
+        elif self.sampling == 1 and self.forward != self.fold:
+            vectors = self.expand  # the factored forward has u already
         else:
-            shared = 0 if self.forward != self.fold else self.reduce  # the factored forward has u already
-            vectors = shared + self.expand
+            vectors = 2 * self._drawn * self.rank * (self.width * self.matrices + self._rows)
         return 2 * self.forward + vectors
 
     @property
     def kept(self) -> int:
-        """Numbers kept for the backward: u, or x."""
-        large = keeps_input(self._rows, self.width, self.rank, self.matrices)
-        return self.tokens * (self.width if large else self.rank * self.matrices)
+        """Numbers kept for the backward: u, or x, of the tokens that give the gradients of b and d."""
+        return self._drawn * (self.width if self._keeps_input else self.rank * self.matrices)
+
+    @property
+    def _keeps_input(self) -> bool:
+        return keeps_input(self._rows, self.width, self.rank, self.matrices)
+
+    @property
+    def _drawn(self) -> int:
+        return -(-self.tokens // self.sampling)
 
     @property
     def _rows(self) -> int:
