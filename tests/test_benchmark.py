@@ -14,6 +14,7 @@ pytest.importorskip("timm")
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
+import benchmark_scale as scale  # noqa: E402
 import benchmark_step as bench  # noqa: E402
 from benchmark_subject import Dtype, Method, Settings, Subject, make_base, parse_methods  # noqa: E402
 
@@ -74,6 +75,42 @@ def test_an_unknown_method_is_named(name: str):
 
 def test_ratios_are_taken_within_each_round():
     assert bench.ratios([2.0, 6.0, 12.0], [1.0, 2.0, 8.0]) == (2.0, 1.5, 3.0)
+
+
+def test_predicted_operations_of_a_block_counted_by_hand():
+    settings = scale.VitSettings("", 2, "cpu", Dtype.fp32, img_size=32, threads=None, compile=False, depth=1, width=32)
+    base, tokens, rank = make_base(settings), 2 * (2 * 2 + 1), 8
+    weights = 3 * 32 * 32 + 32 * 32 + 2 * 128 * 32
+    attention = 7 * 2 * tokens * 5 * 32
+    patches, head = 2 * (2 * 4) * (3 * 16 * 16) * 32, 3 * (2 * 2 * 100 * 32)
+    assert scale.floor_operations(base, 2) == 2 * 2 * tokens * weights + attention + patches + head
+    # Too few tokens to fold: x A^T and u L^T forward, g L and (g L) A backward, and g^T u.
+    inputs, outputs = 32 + 32 + 32 + 128, 3 * 32 + 32 + 128 + 32
+    assert scale.extra_operations(base, 2, rank) == 2 * tokens * rank * (2 * inputs + 3 * outputs)
+
+
+def test_a_scale_run_writes_a_table_numbers_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    scale.main(depth=1, width=32, batch=1, rank=4, depths="1,2", widths="32", batches="1", ranks="4", registered="1,3",
+               img_size=32, threads=torch.get_num_threads(), rounds=2, output=tmp_path)  # fmt: skip
+    assert "to floor" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
+    assert [(row["variable"], row["value"]) for row in rows] == [
+        ("depth", 1), ("depth", 2), ("width", 32), ("batch", 1), ("rank", 4), ("registered", 1), ("registered", 3)
+    ]  # fmt: skip
+    assert all(len(row["step_seconds"]) == len(row["floor_seconds"]) == 2 and row["predicted"] > 1 for row in rows)
+    assert [len(row["switch_seconds"]) for row in rows] == [0, 0, 0, 0, 0, 0, 2]
+    assert rows[5]["predicted"] == rows[6]["predicted"]
+    assert (tmp_path / "benchmark.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_registering_adapters_leaves_the_first_active_and_the_head_in_training():
+    subject = Subject(SETTINGS, Method("uora", 8), make_base(SETTINGS))
+    scale.register_and_switch(subject, 3, rounds=1)
+    assert scale.uora.adapter_names(subject.base) == ["default", "1", "2"]
+    assert scale.uora.active_adapter(subject.base) == "default"
+    assert all(p.requires_grad for group in subject.optimizer.param_groups for p in group["params"])
+    mine = {id(p) for group in subject.optimizer.param_groups for p in group["params"]}
+    assert {id(p) for p in subject.base.parameters() if p.requires_grad} == mine
 
 
 @pytest.mark.slow
