@@ -290,9 +290,9 @@ def test_at_a_large_rank_the_input_is_kept_rather_than_a_wider_product() -> None
     assert (MANY, 20) in shapes and (MANY, 64) not in shapes
 
 
-def young(width: int, base: torch.dtype) -> tuple[Case, Tensor]:
+def young(width: int, base: torch.dtype, bias: bool = False) -> tuple[Case, Tensor]:
     """A case whose dW, 2^-12, is an eighth of what moves a bfloat16 number between 1 and 2; and that dW."""
-    c = case(((0, width),), width, width, 4, bias=False, base=base, vectors=torch.float32)
+    c = case(((0, width),), width, width, 4, bias=bias, base=base, vectors=torch.float32)
     c.weight.copy_(1 + torch.rand(width, width))
     c.a[0].fill_(1 / 8), c.bm[0].fill_(0.5), c.b.fill_(2.0**-9), c.d.fill_(0.5)
     return c, delta_weight(c.b, c.d, c.spans, c.a, c.bm, torch.float32)[0]
@@ -306,9 +306,10 @@ def mean_change(c: Case, x: Tensor) -> Tensor:
         return (y - c.call(x).double()).mean()
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("tokens", "width"), [(64, 512), (4096, 64)], ids=["few", "many"])
-def test_young_updates_act_on_a_base_stored_in_bfloat16(tokens: int, width: int) -> None:
-    c, change = young(width, torch.bfloat16)
+def test_young_updates_act_on_a_base_stored_in_bfloat16(tokens: int, width: int, bias: bool) -> None:
+    c, change = young(width, torch.bfloat16, bias)
     assert torch.equal((c.weight.float() + change).bfloat16(), c.weight), "the update must be one that folding loses"
     x = (torch.rand(tokens, width) - 0.4).bfloat16()
     want = (x.double() @ change.double().t()).mean()

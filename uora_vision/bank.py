@@ -361,7 +361,7 @@ def _kaiming(shape: tuple[int, ...], fan_in: int, generator: torch.Generator) ->
 def _orthonormal_columns(gauss: Tensor) -> Tensor:
     """Haar-distributed orthonormal columns from Gaussian ones (Mezzadri 2007: QR with the signs of R made positive)."""
     q, r = torch.linalg.qr(gauss)
-    return q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q)
+    return q.mul_(torch.where(r.diagonal() < 0, -1.0, 1.0).to(q))
 
 
 def _generator(seed: int, matrix: str, index: int = -1, draw: int = 0) -> torch.Generator:

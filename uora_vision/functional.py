@@ -228,8 +228,7 @@ class _AddUpdate(torch.autograd.Function):
         flat = g.reshape(-1, g.shape[-1]).to(kept[0].dtype)
         with exact(g):
             if ctx.needs_input_grad[0]:
-                left = left_matrix(b, d, ctx.spans, ctx.n_a, bm, g.shape[-1]).to(flat.dtype)
-                grad_x = (flat @ left) @ torch.cat([m.to(flat.dtype) for m in a])
+                grad_x = _branch_gradient(flat, b, d, ctx.spans, a, bm)
                 grad_x = grad_x.view(*g.shape[:-1], a[0].shape[1])
             if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
                 p = _products(flat if drawn is None else flat[drawn], kept, ctx.spans, a, ctx.keep_x)
@@ -317,19 +316,32 @@ def _forward(
     flat = x.reshape(-1, x.shape[-1])
     if u is None:
         u = [flat @ m.to(x.dtype).t() for m in a]
-    left = left_matrix(b, d, spans, len(a), bm, weight.shape[0])
-    left = left.to(x.dtype)
-    joined = u[0] if len(u) == 1 else torch.cat(list(u), dim=1)
     if x.dtype in WIDE:
         # Of x as it came: torch sums in another order for other strides, and with b = 0 this must be the base's y.
         y = linear(x, weight.to(x.dtype), bias).reshape(-1, weight.shape[0])
-        y = torch.addmm(y, joined, left.t())
+        y = _branch(u, b, d, spans, bm, y)
     elif joins(len(flat), *weight.shape):
-        y = linear(torch.cat([flat, joined], dim=1), torch.cat([weight.to(x.dtype), left], dim=1), bias)
+        left = left_matrix(b, d, spans, len(a), bm, weight.shape[0])
+        y = linear(torch.cat([flat, *u], dim=1), torch.cat([weight.to(x.dtype), left.to(x.dtype)], dim=1), bias)
     else:
-        y = torch.addmm(joined @ left.t(), flat, weight.to(x.dtype).t())
+        y = torch.addmm(_branch(u, b, d, spans, bm, flat.new_zeros(1, weight.shape[0])), flat, weight.to(x.dtype).t())
         y = y if bias is None else y.add_(bias)
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _branch(u: Sequence[Tensor], b: Tensor, d: Tensor, spans: Spans, bm: Sequence[Tensor], y: Tensor) -> Tensor:
+    """y + u L^T in the type of u, for u (N, r) of each A and y (N, out) or (1, out)."""
+    first = u[0]
+    if _narrow(len(first), d, spans, len(u), bm, y.shape[1]):
+        z = (first[:, None] * d.to(first.dtype)) @ bm[0].to(first.dtype).t()
+        return torch.addcmul(y, z.flatten(1), b.to(first.dtype))
+    left = left_matrix(b, d, spans, len(u), bm, y.shape[1]).to(first.dtype)
+    return torch.addmm(y, first if len(u) == 1 else torch.cat(list(u), dim=1), left.t())
+
+
+def _narrow(tokens: int, d: Tensor, spans: Spans, n_a: int, bm: Sequence[Tensor], out: int) -> bool:
+    """Whether tokens are so few that scaling them, N (r + out), is less than forming L, r out: at least below r."""
+    return tokens < d.shape[1] and n_a == len(bm) == 1 and in_order(spans, out)
 
 
 def _input_gradient(
@@ -338,9 +350,19 @@ def _input_gradient(
     """(N, out) -> (N, in)."""
     if _folds(g.shape[0], weight):
         return g @ folded(weight, b, d, spans, a, bm).to(g.dtype)
-    left = left_matrix(b, d, spans, len(a), bm, weight.shape[0]).to(g.dtype)
-    update = (g @ left) @ (a[0] if len(a) == 1 else torch.cat(list(a))).to(g.dtype)
-    return torch.addmm(update, g, weight.to(g.dtype))
+    return torch.addmm(_branch_gradient(g, b, d, spans, a, bm), g, weight.to(g.dtype))
+
+
+def _branch_gradient(
+    g: Tensor, b: Tensor, d: Tensor, spans: Spans, a: Sequence[Tensor], bm: Sequence[Tensor]
+) -> Tensor:
+    """(g L) A in the type of g, (N, out) -> (N, in)."""
+    if _narrow(len(g), d, spans, len(a), bm, g.shape[1]):
+        h = (g * b.to(g.dtype)).view(len(g), len(d), -1) @ bm[0].to(g.dtype)
+        h = (h * d.to(g.dtype)).sum(dim=1)
+    else:
+        h = g @ left_matrix(b, d, spans, len(a), bm, g.shape[1]).to(g.dtype)
+    return h @ (a[0] if len(a) == 1 else torch.cat(list(a))).to(g.dtype)
 
 
 def _fold(
@@ -357,11 +379,10 @@ def _fold(
 
 def _added(y: Tensor, u: Sequence[Tensor], b: Tensor, d: Tensor, spans: Spans, bm: Sequence[Tensor]) -> Tensor:
     """y + u L^T in the type of y, for u (N, r) of each A."""
-    left = left_matrix(b, d, spans, len(u), bm, y.shape[-1]).to(u[0].dtype).t()
-    joined, flat = u[0] if len(u) == 1 else torch.cat(list(u), dim=1), y.reshape(-1, y.shape[-1])
-    if y.dtype == joined.dtype:
-        return torch.addmm(flat, joined, left).view(y.shape)
-    return (flat + joined @ left).to(y.dtype).view(y.shape)
+    flat = y.reshape(-1, y.shape[-1])
+    if y.dtype == u[0].dtype:
+        return _branch(u, b, d, spans, bm, flat).view(y.shape)
+    return (flat + _branch(u, b, d, spans, bm, u[0].new_zeros(1, y.shape[-1]))).to(y.dtype).view(y.shape)
 
 
 def _large(width: int, n_a: int, b: Tensor, d: Tensor) -> bool:
@@ -395,7 +416,7 @@ def _products(g: Tensor, kept: Sequence[Tensor], spans: Spans, a: Sequence[Tenso
         p = [take(g.t(), span) @ kept[k % len(kept)] for k, span in enumerate(spans)]
     if keep_x:
         p = [part @ a[k % len(a)].to(g.dtype).t() for k, part in enumerate(p)]
-    return torch.cat(p)
+    return p[0] if len(p) == 1 else torch.cat(p)
 
 
 def _folds(tokens: int, weight: Tensor) -> bool:
@@ -405,7 +426,8 @@ def _folds(tokens: int, weight: Tensor) -> bool:
 def _lefts(b: Tensor, d: Tensor, spans: Spans, bm: Sequence[Tensor]) -> Tensor:
     """diag(b) B diag(d) of each role, (sum of rows, r), span after span."""
     if len(bm) == 1:
-        return ((b.view(len(d), -1, 1) * bm[0]) * d[:, None, :]).flatten(0, 1)
+        # As B^T lies in the bank, row after row: the other way round the roles would be copied together.
+        return ((b.view(len(d), -1) * bm[0].t()[:, None, :]) * d.t()[:, :, None]).flatten(1).t()
     parts = b.split([span.rows for span in spans])
     return torch.cat([(part[:, None] * m) * d[k] for k, (part, m) in enumerate(zip(parts, bm, strict=True))])
 

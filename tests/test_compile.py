@@ -1,0 +1,110 @@
+"""Compiled models are compiled once: batches of other sizes, steps, firings and switches of the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import kill, wake
+from test_training import Checkpointed, assert_equal, gradients, injected
+from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
+from torch.nn.functional import cross_entropy
+
+import uora_vision as uora
+
+
+class Counting:
+    """A backend that counts the graphs it is given."""
+
+    def __init__(self) -> None:
+        torch.compiler.reset()
+        self.graphs = 0
+
+    def __call__(self, graph: Any, inputs: Any) -> Any:
+        self.graphs += 1
+        return aot_eager(graph, inputs)
+
+
+def compiled(model: nn.Module) -> tuple[Callable[[Tensor], Tensor], Counting]:
+    backend = Counting()
+    return torch.compile(model, fullgraph=True, backend=backend), backend
+
+
+def batch(n: int) -> Tensor:
+    return torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(n))
+
+
+def close(one: Tensor, two: Tensor) -> None:
+    torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_batches_of_any_size_take_two_graphs() -> None:
+    """One for the first size, one for all others."""
+    model = injected(depth=1)
+    run, backend = compiled(model)
+    for n in (2, 3, 5, 7):
+        close(run(batch(n)), model(batch(n)))
+    assert backend.graphs <= 2
+
+
+@pytest.mark.slow
+def test_sizes_that_take_another_form_need_one_more_graph() -> None:
+    mlp = injected(depth=1).blocks[0].mlp
+    run, backend = compiled(mlp)
+    for n, graphs in ((10, 1), (20, 2), (50, 2), (52, 3), (70, 3)):  # 64 x 256 is folded from 52 tokens on
+        x = torch.randn(n, 1, 64)
+        close(run(x), mlp(x))
+        assert backend.graphs == graphs, n
+
+
+def test_steps_and_shared_firings_do_not_recompile() -> None:
+    model, x = injected(depth=1).train(), batch(3)
+    run, backend = compiled(model)
+    optimizer = torch.optim.AdamW(uora.param_groups(model, lr=1e-2, head_lr=1e-2))
+    reinit = uora.Reinitializer(model)
+    for step in range(5):
+        optimizer.zero_grad()
+        y = run(x)
+        close(y, model(x))
+        cross_entropy(y, torch.arange(3)).backward()
+        optimizer.step()
+        if step % 2:
+            kill(model, {"blocks.0.attn.qkv.q": [step]})
+            assert reinit.step() == 1
+    assert backend.graphs == 1
+
+
+@pytest.mark.parametrize("second", [{}, {"seed": 4}, {"rank": 4}, {"targets": "qv"}], ids=str)
+def test_switching_adapters_compiles_once_for_each(second: dict[str, Any]) -> None:
+    model, x = injected(depth=1), batch(3)
+    wake(uora.inject(model, name="second", **{"rank": 8, **second}), seed=2)
+    run, backend = compiled(model)
+    outputs = []
+    for name in ("default", "second") * 3:
+        uora.activate(model, name)
+        outputs.append(run(x))
+        close(outputs[-1], model(x))
+    assert (outputs[0] - outputs[1]).abs().max() > 1e-2
+    assert backend.graphs <= 2
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_whose_inputs_are_kept_on_the_host_give_the_same_bits(images: Tensor, reentrant: bool) -> None:
+    model = injected(dropout=0.3).train()
+    want = gradients(model, images)
+    images.requires_grad_()  # a reentrant checkpoint needs an input with a gradient
+    model.blocks = nn.Sequential(*(Checkpointed(block, reentrant) for block in model.blocks))
+    with torch.autograd.graph.save_on_cpu():
+        got = {n.replace(".block.", "."): g for n, g in gradients(model, images).items()}
+    assert_equal(want, got)
+
+
+def test_activations_kept_on_the_host_give_the_same_bits(images: Tensor) -> None:
+    model = injected()
+    want = gradients(model, images)
+    with torch.autograd.graph.save_on_cpu():
+        assert_equal(want, gradients(model, images))
