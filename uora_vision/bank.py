@@ -343,8 +343,8 @@ def _initial(config: UoraConfig, name: str, side: str, width: int) -> Tensor:
     generator = _generator(config.seed, name)
     if config.init == "kaiming":
         return _kaiming((config.rank, width), _fan_in(side, config.rank, width), generator).float()
-    gauss = torch.randn(max(config.rank, width), min(config.rank, width), generator=generator, dtype=torch.float64)
-    ortho = _orthonormal_columns(gauss)
+    shape = max(config.rank, width), min(config.rank, width)
+    ortho = _orthonormal_columns(torch.randn(shape, generator=generator, dtype=torch.float64))
     return (ortho if config.rank >= width else ortho.t()).float().contiguous()
 
 
@@ -361,6 +361,7 @@ def _kaiming(shape: tuple[int, ...], fan_in: int, generator: torch.Generator) ->
 def _orthonormal_columns(gauss: Tensor) -> Tensor:
     """Haar-distributed orthonormal columns from Gaussian ones (Mezzadri 2007: QR with the signs of R made positive)."""
     q, r = torch.linalg.qr(gauss)
+    del gauss
     return q.mul_(torch.where(r.diagonal() < 0, -1.0, 1.0).to(q))
 
 
