@@ -65,9 +65,10 @@ def test_methods_share_the_frozen_weights_and_only_full_fine_tuning_copies_them(
 
 def test_the_floor_comes_first_and_any_rank_can_be_asked_for():
     assert parse_methods("uora-32, full") == [Method("floor"), Method("uora", 32), Method("full")]
+    assert [method.name for method in parse_methods("uora-32/4")] == ["floor", "uora-32/4"]
 
 
-@pytest.mark.parametrize("name", ["uora", "full-8", "dora-8", "lora-0"])
+@pytest.mark.parametrize("name", ["uora", "full-8", "dora-8", "lora-0", "lora-8/4"])
 def test_an_unknown_method_is_named(name: str):
     with pytest.raises(typer.BadParameter, match=name):
         parse_methods(name)

@@ -92,3 +92,9 @@ def test_missing_peft_says_what_to_install(vit: nn.Module, monkeypatch: pytest.M
 def test_a_model_without_a_head_is_an_error(make_vit: Callable[..., nn.Module]) -> None:
     with pytest.raises(MethodError, match="would train nothing: VisionTransformer has no head"):
         apply_method(make_vit(num_classes=0), options(Method.linear))
+
+
+@pytest.mark.parametrize("method", [Method.uora, Method.vera])
+def test_token_sampling_reaches_the_adapter(method: Method, vit: nn.Module) -> None:
+    apply_method(vit, options(method, token_sampling=4))
+    assert {adapter.token_sampling for adapter in uora.adapters(vit).values()} == {4}
