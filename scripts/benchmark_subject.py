@@ -262,4 +262,5 @@ def make_base(settings: Settings) -> nn.Module:
     # Compiled code is kept per function, and all methods share the functions of the model's class.
     torch._dynamo.config.recompile_limit = 64
     torch.manual_seed(0)
-    return settings.make().to(settings.device, settings.weights)
+    with torch.device(settings.device):  # where random weights are drawn sooner
+        return settings.make().to(settings.weights)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -151,24 +149,3 @@ def test_injection_leaves_the_values_of_the_base_alone(vit: nn.Module, train: tu
     assert read == {("clone", name): 1 for name in ("head.weight", "head.bias") if train}
     after = {n: (id(p), p.data_ptr(), p._version) for n, p in vit.named_parameters()}
     assert before.items() <= after.items()
-
-
-@pytest.fixture
-def sync_mode() -> Iterator[Callable[[str], None]]:
-    torch.cuda.init()
-    yield torch.cuda.set_sync_debug_mode
-    torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_a_step_never_waits_and_reinitialisation_waits_once(sync_mode: Callable[[str], None]) -> None:
-    model, x = adapted().to("cuda"), torch.randn(2, 3, 32, 32, device="cuda")
-    reinit = uora.Reinitializer(model)
-    model(x).sum().backward(), reinit.step()  # libraries make their handles
-    sync_mode("error")
-    model(x).sum().backward()
-    sync_mode("warn")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        assert reinit.step() == 0
-    assert len([w for w in caught if "synchronizing" in str(w.message)]) == 1

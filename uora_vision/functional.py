@@ -165,7 +165,8 @@ class _Project(torch.autograd.Function):
         if drawn is not None:
             flat = _stand_ins(flat, drawn, sampling)
         keep_x = ctx.needs_input_grad[1] or _large(x.shape[-1], n_a, b, d)
-        kept = (flat,) if keep_x else (u,) if u is not None else tuple(flat @ m.to(x.dtype).t() for m in a)
+        a = tuple(m.to(x.dtype) for m in a)
+        kept = (flat,) if keep_x else (u,) if u is not None else tuple(flat @ m.t() for m in a)
         ctx.save_for_backward(weight, b, d, drawn, *banks, *kept)
         ctx.spans, ctx.n_a, ctx.n_banks, ctx.keep_x = spans, n_a, len(banks), keep_x
         return _forward(x, weight, bias, b, d, spans, a, bm, None if keep_x or drawn is not None else kept)
@@ -261,17 +262,32 @@ class _Fold(torch.autograd.Function):
         return g if ctx.needs_input_grad[0] else None, None, grad_b, grad_d, *[None] * (2 + len(banks))
 
 
-def folded(weight: Tensor, b: Tensor, d: Tensor, spans: Spans, a: Sequence[Tensor], bm: Sequence[Tensor]) -> Tensor:
-    """W + dW in the type of W, (out, in)."""
-    dtype = weight.dtype
-    left = _lefts(b.to(dtype), d.to(dtype), spans, [m.to(dtype) for m in bm])
+def folded(
+    weight: Tensor,
+    b: Tensor,
+    d: Tensor,
+    spans: Spans,
+    a: Sequence[Tensor],
+    bm: Sequence[Tensor],
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """W + dW in `dtype`, by default that of W, (out, in).
+
+    In a coarser `dtype` than that of W the product L A runs in it, at the speed of such products; it is added to W as W
+    is stored, and the sum is rounded. So dW is as exact, relative to itself, as the factored form has it.
+    """
+    dtype = dtype or weight.dtype
+    coarse = dtype != weight.dtype
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    left = _lefts(b.to(wide), d.to(wide), spans, [m.to(wide) for m in bm]).to(dtype)
     a = [m.to(dtype) for m in a]
     if len(a) == 1 and b.numel() == weight.shape[0]:
-        return torch.addmm(weight, place(left, spans, weight.shape[0]), a[0])
-    whole = weight.clone()
+        left = place(left, spans, weight.shape[0])
+        return (left @ a[0]).add_(weight) if coarse else torch.addmm(weight, left, a[0])
+    whole = weight.new_zeros(weight.shape, dtype=dtype) if coarse else weight.clone()
     for k, (span, part) in enumerate(zip(spans, left.split([s.rows for s in spans]), strict=True)):
         add_(whole, span, part @ a[k % len(a)])
-    return whole
+    return whole.add_(weight) if coarse else whole
 
 
 def left_matrix(b: Tensor, d: Tensor, spans: Spans, n_a: int, bm: Sequence[Tensor], out: int) -> Tensor:
@@ -312,7 +328,7 @@ def _forward(
 ) -> Tensor:
     bias = None if bias is None else bias.to(x.dtype)
     if _folds(x.numel() // x.shape[-1], weight):
-        return linear(x, folded(weight, b, d, spans, a, bm).to(x.dtype), bias)
+        return linear(x, folded(weight, b, d, spans, a, bm, x.dtype), bias)
     flat = x.reshape(-1, x.shape[-1])
     if u is None:
         u = [flat @ m.to(x.dtype).t() for m in a]
@@ -349,7 +365,7 @@ def _input_gradient(
 ) -> Tensor:
     """(N, out) -> (N, in)."""
     if _folds(g.shape[0], weight):
-        return g @ folded(weight, b, d, spans, a, bm).to(g.dtype)
+        return g @ folded(weight, b, d, spans, a, bm, g.dtype)
     return torch.addmm(_branch_gradient(g, b, d, spans, a, bm), g, weight.to(g.dtype))
 
 
@@ -397,15 +413,18 @@ def _draw(x: Tensor, every: int) -> Tensor | None:
     if every == 1:
         return None
     rows = x.numel() // x.shape[-1]
-    start = torch.arange(0, rows, every, device=x.device)
-    size = (rows - start).clamp(max=every)
-    return start + torch.minimum((torch.rand(len(start), device=x.device) * size).long(), size - 1)
+    offset, rest = torch.randint(every, (-(-rows // every),), device=x.device), rows % every
+    if rest:
+        offset[-1:] = torch.randint(rest, (1,), device=x.device)
+    return offset.add_(torch.arange(0, rows, every, device=x.device))
 
 
 def _stand_ins(x: Tensor, drawn: Tensor, every: int) -> Tensor:
     """The drawn rows of x, (runs, in), times the lengths of their runs: their sums have those of all rows as mean."""
-    size = (len(x) - torch.arange(0, len(x), every, device=x.device)).clamp(max=every)
-    return x[drawn] * size[:, None].to(x.dtype)
+    rows, rest = x[drawn].mul_(every), len(x) % every
+    if rest:
+        rows[-1:].mul_(rest / every)
+    return rows
 
 
 def _products(g: Tensor, kept: Sequence[Tensor], spans: Spans, a: Sequence[Tensor], keep_x: bool) -> Tensor:
