@@ -266,7 +266,9 @@ def test_nothing_of_size_tokens_by_out_is_kept_for_backward(base: torch.dtype, a
     x = torch.randn(tokens, width, dtype=torch.float32 if autocast else base, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", enabled=autocast):
         c.call(x)
-    assert sum(t.numel() for t in kept) == tokens * rank
+    # Of a weight that autocast rounds, the frozen layer keeps the rounded copy for its backward. So does this one.
+    rounded = width * out if autocast and base == torch.float32 else 0
+    assert sum(t.numel() for t in kept) == tokens * rank + rounded
 
 
 def test_of_one_input_one_reduced_copy_is_kept_per_distinct_a() -> None:

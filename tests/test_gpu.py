@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conftest import kill
-from test_training import gradients, injected
+from test_training import injected
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -47,6 +47,12 @@ def test_a_step_never_waits_and_reinitialisation_waits_once(
         warnings.simplefilter("always")
         assert reinit.step() == 0
     assert len([w for w in caught if "synchronizing" in str(w.message)]) == 1
+
+
+def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(x).square().mean().backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def difference(one: dict[str, Tensor], two: dict[str, Tensor]) -> float:

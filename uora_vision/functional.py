@@ -11,7 +11,8 @@ L A with L = diag(b) B diag(d), (out x r).
 Two forms compute the same y, and the operation counts choose between them (UORA, ACL 2025; our derivation):
 
 - *folded*, for many tokens: W + L A is formed once, at a cost that does not depend on the number of tokens, and y is
-  one product. It is formed again for the input gradient rather than kept.
+  one product. It is formed again for the input gradient rather than kept, unless autocast rounds W: then the frozen
+  layer keeps a rounded W for its backward, and this one the rounded W + L A in its place.
 - *factored*, for few tokens, or when W is stored in a type too coarse to hold the sum (bfloat16, float16). Where y is
   of such a type, the update is added before y is rounded: it goes into the accumulator of the frozen product, or, for
   many tokens, both are one product [x, u] [W, L]^T. A quantised W has its own product, and the update is added to what
@@ -71,7 +72,7 @@ def project(
     drawn = _draw(x, sampling if not weight.requires_grad else 1)
     with exact(x):
         if not torch.is_grad_enabled():
-            return _forward(x, weight, bias, b, d, spans, a, bm)
+            return _forward(x, weight, bias, b, d, spans, a, bm)[0]
         keep_x = weight.requires_grad or _large(x.shape[-1], len(a), b, d)
         u = None if keep_x or reduced is None or sampling > 1 else reduced(source, x.dtype, a)
         return _Project.apply(x, weight, bias, b, d, u, drawn, sampling, spans, len(a), *a, *bm)
@@ -167,22 +168,27 @@ class _Project(torch.autograd.Function):
         keep_x = ctx.needs_input_grad[1] or _large(x.shape[-1], n_a, b, d)
         a = tuple(m.to(x.dtype) for m in a)
         kept = (flat,) if keep_x else (u,) if u is not None else tuple(flat @ m.t() for m in a)
-        ctx.save_for_backward(weight, b, d, drawn, *banks, *kept)
+        u_of_all = None if keep_x or drawn is not None else kept
+        y, whole = _forward(x, weight, bias, b, _needing(d, drawn), spans, a, bm, u_of_all)
+        if x.dtype == weight.dtype or not ctx.needs_input_grad[0]:
+            whole = None
+        ctx.save_for_backward(weight, whole, b, d, drawn, *banks, *kept)
         ctx.spans, ctx.n_a, ctx.n_banks, ctx.keep_x = spans, n_a, len(banks), keep_x
-        return _forward(x, weight, bias, b, d, spans, a, bm, None if keep_x or drawn is not None else kept)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         n_a, spans = ctx.n_a, ctx.spans
-        weight, b, d, drawn, *rest = ctx.saved_tensors
+        weight, whole, b, d, drawn, *rest = ctx.saved_tensors
         a, bm, kept = rest[:n_a], rest[n_a : ctx.n_banks], rest[ctx.n_banks :]
         need_x, need_w, need_bias, need_b, need_d = ctx.needs_input_grad[:5]
         grad_x = grad_w = grad_bias = grad_b = grad_d = None
         flat = g.reshape(-1, g.shape[-1])
         with exact(g):
             if need_x:
-                grad_x = _input_gradient(flat, weight, b, d, spans, a, bm).view(*g.shape[:-1], weight.shape[1])
+                grad_x = flat @ whole if whole is not None else _input_gradient(flat, weight, b, d, spans, a, bm)
+                grad_x = grad_x.view(*g.shape[:-1], weight.shape[1])
             if need_w:
                 grad_w = (flat.t() @ kept[0]).to(weight.dtype)
             if need_bias:
@@ -218,7 +224,7 @@ class _AddUpdate(torch.autograd.Function):
         kept = (flat,) if ctx.keep_x else kept
         ctx.save_for_backward(b, d, drawn, *banks, *kept)
         ctx.spans, ctx.n_a, ctx.n_banks = spans, n_a, len(banks)
-        return _added(y, each, b, d, spans, bm)
+        return _added(y, each, b, _needing(d, drawn), spans, bm)
 
     @staticmethod
     @once_differentiable
@@ -279,7 +285,7 @@ def folded(
     dtype = dtype or weight.dtype
     coarse = dtype != weight.dtype
     wide = torch.promote_types(weight.dtype, torch.float32)
-    left = _lefts(b.to(wide), d.to(wide), spans, [m.to(wide) for m in bm]).to(dtype)
+    left = _lefts(b.to(wide), d.to(wide), spans, bm, dtype)
     a = [m.to(dtype) for m in a]
     if len(a) == 1 and b.numel() == weight.shape[0]:
         left = place(left, spans, weight.shape[0])
@@ -290,10 +296,15 @@ def folded(
     return whole.add_(weight) if coarse else whole
 
 
-def left_matrix(b: Tensor, d: Tensor, spans: Spans, n_a: int, bm: Sequence[Tensor], out: int) -> Tensor:
-    """L in the order of the matrix, (out, n_a r), at least in float32: the factored form is x W^T + u L^T."""
+def left_matrix(
+    b: Tensor, d: Tensor, spans: Spans, n_a: int, bm: Sequence[Tensor], out: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    """L in the order of the matrix, (out, n_a r): the factored form is x W^T + u L^T.
+
+    Computed in float32 at least. Given a `dtype`, it is rounded to that as it is written, and not differentiable.
+    """
     wide = torch.promote_types(torch.promote_types(b.dtype, torch.float32), bm[0].dtype)
-    left = _lefts(b.to(wide), d.to(wide), spans, [m.to(wide) for m in bm])
+    left = _lefts(b.to(wide), d.to(wide), spans, bm, dtype)
     if n_a == 1:
         return place(left, spans, out)
     # Each role has its own A, so its own columns.
@@ -303,7 +314,8 @@ def left_matrix(b: Tensor, d: Tensor, spans: Spans, n_a: int, bm: Sequence[Tenso
 
 def vector_gradients(p: Tensor, b: Tensor, d: Tensor, spans: Spans, bm: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Gradients of b and d from P = g^T u, (sum of rows, r), span after span: rowsum(P*d*B) and colsum(b*B*P)."""
-    p = p.to(b.dtype)
+    if torch.promote_types(p.dtype, b.dtype) != b.dtype:
+        p = p.to(b.dtype)  # otherwise the product with B is of that type, whatever P is stored in
     if len(bm) == 1:
         roles, rank = d.shape
         product = p.view(roles, -1, rank) * bm[0].to(b.dtype)
@@ -325,10 +337,12 @@ def _forward(
     a: Sequence[Tensor],
     bm: Sequence[Tensor],
     u: Sequence[Tensor] | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
+    """y, and W + dW in the type of x if it was formed."""
     bias = None if bias is None else bias.to(x.dtype)
     if _folds(x.numel() // x.shape[-1], weight):
-        return linear(x, folded(weight, b, d, spans, a, bm, x.dtype), bias)
+        whole = folded(weight, b, d, spans, a, bm, x.dtype)
+        return linear(x, whole, bias), whole
     flat = x.reshape(-1, x.shape[-1])
     if u is None:
         u = [flat @ m.to(x.dtype).t() for m in a]
@@ -337,12 +351,12 @@ def _forward(
         y = linear(x, weight.to(x.dtype), bias).reshape(-1, weight.shape[0])
         y = _branch(u, b, d, spans, bm, y)
     elif joins(len(flat), *weight.shape):
-        left = left_matrix(b, d, spans, len(a), bm, weight.shape[0])
-        y = linear(torch.cat([flat, *u], dim=1), torch.cat([weight.to(x.dtype), left.to(x.dtype)], dim=1), bias)
+        left = left_matrix(b, d, spans, len(a), bm, weight.shape[0], x.dtype)
+        y = linear(torch.cat([flat, *u], dim=1), torch.cat([weight.to(x.dtype), left], dim=1), bias)
     else:
         y = torch.addmm(_branch(u, b, d, spans, bm, flat.new_zeros(1, weight.shape[0])), flat, weight.to(x.dtype).t())
         y = y if bias is None else y.add_(bias)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return y.view(*x.shape[:-1], weight.shape[0]), None
 
 
 def _branch(u: Sequence[Tensor], b: Tensor, d: Tensor, spans: Spans, bm: Sequence[Tensor], y: Tensor) -> Tensor:
@@ -351,7 +365,7 @@ def _branch(u: Sequence[Tensor], b: Tensor, d: Tensor, spans: Spans, bm: Sequenc
     if _narrow(len(first), d, spans, len(u), bm, y.shape[1]):
         z = (first[:, None] * d.to(first.dtype)) @ bm[0].to(first.dtype).t()
         return torch.addcmul(y, z.flatten(1), b.to(first.dtype))
-    left = left_matrix(b, d, spans, len(u), bm, y.shape[1]).to(first.dtype)
+    left = left_matrix(b, d, spans, len(u), bm, y.shape[1], first.dtype)
     return torch.addmm(y, first if len(u) == 1 else torch.cat(list(u), dim=1), left.t())
 
 
@@ -377,7 +391,7 @@ def _branch_gradient(
         h = (g * b.to(g.dtype)).view(len(g), len(d), -1) @ bm[0].to(g.dtype)
         h = (h * d.to(g.dtype)).sum(dim=1)
     else:
-        h = g @ left_matrix(b, d, spans, len(a), bm, g.shape[1]).to(g.dtype)
+        h = g @ left_matrix(b, d, spans, len(a), bm, g.shape[1], g.dtype)
     return h @ (a[0] if len(a) == 1 else torch.cat(list(a))).to(g.dtype)
 
 
@@ -419,6 +433,17 @@ def _draw(x: Tensor, every: int) -> Tensor | None:
     return offset.add_(torch.arange(0, rows, every, device=x.device))
 
 
+def _needing(d: Tensor, drawn: Tensor | None) -> Tensor:
+    """d, in a way that a compiler takes to depend on the draw.
+
+    What the output does not depend on, torch.compile computes in the backward, and random numbers then once more: the
+    rows of g would be others than those of u.
+    """
+    if drawn is None or not torch.compiler.is_compiling():
+        return d
+    return torch.where((drawn < 0).any(), torch.nan, d)
+
+
 def _stand_ins(x: Tensor, drawn: Tensor, every: int) -> Tensor:
     """The drawn rows of x, (runs, in), times the lengths of their runs: their sums have those of all rows as mean."""
     rows, rest = x[drawn].mul_(every), len(x) % every
@@ -442,13 +467,19 @@ def _folds(tokens: int, weight: Tensor) -> bool:
     return weight.dtype in WIDE and folds(tokens, *weight.shape)
 
 
-def _lefts(b: Tensor, d: Tensor, spans: Spans, bm: Sequence[Tensor]) -> Tensor:
-    """diag(b) B diag(d) of each role, (sum of rows, r), span after span."""
+def _lefts(b: Tensor, d: Tensor, spans: Spans, bm: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    """diag(b) B diag(d) of each role, (sum of rows, r), span after span, computed in the type of b.
+
+    Given a `dtype`, it is rounded to that as it is written, and not differentiable.
+    """
     if len(bm) == 1:
         # As B^T lies in the bank, row after row: the other way round the roles would be copied together.
-        return ((b.view(len(d), -1) * bm[0].t()[:, None, :]) * d.t()[:, :, None]).flatten(1).t()
+        part, d = b.view(len(d), -1) * bm[0].t()[:, None, :], d.t()[:, :, None]
+        left = part * d if dtype in (None, part.dtype) else torch.mul(part, d, out=torch.empty_like(part, dtype=dtype))
+        return left.flatten(1).t()
     parts = b.split([span.rows for span in spans])
-    return torch.cat([(part[:, None] * m) * d[k] for k, (part, m) in enumerate(zip(parts, bm, strict=True))])
+    left = torch.cat([(part[:, None] * m) * d[k] for k, (part, m) in enumerate(zip(parts, bm, strict=True))])
+    return left if dtype is None else left.to(dtype)
 
 
 def exact(x: Tensor) -> AbstractContextManager[Any]:
@@ -460,4 +491,4 @@ def exact(x: Tensor) -> AbstractContextManager[Any]:
 
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on for the device of a tensor. Of the meta device it cannot be asked."""
-    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
