@@ -266,9 +266,10 @@ def test_nothing_of_size_tokens_by_out_is_kept_for_backward(base: torch.dtype, a
     x = torch.randn(tokens, width, dtype=torch.float32 if autocast else base, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", enabled=autocast):
         c.call(x)
-    # Of a weight that autocast rounds, the frozen layer keeps the rounded copy for its backward. So does this one.
-    rounded = width * out if autocast and base == torch.float32 else 0
-    assert sum(t.numel() for t in kept) == tokens * rank + rounded
+    # Of a weight that autocast rounds, the frozen layer keeps the rounded copy for its backward, and so does this one.
+    # Of a weight in a half type, L is kept where the tokens are more than its rows.
+    made = out * rank if base == torch.bfloat16 else width * out if autocast else 0
+    assert sum(t.numel() for t in kept) == tokens * rank + made
 
 
 def test_of_one_input_one_reduced_copy_is_kept_per_distinct_a() -> None:

@@ -13,7 +13,7 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +100,7 @@ class Bank(nn.Module):
         self._first: dict[str, Tensor] = {}
         self._own: dict[str, Tensor] = {}
         self._draws: dict[str, Tensor] = {}
+        self._views: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         for side, sizes in widths.items():
             for width in sizes:
                 name = f"{side}{width}"
@@ -128,11 +129,27 @@ class Bank(nn.Module):
 
     def a(self, width: int) -> Tensor:
         """A of an input width, (r, width)."""
-        return self.get_buffer(self.matrix("A", width))[:, :width]
+        return self._view("A", width)
 
     def b(self, width: int) -> Tensor:
         """B of an output width, (width, r)."""
-        return self.get_buffer(self.matrix("B", width))[:, :width].t()
+        return self._view("B", width)
+
+    def _view(self, side: Literal["A", "B"], width: int) -> Tensor:
+        """The same tensor from one forward to the next. Compilers and tracers get a new one, from the buffer."""
+        buffer = self.get_buffer(self.matrix(side, width))
+        passing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        kept = None if passing else self._views.get((side, width))
+        if kept is not None and kept[0] is buffer:
+            return kept[1]
+        view = buffer[:, :width] if side == "A" else buffer[:, :width].t()
+        if not passing:
+            self._views[side, width] = buffer, view
+        return view
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles start without views."""
+        return {**self.__dict__, "_views": {}}
 
     def own(self, matrix: str) -> tuple[Tensor, Tensor]:
         """A layer's own copies: (indices (k,), rows (k, width)), float32 on the CPU."""

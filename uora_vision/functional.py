@@ -108,7 +108,7 @@ def add_update(
     with exact(x):
         if not torch.is_grad_enabled():
             flat = x.reshape(-1, x.shape[-1])
-            return _added(y, [flat @ m.to(x.dtype).t() for m in a], b, d, spans, bm)
+            return _added(y, [flat @ _in(m, x.dtype).t() for m in a], b, d, spans, bm)[0]
         u = None if reduced is None or _large(x.shape[-1], len(a), b, d) else reduced(source, x.dtype, a)
         return _AddUpdate.apply(x, y, b, d, u, drawn, sampling, spans, len(a), *a, *bm)
 
@@ -166,13 +166,13 @@ class _Project(torch.autograd.Function):
         if drawn is not None:
             flat = _stand_ins(flat, drawn, sampling)
         keep_x = ctx.needs_input_grad[1] or _large(x.shape[-1], n_a, b, d)
-        a = tuple(m.to(x.dtype) for m in a)
+        a = tuple(_in(m, x.dtype) for m in a)
         kept = (flat,) if keep_x else (u,) if u is not None else tuple(flat @ m.t() for m in a)
         u_of_all = None if keep_x or drawn is not None else kept
-        y, whole = _forward(x, weight, bias, b, _needing(d, drawn), spans, a, bm, u_of_all)
-        if x.dtype == weight.dtype or not ctx.needs_input_grad[0]:
-            whole = None
-        ctx.save_for_backward(weight, whole, b, d, drawn, *banks, *kept)
+        y, made = _forward(x, weight, bias, b, _needing(d, drawn), spans, a, bm, u_of_all)
+        if not ctx.needs_input_grad[0] or not _keeps_made(x, weight):
+            made = None
+        ctx.save_for_backward(weight, made, b, d, drawn, *banks, *kept)
         ctx.spans, ctx.n_a, ctx.n_banks, ctx.keep_x = spans, n_a, len(banks), keep_x
         return y
 
@@ -180,14 +180,14 @@ class _Project(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         n_a, spans = ctx.n_a, ctx.spans
-        weight, whole, b, d, drawn, *rest = ctx.saved_tensors
+        weight, made, b, d, drawn, *rest = ctx.saved_tensors
         a, bm, kept = rest[:n_a], rest[n_a : ctx.n_banks], rest[ctx.n_banks :]
         need_x, need_w, need_bias, need_b, need_d = ctx.needs_input_grad[:5]
         grad_x = grad_w = grad_bias = grad_b = grad_d = None
         flat = g.reshape(-1, g.shape[-1])
         with exact(g):
             if need_x:
-                grad_x = flat @ whole if whole is not None else _input_gradient(flat, weight, b, d, spans, a, bm)
+                grad_x = _input_gradient(flat, weight, b, d, spans, a, bm, made)
                 grad_x = grad_x.view(*g.shape[:-1], weight.shape[1])
             if need_w:
                 grad_w = (flat.t() @ kept[0]).to(weight.dtype)
@@ -216,26 +216,29 @@ class _AddUpdate(torch.autograd.Function):
     ) -> Tensor:
         a, bm = banks[:n_a], banks[n_a:]
         flat = x.reshape(-1, x.shape[-1])
-        each = (u,) if u is not None else tuple(flat @ m.to(x.dtype).t() for m in a)
+        each = (u,) if u is not None else tuple(flat @ _in(m, x.dtype).t() for m in a)
         ctx.keep_x, kept = _large(x.shape[-1], n_a, b, d), each
         if drawn is not None:
             flat = _stand_ins(flat, drawn, sampling)
-            kept = tuple(flat @ m.to(x.dtype).t() for m in a)
+            kept = tuple(flat @ _in(m, x.dtype).t() for m in a)
         kept = (flat,) if ctx.keep_x else kept
-        ctx.save_for_backward(b, d, drawn, *banks, *kept)
+        y, left = _added(y, each, b, _needing(d, drawn), spans, bm)
+        if not ctx.needs_input_grad[0] or len(each[0]) < y.shape[-1]:
+            left = None
+        ctx.save_for_backward(left, b, d, drawn, *banks, *kept)
         ctx.spans, ctx.n_a, ctx.n_banks = spans, n_a, len(banks)
-        return _added(y, each, b, _needing(d, drawn), spans, bm)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        b, d, drawn, *rest = ctx.saved_tensors
+        left, b, d, drawn, *rest = ctx.saved_tensors
         a, bm, kept = rest[: ctx.n_a], rest[ctx.n_a : ctx.n_banks], rest[ctx.n_banks :]
         grad_x = grad_b = grad_d = None
         flat = g.reshape(-1, g.shape[-1]).to(kept[0].dtype)
         with exact(g):
             if ctx.needs_input_grad[0]:
-                grad_x = _branch_gradient(flat, b, d, ctx.spans, a, bm)
+                grad_x = _branch_gradient(flat, b, d, ctx.spans, a, bm, left)
                 grad_x = grad_x.view(*g.shape[:-1], a[0].shape[1])
             if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
                 p = _products(flat if drawn is None else flat[drawn], kept, ctx.spans, a, ctx.keep_x)
@@ -285,8 +288,8 @@ def folded(
     dtype = dtype or weight.dtype
     coarse = dtype != weight.dtype
     wide = torch.promote_types(weight.dtype, torch.float32)
-    left = _lefts(b.to(wide), d.to(wide), spans, bm, dtype)
-    a = [m.to(dtype) for m in a]
+    left = _lefts(_in(b, wide), _in(d, wide), spans, bm, dtype)
+    a = [_in(m, dtype) for m in a]
     if len(a) == 1 and b.numel() == weight.shape[0]:
         left = place(left, spans, weight.shape[0])
         return (left @ a[0]).add_(weight) if coarse else torch.addmm(weight, left, a[0])
@@ -304,7 +307,7 @@ def left_matrix(
     Computed in float32 at least. Given a `dtype`, it is rounded to that as it is written, and not differentiable.
     """
     wide = torch.promote_types(torch.promote_types(b.dtype, torch.float32), bm[0].dtype)
-    left = _lefts(b.to(wide), d.to(wide), spans, bm, dtype)
+    left = _lefts(_in(b, wide), _in(d, wide), spans, bm, dtype)
     if n_a == 1:
         return place(left, spans, out)
     # Each role has its own A, so its own columns.
@@ -318,10 +321,13 @@ def vector_gradients(p: Tensor, b: Tensor, d: Tensor, spans: Spans, bm: Sequence
         p = p.to(b.dtype)  # otherwise the product with B is of that type, whatever P is stored in
     if len(bm) == 1:
         roles, rank = d.shape
-        product = p.view(roles, -1, rank) * bm[0].to(b.dtype)
+        if roles == 1:
+            product = p * _in(bm[0], b.dtype)
+            return product @ d[0], (b @ product)[None]
+        product = p.view(roles, -1, rank) * _in(bm[0], b.dtype)
         return (product @ d[:, :, None]).flatten(), (b.view(roles, 1, -1) @ product).squeeze(1)
     sizes = [span.rows for span in spans]
-    products = [part * m.to(b.dtype) for part, m in zip(p.split(sizes), bm, strict=True)]
+    products = [part * _in(m, b.dtype) for part, m in zip(p.split(sizes), bm, strict=True)]
     grad_b = torch.cat([product @ d[k] for k, product in enumerate(products)])
     grad_d = torch.stack([part @ product for part, product in zip(b.split(sizes), products, strict=True)])
     return grad_b, grad_d
@@ -338,61 +344,80 @@ def _forward(
     bm: Sequence[Tensor],
     u: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """y, and W + dW in the type of x if it was formed."""
-    bias = None if bias is None else bias.to(x.dtype)
+    """y, and what was made of the vectors for it, in the type of x: W + dW, or L, or neither."""
+    bias = None if bias is None else _in(bias, x.dtype)
+    rows = weight.shape[0]
     if _folds(x.numel() // x.shape[-1], weight):
         whole = folded(weight, b, d, spans, a, bm, x.dtype)
         return linear(x, whole, bias), whole
     flat = x.reshape(-1, x.shape[-1])
     if u is None:
-        u = [flat @ m.to(x.dtype).t() for m in a]
+        u = [flat @ _in(m, x.dtype).t() for m in a]
+    joined = x.dtype not in WIDE and joins(len(flat), *weight.shape)
+    left = (
+        left_matrix(b, d, spans, len(a), bm, rows, x.dtype) if joined or not _narrow(flat, d, spans, bm, rows) else None
+    )
     if x.dtype in WIDE:
         # Of x as it came: torch sums in another order for other strides, and with b = 0 this must be the base's y.
-        y = linear(x, weight.to(x.dtype), bias).reshape(-1, weight.shape[0])
-        y = _branch(u, b, d, spans, bm, y)
-    elif joins(len(flat), *weight.shape):
-        left = left_matrix(b, d, spans, len(a), bm, weight.shape[0], x.dtype)
-        y = linear(torch.cat([flat, *u], dim=1), torch.cat([weight.to(x.dtype), left], dim=1), bias)
+        y = linear(x, _in(weight, x.dtype), bias).reshape(-1, rows)
+        y = _branch(u, left, b, d, bm, y)
+    elif joined:
+        assert left is not None
+        y = linear(torch.cat([flat, *u], dim=1), torch.cat([_in(weight, x.dtype), left], dim=1), bias)
     else:
-        y = torch.addmm(_branch(u, b, d, spans, bm, flat.new_zeros(1, weight.shape[0])), flat, weight.to(x.dtype).t())
+        y = torch.addmm(_branch(u, left, b, d, bm, flat.new_zeros(1, rows)), flat, _in(weight, x.dtype).t())
         y = y if bias is None else y.add_(bias)
-    return y.view(*x.shape[:-1], weight.shape[0]), None
+    return y.view(*x.shape[:-1], rows), left
 
 
-def _branch(u: Sequence[Tensor], b: Tensor, d: Tensor, spans: Spans, bm: Sequence[Tensor], y: Tensor) -> Tensor:
-    """y + u L^T in the type of u, for u (N, r) of each A and y (N, out) or (1, out)."""
+def _branch(u: Sequence[Tensor], left: Tensor | None, b: Tensor, d: Tensor, bm: Sequence[Tensor], y: Tensor) -> Tensor:
+    """y + u L^T in the type of u, for u (N, r) of each A and y (N, out) or (1, out). Without L, tokens are scaled."""
     first = u[0]
-    if _narrow(len(first), d, spans, len(u), bm, y.shape[1]):
-        z = (first[:, None] * d.to(first.dtype)) @ bm[0].to(first.dtype).t()
-        return torch.addcmul(y, z.flatten(1), b.to(first.dtype))
-    left = left_matrix(b, d, spans, len(u), bm, y.shape[1], first.dtype)
+    if left is None:
+        z = (first[:, None] * _in(d, first.dtype)) @ _in(bm[0], first.dtype).t()
+        return torch.addcmul(y, z.flatten(1), _in(b, first.dtype))
     return torch.addmm(y, first if len(u) == 1 else torch.cat(list(u), dim=1), left.t())
 
 
-def _narrow(tokens: int, d: Tensor, spans: Spans, n_a: int, bm: Sequence[Tensor], out: int) -> bool:
+def _narrow(x: Tensor, d: Tensor, spans: Spans, bm: Sequence[Tensor], out: int) -> bool:
     """Whether tokens are so few that scaling them, N (r + out), is less than forming L, r out: at least below r."""
-    return tokens < d.shape[1] and n_a == len(bm) == 1 and in_order(spans, out)
+    return len(x) < d.shape[1] and len(bm) == 1 and in_order(spans, out)
+
+
+def _keeps_made(x: Tensor, weight: Tensor) -> bool:
+    """Whether the backward is given what the forward made: a rounded W + dW, as the frozen layer keeps a rounded W; and
+    L where it is smaller than the output."""
+    tokens = x.numel() // x.shape[-1]
+    return x.dtype != weight.dtype if _folds(tokens, weight) else tokens >= weight.shape[0]
 
 
 def _input_gradient(
-    g: Tensor, weight: Tensor, b: Tensor, d: Tensor, spans: Spans, a: Sequence[Tensor], bm: Sequence[Tensor]
+    g: Tensor,
+    weight: Tensor,
+    b: Tensor,
+    d: Tensor,
+    spans: Spans,
+    a: Sequence[Tensor],
+    bm: Sequence[Tensor],
+    made: Tensor | None,
 ) -> Tensor:
     """(N, out) -> (N, in)."""
     if _folds(g.shape[0], weight):
-        return g @ folded(weight, b, d, spans, a, bm, g.dtype)
-    return torch.addmm(_branch_gradient(g, b, d, spans, a, bm), g, weight.to(g.dtype))
+        return g @ (folded(weight, b, d, spans, a, bm, g.dtype) if made is None else made)
+    return torch.addmm(_branch_gradient(g, b, d, spans, a, bm, made), g, _in(weight, g.dtype))
 
 
 def _branch_gradient(
-    g: Tensor, b: Tensor, d: Tensor, spans: Spans, a: Sequence[Tensor], bm: Sequence[Tensor]
+    g: Tensor, b: Tensor, d: Tensor, spans: Spans, a: Sequence[Tensor], bm: Sequence[Tensor], left: Tensor | None
 ) -> Tensor:
     """(g L) A in the type of g, (N, out) -> (N, in)."""
-    if _narrow(len(g), d, spans, len(a), bm, g.shape[1]):
-        h = (g * b.to(g.dtype)).view(len(g), len(d), -1) @ bm[0].to(g.dtype)
-        h = (h * d.to(g.dtype)).sum(dim=1)
+    if left is None and _narrow(g, d, spans, bm, g.shape[1]):
+        h = (g * _in(b, g.dtype)).view(len(g), len(d), -1) @ _in(bm[0], g.dtype)
+        h = (h * _in(d, g.dtype)).sum(dim=1)
     else:
-        h = g @ left_matrix(b, d, spans, len(a), bm, g.shape[1], g.dtype)
-    return h @ (a[0] if len(a) == 1 else torch.cat(list(a))).to(g.dtype)
+        left = left_matrix(b, d, spans, len(a), bm, g.shape[1], g.dtype) if left is None else left
+        h = g @ left
+    return h @ _in(a[0] if len(a) == 1 else torch.cat(list(a)), g.dtype)
 
 
 def _fold(
@@ -407,12 +432,16 @@ def _fold(
     return (wide + from_matrix(change, form, weight.shape)).to(weight.dtype)
 
 
-def _added(y: Tensor, u: Sequence[Tensor], b: Tensor, d: Tensor, spans: Spans, bm: Sequence[Tensor]) -> Tensor:
-    """y + u L^T in the type of y, for u (N, r) of each A."""
-    flat = y.reshape(-1, y.shape[-1])
-    if y.dtype == u[0].dtype:
-        return _branch(u, b, d, spans, bm, flat).view(y.shape)
-    return (flat + _branch(u, b, d, spans, bm, u[0].new_zeros(1, y.shape[-1]))).to(y.dtype).view(y.shape)
+def _added(
+    y: Tensor, u: Sequence[Tensor], b: Tensor, d: Tensor, spans: Spans, bm: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """y + u L^T in the type of y, for u (N, r) of each A; and L, if it was formed."""
+    flat, dtype = y.reshape(-1, y.shape[-1]), u[0].dtype
+    rows = flat.shape[1]
+    left = None if _narrow(u[0], d, spans, bm, rows) else left_matrix(b, d, spans, len(u), bm, rows, dtype)
+    if y.dtype == dtype:
+        return _branch(u, left, b, d, bm, flat).view(y.shape), left
+    return (flat + _branch(u, left, b, d, bm, u[0].new_zeros(1, rows))).to(y.dtype).view(y.shape), left
 
 
 def _large(width: int, n_a: int, b: Tensor, d: Tensor) -> bool:
@@ -474,12 +503,19 @@ def _lefts(b: Tensor, d: Tensor, spans: Spans, bm: Sequence[Tensor], dtype: torc
     """
     if len(bm) == 1:
         # As B^T lies in the bank, row after row: the other way round the roles would be copied together.
-        part, d = b.view(len(d), -1) * bm[0].t()[:, None, :], d.t()[:, :, None]
+        rows, roles = bm[0].t(), len(d)
+        part = rows * b if roles == 1 else rows[:, None, :] * b.view(roles, -1)
+        d = d.t() if roles == 1 else d.t()[:, :, None]
         left = part * d if dtype in (None, part.dtype) else torch.mul(part, d, out=torch.empty_like(part, dtype=dtype))
-        return left.flatten(1).t()
+        return left.t() if roles == 1 else left.flatten(1).t()
     parts = b.split([span.rows for span in spans])
     left = torch.cat([(part[:, None] * m) * d[k] for k, (part, m) in enumerate(zip(parts, bm, strict=True))])
     return left if dtype is None else left.to(dtype)
+
+
+def _in(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in a type: itself if it is, without the time that `to` takes to find out."""
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def exact(x: Tensor) -> AbstractContextManager[Any]:

@@ -147,17 +147,18 @@ class Adapter(nn.Module):
 
     def matrices(self) -> tuple[list[Tensor], list[Tensor]]:
         """A of the roles, each (r, in), and B of the roles, each (rows, r): one entry where all of them share it."""
-        device = self.b.device  # of a replica it is another than the bank's
-        shared = self.bank.a(self.width).to(device)
-        rows = [role.rows for role in self.roles]
+        shared, rows, device = self.bank.a(self.width), [role.rows for role in self.roles], self.b.device
         if not self._own:
-            return [shared], [self.bank.b(n).to(device) for n in (rows[:1] if len(set(rows)) == 1 else rows)]
+            bm = [self.bank.b(n) for n in (rows[:1] if len(set(rows)) == 1 else rows)]
+            if shared.device == device:
+                return [shared], bm
+            return [shared.to(device)], [m.to(device) for m in bm]  # of a replica
         # One view each: autograd functions must not be given one tensor twice when compiled.
         a = [self.bank.a(self.width).to(device) for _ in rows]
         bm = [self.bank.b(n).to(device) for n in rows]
         for k in self._own:
             index = self.get_buffer(f"own_index_{k}")
-            a[k] = shared.index_copy(0, index, self.get_buffer(f"own_a_{k}"))
+            a[k] = a[k].index_copy(0, index, self.get_buffer(f"own_a_{k}"))
             bm[k] = bm[k].t().index_copy(0, index, self.get_buffer(f"own_b_{k}")).t()
         return a, bm
 

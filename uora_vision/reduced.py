@@ -24,7 +24,6 @@ class Reduced:
         """Copies and pickles start empty."""
         return Reduced, ()
 
-    @torch.no_grad()
     def __call__(self, x: Tensor, dtype: torch.dtype, a: Sequence[Tensor]) -> Tensor | None:
         """(..., in) -> u (N, r) in `dtype`; None if it is not to be shared."""
         if len(a) > 1 or torch.compiler.is_compiling() or x.grad_fn is None or torch.jit.is_tracing():
@@ -33,6 +32,6 @@ class Reduced:
         last = self._last  # read once: replicas of DataParallel run in threads
         if last is not None and last[0]() is x and last[1] == key:
             return last[2]
-        u = x.reshape(-1, x.shape[-1]).to(dtype) @ a[0].to(dtype).t()
+        u = x.detach().reshape(-1, x.shape[-1]).to(dtype) @ a[0].to(dtype).t()
         self._last = (ref(x), key, u)
         return u
