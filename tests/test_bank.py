@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -58,6 +59,20 @@ class TestShape:
     def test_a_and_b_of_one_width_differ(self) -> None:
         b = bank()
         assert (b.a(32) - b.b(32).t()).abs().max() > 0.05
+
+    @pytest.mark.parametrize("layout", ["shape", "slice"])
+    def test_a_forward_gets_the_same_tensors_and_what_has_become_of_them(self, layout: str) -> None:
+        b = bank(8, (24, 32), (24, 32), layout=layout)
+        first = b.a(24)
+        assert b.a(24) is first and b.b(24) is b.b(24) and b.b(24).shape == (24, 8)
+        redraw(b, b.matrix("A", 24), ids(2))
+        assert b.a(24) is first and torch.equal(first, b.get_buffer(b.matrix("A", 24))[:, :24])
+        other, back = copy.deepcopy(b), pickle.loads(pickle.dumps(b))
+        for one in (other, back):
+            assert one.a(24) is not first and torch.equal(one.a(24), first)
+            assert one.a(24).data_ptr() == one.get_buffer(one.matrix("A", 24)).data_ptr()
+        b.double()
+        assert b.a(24).dtype == torch.float64 and b.b(32).dtype == torch.float64 and first.dtype == torch.float32
 
     def test_buffers_follow_the_model_and_are_not_in_its_state(self) -> None:
         b = bank()

@@ -62,23 +62,23 @@ def test_sharing_changes_no_gradient_and_keeps_less(tokens: Tensor) -> None:
 def test_it_is_of_this_input_this_matrix_and_this_type() -> None:
     reduced, a = Reduced(), torch.randn(4, 6)
     x = torch.randn(3, 6, requires_grad=True) * 1
-    u = reduced(x, x.dtype, [a])
-    assert u is not None and not u.requires_grad and reduced(x, x.dtype, [a]) is u
+    u = reduced(x, x, [a])
+    assert u is not None and not u.requires_grad and reduced(x, x, [a]) is u
     torch.testing.assert_close(u, (x @ a.t()).detach())
     for other in (x * 2, x.clone()):
-        torch.testing.assert_close(reduced(other, x.dtype, [a]), (other @ a.t()).detach())
-    reduced(x, x.dtype, [a])
-    assert reduced(x, torch.bfloat16, [a]).dtype == torch.bfloat16
-    reduced(x, x.dtype, [a])
+        torch.testing.assert_close(reduced(other, other, [a]), (other @ a.t()).detach())
+    reduced(x, x, [a])
+    assert reduced(x, x.bfloat16(), [a]).dtype == torch.bfloat16
+    reduced(x, x, [a])
     a[1] = 7.0  # as a redraw does
-    torch.testing.assert_close(reduced(x, x.dtype, [a]), (x @ a.t()).detach())
+    torch.testing.assert_close(reduced(x, x, [a]), (x @ a.t()).detach())
     x.mul_(2)
-    torch.testing.assert_close(reduced(x, x.dtype, [a]), (x @ a.t()).detach())
+    torch.testing.assert_close(reduced(x, x, [a]), (x @ a.t()).detach())
 
 
 def test_what_the_caller_holds_and_roles_with_rows_of_their_own_are_not_shared() -> None:
     x, a = torch.randn(3, 6, requires_grad=True), torch.randn(4, 6)
-    assert Reduced()(x, x.dtype, [a]) is None and Reduced()(x * 1, x.dtype, [a, a]) is None
+    assert Reduced()(x, x, [a]) is None and Reduced()(x * 1, x * 1, [a, a]) is None
 
 
 def test_copies_and_pickles_start_empty(tokens: Tensor) -> None:

@@ -74,7 +74,7 @@ def project(
         if not torch.is_grad_enabled():
             return _forward(x, weight, bias, b, d, spans, a, bm)[0]
         keep_x = weight.requires_grad or _large(x.shape[-1], len(a), b, d)
-        u = None if keep_x or reduced is None or sampling > 1 else reduced(source, x.dtype, a)
+        u = None if keep_x or reduced is None or sampling > 1 else reduced(source, x, a)
         return _Project.apply(x, weight, bias, b, d, u, drawn, sampling, spans, len(a), *a, *bm)
 
 
@@ -109,7 +109,7 @@ def add_update(
         if not torch.is_grad_enabled():
             flat = x.reshape(-1, x.shape[-1])
             return _added(y, [flat @ _in(m, x.dtype).t() for m in a], b, d, spans, bm)[0]
-        u = None if reduced is None or _large(x.shape[-1], len(a), b, d) else reduced(source, x.dtype, a)
+        u = None if reduced is None or _large(x.shape[-1], len(a), b, d) else reduced(source, x, a)
         return _AddUpdate.apply(x, y, b, d, u, drawn, sampling, spans, len(a), *a, *bm)
 
 

@@ -24,14 +24,20 @@ class Reduced:
         """Copies and pickles start empty."""
         return Reduced, ()
 
-    def __call__(self, x: Tensor, dtype: torch.dtype, a: Sequence[Tensor]) -> Tensor | None:
-        """(..., in) -> u (N, r) in `dtype`; None if it is not to be shared."""
-        if len(a) > 1 or torch.compiler.is_compiling() or x.grad_fn is None or torch.jit.is_tracing():
+    def __call__(self, source: Tensor, x: Tensor, a: Sequence[Tensor]) -> Tensor | None:
+        """(..., in) -> u (N, r); None if it is not to be shared.
+
+        Args:
+            source: what the projections have in common.
+            x: `source` in the type in which u is computed.
+            a: A, if the roles share it.
+        """
+        if len(a) > 1 or torch.compiler.is_compiling() or source.grad_fn is None or torch.jit.is_tracing():
             return None
-        key = (x._version, dtype, a[0].data_ptr(), a[0]._version, a[0].shape)
+        key = (source._version, x.dtype, a[0].data_ptr(), a[0]._version, a[0].shape)
         last = self._last  # read once: replicas of DataParallel run in threads
-        if last is not None and last[0]() is x and last[1] == key:
+        if last is not None and last[0]() is source and last[1] == key:
             return last[2]
-        u = x.detach().reshape(-1, x.shape[-1]).to(dtype) @ a[0].to(dtype).t()
-        self._last = (ref(x), key, u)
+        u = x.detach().reshape(-1, x.shape[-1]) @ a[0].to(x.dtype).t()
+        self._last = (ref(source), key, u)
         return u
