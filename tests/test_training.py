@@ -188,6 +188,19 @@ def test_a_bfloat16_base_trains() -> None:
     assert losses[-1] < losses[0] - 0.05
 
 
+def test_evaluation_in_inference_mode_leaves_nothing_that_training_stumbles_over(images: Tensor) -> None:
+    model = injected()
+    with torch.inference_mode():
+        model(images)
+    before = gradients(model, images)
+    kill(model, {"blocks.0.attn.qkv.q": [1]})
+    assert uora.Reinitializer(model).step() == 1
+    assert any(not torch.equal(before[n], g) for n, g in gradients(model, images).items())
+    with torch.inference_mode():
+        got = model(images)
+    assert torch.equal(got, model(images))
+
+
 class TestDropout:
     def test_acts_on_the_branch_in_training_alone(self, images: Tensor) -> None:
         model, plain = injected(dropout=0.4), injected()
