@@ -30,7 +30,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import uora_vision as uora
-from uora_vision import functional
+from uora_vision import forms
 from uora_vision.library import library_of
 from uora_vision.tables import render
 
@@ -86,11 +86,11 @@ def register(model: nn.Module, folder: Path, first: int, count: int, base: uora.
 
 def factored(model: nn.Module, images: Tensor) -> Tensor:
     """The forward of the active adapter, without folding."""
-    folds, functional._folds = functional._folds, lambda tokens, weight: False
+    folds, forms.folds_weight = forms.folds_weight, lambda tokens, weight: False
     try:
         return model(images)
     finally:
-        functional._folds = folds
+        forms.folds_weight = folds
 
 
 def lora(name: str, images: Tensor, rank: int, count: int) -> Callable[[], Tensor]:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .functional import WIDE, autocasts, exact, fold, folded, left_matrix, vector_gradients
+from .forms import WIDE, autocasts, exact, folded, left_matrix, vector_gradients
+from .functional import fold
 from .views import Spans, from_matrix, in_order, take, to_matrix
 
 

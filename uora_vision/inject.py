@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .bank import Bank, BankState
 from .config import UoraConfig
 from .errors import StateError
-from .functional import WIDE
+from .forms import WIDE
 from .layers import CHILD, REDUCED, Adapter, adapters_of, is_adapted
 from .library import (
     DEFAULT,

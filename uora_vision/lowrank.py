@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .functional import left_matrix
+from .forms import left_matrix
 from .layers import Adapter
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConfigError, DeadAdapterError, StateError
-from .functional import folded
+from .forms import folded
 from .inject import active_entry, adapters, check_whole, take_out
 from .layers import CHILD, Adapter, raw
 from .library import LIBRARY, MERGED, Library, check_switch, known_name, library_of

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .bank import Bank, BankState
 from .errors import StateError
-from .functional import WIDE
+from .forms import WIDE
 from .layers import Role
 from .library import Entry, Layout
 from .plan import Projection

@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 from .bank import Bank
 from .convolution import Geometry
 from .errors import StateError
-from .functional import autocasts, exact
+from .forms import autocasts, exact
 from .layers import attach, raw
 from .library import Entry, Layout, Library, check_switch, holders, known_name, library_of
 from .mixed import Table, tables
