@@ -231,8 +231,8 @@ def demo(options: Options) -> dict[str, Any] | None:
     toy.pretrain_encoder(folder / "backbone", options.seed)
     toy.write_reviews(folder / "data", options.seed)
     base = dataclasses.replace(
-        options, demo=False, data=str(folder / "data"), model=str(folder / "backbone"), epochs=12, batch=16,
-        eval_every=4, quiet=True, checkpoint_every="0",
+        options, demo=False, data=str(folder / "data"), model=str(folder / "backbone"), epochs=24, batch=16,
+        eval_every=8, quiet=True, checkpoint_every="0",
     )  # fmt: skip
     return compare(run, base, toy.ENCODER_ROWS, folder, display, "accuracy")
 
