@@ -330,6 +330,19 @@ def test_young_updates_act_on_a_float32_base_under_autocast() -> None:
 
 @pytest.mark.parametrize("spans", SPANS)
 @pytest.mark.parametrize("per_role", [False, True])
+@pytest.mark.parametrize("tokens", [MANY, FEW])
+def test_every_form_of_a_float32_base_under_autocast(spans: str, per_role: bool, tokens: int) -> None:
+    c = case(*SPANS[spans], per_role=per_role, base=torch.float32, vectors=torch.float32)
+    x, g = torch.randn(tokens, 20), torch.randn(tokens, 48)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = measured(c, x, g, train_base=False)
+    want = reference(c, x, g)
+    assert got["y"].dtype == torch.bfloat16
+    assert_agree(got, want, 0.05)
+
+
+@pytest.mark.parametrize("spans", SPANS)
+@pytest.mark.parametrize("per_role", [False, True])
 def test_the_branch_alone_and_the_change_of_weight_agree(spans: str, per_role: bool) -> None:
     c = case(*SPANS[spans], per_role=per_role)
     x = torch.randn(2, 5, 20, dtype=torch.float64)
