@@ -260,7 +260,7 @@ def make_base(settings: Settings) -> nn.Module:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     # Compiled code is kept per function, and all methods share the functions of the model's class.
-    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.cache_size_limit = 64
     torch.manual_seed(0)
     with torch.device(settings.device):  # where random weights are drawn sooner
         return settings.make().to(settings.weights)

@@ -22,6 +22,14 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
+def need_timm(name: str) -> None:
+    """Skip a test of a model that an older timm does not have."""
+    if "/" in name and not name.startswith("timm/"):
+        return
+    if not timm.is_model(name.removeprefix("timm/")):
+        pytest.skip(f"timm {timm.__version__} has no {name}")
+
+
 def small_vit(seed: int = 0, **options: Any) -> nn.Module:
     """A timm ViT of 0.1M parameters over 32 x 32 images, in eval mode, the same for the same seed."""
     with torch.random.fork_rng():

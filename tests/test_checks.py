@@ -15,10 +15,11 @@ import timm
 import torch
 import torch.distributed as dist
 import transformers
-from conftest import small_vit, wake
-from timm.models import ByobNet, reparameterize_model
+from conftest import need_timm, small_vit, wake
+from timm.models import ByobNet
 from timm.models.byobnet import ByoBlockCfg, ByoModelCfg
 from timm.models.repghost import RepGhostNet
+from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from torch.nn import utils
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -576,6 +577,7 @@ def assert_near(got: Tensor, wanted: Tensor) -> None:
 class TestFusing:
     @pytest.mark.parametrize("name", FUSING)
     def test_never_makes_a_wrong_model(self, name: str) -> None:
+        need_timm(name)
         model, images = fusing(name)
         with torch.no_grad():
             wanted = model(images)

@@ -9,6 +9,7 @@ from typing import Any
 import coverage
 import pytest
 import torch
+from conftest import need_timm
 from coverage_proof import prove
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -52,6 +53,7 @@ FAMILIES = {
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.slow
 def test_every_way_to_hold_a_projection(family: str) -> None:
+    need_timm(FAMILIES[family])
     (entry,) = entries(FAMILIES[family])
     row = prove(entry)
     assert row["failures"] == [] and row["dead"] == 0 and row["alive"] >= 1

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import wake
+from conftest import need_timm, wake
 from test_coverage import FAMILIES as HELD
 from test_families import FAMILIES as TIMM
 from test_families import small
@@ -29,6 +29,8 @@ CASES += [*(f"transformers/{name}" for name in NAMES), *TIMM]
 
 
 def made(name: str) -> tuple[nn.Module, Any]:
+    if "/" in name:
+        need_timm(name)
     return entries(name)[0].real() if "/" in name else small(name)
 
 

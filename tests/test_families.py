@@ -62,7 +62,7 @@ def test_inject_verify_merge(name: str) -> None:
     model, x = small(name)
     keys, classes = list(model.state_dict()), [type(m) for m in model.modules()]
     with torch.no_grad():
-        base = model(x)
+        base = model.requires_grad_(False)(x)  # torch may sum in another order for weights that train
         uora.inject(model, rank=4)
         assert torch.equal(model(x), base)
         assert all(k in model.state_dict() for k in keys)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import need_timm
 from torch import Tensor, nn
 from zoo import call, entries
 
@@ -50,6 +51,7 @@ def scale(model: nn.Module, projection: Any, role: Role, factor: float) -> None:
 @pytest.mark.parametrize("name", PACKED)
 def test_rows_act_as_what_they_are_called(name: str) -> None:
     """Attention is a function of q k^T: 3q with k/3 changes nothing, 3q alone does, and so does 3v."""
+    need_timm(name)
     (entry,) = entries(name)
     torch.manual_seed(0)
     model, example = entry.real()

@@ -35,6 +35,16 @@ GROUPED = {**TEXT, "num_key_value_heads": 2}
 EXPERTS = {**GROUPED, "num_local_experts": 4}
 
 
+def grouped_products_on_meta() -> bool:
+    """Torch 2.11 has the grouped product of experts on meta in bfloat16 only, 2.15 in float32 too."""
+    rows, ends = torch.empty(4, 16, device="meta"), torch.empty(2, dtype=torch.int32, device="meta")
+    try:
+        torch._grouped_mm(rows, torch.empty(2, 16, 16, device="meta"), offs=ends)
+    except RuntimeError:
+        return False
+    return True
+
+
 def traced(make: Callable[[], nn.Module], *shapes: tuple[int, ...], vocabulary: int = 0) -> Trace:
     """The trace of a model, checked to be the same on the meta device and to leave the model's output as it was."""
     inputs = [torch.randint(vocabulary, s) if vocabulary else torch.randn(s) for s in shapes]
@@ -350,7 +360,7 @@ def test_experts_of_mixtral(experts: str, op: str, attention: str) -> None:
     assert set(found.rows) == {f"model.layers.{k}.mlp.experts.gate_up_proj" for k in range(2)}
     flows = {name: set(flow) for name, flow in found.flows.items()}
     assert flows == {f"model.layers.{k}.self_attn.{r}_proj.weight": {r} for k in range(2) for r in "qkv"}
-    if experts == "grouped_mm":
+    if experts == "grouped_mm" and grouped_products_on_meta():
         with torch.device("meta"):
             hollow = make()
         assert trace(hollow, torch.randint(50, (2, 7), device="meta")) == found
@@ -373,6 +383,8 @@ def test_low_rank_attention_of_deepseek() -> None:
         topk_group=1, num_experts_per_tok=2, first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=12,
         qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8,
     )  # fmt: skip
+    if not grouped_products_on_meta():
+        pytest.skip(f"torch {torch.__version__} cannot run the experts on meta")
     found = traced(language_model(config), (2, 7), vocabulary=50)
     path = "model.layers.1.self_attn"
     keys, values = by_heads(4, 8, 8)

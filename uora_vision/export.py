@@ -69,6 +69,8 @@ class ExportReport:
         text = (
             f"PEFT {self.kind} of {len(self.ranks)} weights at {rank}: {self.parameters:,} parameters, {self.size:,} B"
         )
+        if self.kind == "VeRA":
+            text += "; needs PEFT 0.21 or newer"
         if not self.worst:
             return f"{text}; exact"
         at = max(self.errors, key=lambda path: self.errors[path])
@@ -135,6 +137,8 @@ def to_peft_lora(model: nn.Module, folder: str | os.PathLike[str], rank: int | N
 
 def to_peft_vera(model: nn.Module, folder: str | os.PathLike[str]) -> ExportReport:
     """Write the active adapter, exactly, as a VeRA adapter that `peft.PeftModel.from_pretrained(base, folder)` loads.
+
+    It takes PEFT 0.21 or newer: older ones pass by the A and B of a file without a word, and compute with their own.
 
     PEFT's VeRA has one A and one B for all layers and one d per layer. An adapter with `layout="slice"`, one role in
     every weight and no rows of a layer's own is that. Of any other, the directions of every pair of matrices and place

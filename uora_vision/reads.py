@@ -6,7 +6,6 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.functional import linear
@@ -50,9 +49,12 @@ class Reads(TorchFunctionMode):
         return out
 
     def _site(self, t: Any) -> tuple[str, Tensor, AddUpdate] | None:
-        if not isinstance(t, Tensor) or t.device.type == "meta" or t.layout is not torch.strided:
+        if not isinstance(t, Tensor) or t.device.type == "meta":
             return None
-        return self.weights.get(t.untyped_storage().data_ptr())
+        try:
+            return self.weights.get(t.untyped_storage().data_ptr())
+        except RuntimeError:  # a tensor without a memory of its own: sparse, nested, inside torch.vmap
+            return None
 
     def _product(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x W^T of some rows of a weight, with the update of each sample."""

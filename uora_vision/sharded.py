@@ -53,7 +53,8 @@ def clear(t: Tensor, mask: Tensor) -> None:
 
         where: Any = t
         replicated = DTensor.from_local(mask, where.device_mesh, [Replicate()] * where.device_mesh.ndim)
-        mask = replicated.redistribute(placements=where.placements)  # each process takes its part; nothing is sent
+        mask = replicated.redistribute(placements=where.placements).to_local()  # each its part; nothing is sent
+        t = where.to_local()  # older versions of torch cannot fill a DTensor
     t.masked_fill_(mask, 0)
 
 

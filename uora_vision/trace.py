@@ -84,6 +84,7 @@ def trace(model: nn.Module, example_input: Any) -> Trace:
     ]
     try:
         with torch.random.fork_rng(sorted({p.device.index for p in model.parameters() if p.is_cuda})):
+            model.train()  # models that keep things between eval forwards (timm's LeViT) drop them here
             model.eval()
             # No need of gradients to see inside nn.MultiheadAttention: an active mode rules out its fused path.
             with torch.no_grad(), tracer:
@@ -91,7 +92,7 @@ def trace(model: nn.Module, example_input: Any) -> Trace:
     finally:
         for hook in hooks:
             hook.remove()
-        model.train()  # whatever its flag: models that keep things between eval forwards (timm's LeViT) drop them here
+        model.train()  # whatever its flag, as above
         for module, training in flags:  # parents come first
             if module.training != training:
                 module.train(training)
