@@ -99,6 +99,36 @@ def test_language_models_with_padding(name: str) -> None:
     compare(model, {"input_ids": WORDS, "attention_mask": MASK})
 
 
+class Own(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
+
+class Masked(nn.Module):
+    """Reads a weight, and makes a mask inside torch.vmap, of tensors without a memory, as earlier transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.ModuleDict({"fc1": Own(16, 32), "fc2": nn.Linear(32, 16)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = torch.arange(x.shape[1])
+        mask = torch.vmap(lambda i: torch.vmap(lambda j: i >= j)(tokens))(tokens)
+        return mask.to(x.dtype) @ self.mlp["fc2"](self.mlp["fc1"](x).relu())
+
+
+@torch.no_grad()
+def test_a_model_that_uses_vmap() -> None:
+    model, x = Masked().double().eval(), torch.randn(2, 5, 16, dtype=torch.float64)
+    wanted = []
+    for seed, name in enumerate("ab"):
+        wake(uora.inject(model, name=name, rank=8), 0.3, seed)
+        wanted.append(uora.activate(model, name)(x[seed : seed + 1]))
+    with uora.route(model, ["a", "b"]):
+        torch.testing.assert_close(model(x), torch.cat(wanted), rtol=0, atol=1e-12)
+    assert not torch.allclose(model(x)[0], wanted[0][0], atol=1e-3)
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_open_clip_also_with_the_sequence_first(first: bool) -> None:
     sizes = {"width": 32, "layers": 2}

@@ -638,6 +638,31 @@ def test_what_a_model_remembers_of_its_parameters_is_neither_missed_nor_left_beh
         assert torch.equal(after, model.eval()(x))
 
 
+class Keeping(nn.Module):
+    """Keeps what it makes of a parameter until it trains again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.table, self.kept = nn.Linear(4, 4), nn.Parameter(torch.randn(2, 4)), None
+
+    def train(self, mode: bool = True) -> Keeping:
+        if mode:
+            self.kept = None
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kept is None:
+            self.kept = self.table.T @ self.table
+        return self.inner(x) @ self.kept
+
+
+def test_what_a_model_kept_from_an_earlier_forward_is_made_again() -> None:
+    model, x = Keeping().eval(), torch.randn(2, 4)
+    with torch.no_grad():
+        model(x)
+        assert not trace(model, x).unused
+
+
 class Failing(nn.Module):
     def __init__(self) -> None:
         super().__init__()
