@@ -287,7 +287,7 @@ def test_a_run_killed_fifty_times_ends_with_the_weights_of_one_that_was_not(tmp_
     end = Run(tmp_path / "killed")
     print(f"\nkilled 50 times up to step {end.step}, {middle} times amid a checkpoint")
     assert middle > 0 and end.step > 0
-    steps = end.step + 20
+    steps = end.step + 40
     end.train(steps)
     whole = Run(tmp_path / "whole").train(steps)
     assert len(whole.model.uora.log) > 10
