@@ -129,6 +129,20 @@ def test_a_model_that_uses_vmap() -> None:
     assert not torch.allclose(model(x)[0], wanted[0][0], atol=1e-3)
 
 
+class RowByRow(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(lambda row: x @ row, out_dims=-1)(self.weight) + self.bias
+
+
+@torch.no_grad()
+def test_a_weight_that_is_read_inside_vmap_is_refused() -> None:
+    model = nn.ModuleDict({"fc1": RowByRow(16, 32)})
+    model.forward = lambda x: model["fc1"](x)  # type: ignore[method-assign]
+    wake(uora.inject(model, name="a", rank=8, targets="*"))
+    with uora.route(model, ["a", None]), pytest.raises(uora.StateError, match=r"fc1 .*inside torch\.vmap"):
+        model(torch.randn(2, 5, 16))
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_open_clip_also_with_the_sequence_first(first: bool) -> None:
     sizes = {"width": 32, "layers": 2}

@@ -6,7 +6,9 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.nn import functional as F
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
@@ -35,6 +37,8 @@ class Reads(TorchFunctionMode):
         if not used:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
+        if name != "__get__" and any(map(is_functorch_wrapped_tensor, used)):
+            raise StateError(f"{self._site(used[0])[0]} is taken inside torch.vmap, which cannot be routed")  # type: ignore[index]
         if func is F.multi_head_attention_forward:
             with self:
                 return _attention(*args, **kwargs)
@@ -51,10 +55,9 @@ class Reads(TorchFunctionMode):
     def _site(self, t: Any) -> tuple[str, Tensor, AddUpdate] | None:
         if not isinstance(t, Tensor) or t.device.type == "meta":
             return None
-        try:
-            return self.weights.get(t.untyped_storage().data_ptr())
-        except RuntimeError:  # a tensor without a memory of its own: sparse, nested, inside torch.vmap
-            return None
+        while is_functorch_wrapped_tensor(t):  # inside torch.vmap
+            t = get_unwrapped(t)
+        return self.weights.get(t.untyped_storage().data_ptr()) if t.layout is torch.strided else None
 
     def _product(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x W^T of some rows of a weight, with the update of each sample."""
