@@ -30,8 +30,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import uora_vision as uora
-from uora_vision import forms
-from uora_vision.library import library_of
+from uora_vision.lifecycle.library import library_of
+from uora_vision.maths import forms
 from uora_vision.tables import render
 
 matplotlib.use("agg")

@@ -43,8 +43,8 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 import uora_vision as uora
-from uora_vision.cost import Shape
-from uora_vision.plan import Projection
+from uora_vision.maths.cost import Shape
+from uora_vision.structure.targets import Projection
 from uora_vision.tables import render
 
 PATCH = 16

@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 from zoo import Entry, call
 
 import uora_vision as uora
-from uora_vision.layers import adapters_of
-from uora_vision.verify import float_tensors
+from uora_vision.lifecycle.surgery import adapters_of
+from uora_vision.structure.example import float_tensors
 
 RANK = 4
 MERGED, HALF = 1e-3, 0.1

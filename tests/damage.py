@@ -16,9 +16,9 @@ from test_inject import assert_same, snapshot
 from torch import Tensor, nn
 
 import uora_vision as uora
-from uora_vision import folder as files
-from uora_vision.fit import Base
-from uora_vision.folder import TENSOR_FILE
+from uora_vision.storage import folder as files
+from uora_vision.storage.base import Base
+from uora_vision.storage.folder import TENSOR_FILE
 
 Place = tuple[str | int, ...]
 

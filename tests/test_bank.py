@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import uora_vision as uora
-from uora_vision.bank import Bank, Redraw, pack_log, unpack_log
+from uora_vision.maths.bank import Bank
+from uora_vision.maths.redraw_log import Redraw, pack_log, unpack_log
 
 
 def bank(rank: int = 8, ins: tuple[int, ...] = (32,), outs: tuple[int, ...] = (32,), **options: object) -> Bank:

@@ -25,8 +25,8 @@ from torch.nn import utils
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import uora_vision as uora
-from uora_vision import rules
-from uora_vision.checks import plain
+from uora_vision.structure import rules
+from uora_vision.structure.checks import plain
 
 QKV = "blocks.1.attn.qkv"
 Change = Callable[[nn.Module], Any]
@@ -521,8 +521,8 @@ class TestPaths:
 
     @pytest.mark.parametrize("named", ["class", "name"])
     def test_a_registered_rule(self, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(rules, "_registered", [])
-        monkeypatch.setattr("uora_vision.checks._registered", rules._registered)
+        monkeypatch.setattr(rules, "registered", [])
+        monkeypatch.setattr("uora_vision.structure.checks.registered", rules.registered)
         model = small_vit()
         model.blocks[0].extra = Volume()
         uora.register_rule(Volume if named == "class" else "Volume", {"cells": "cells"})

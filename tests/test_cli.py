@@ -287,10 +287,10 @@ class TestVerify:
         def other(*arguments: Any) -> Tensor:
             return initial(*arguments) * (1 + 2**-20)
 
-        from uora_vision import bank
+        from uora_vision.maths import bank
 
-        initial = bank._initial
-        monkeypatch.setattr(bank, "_initial", other)
+        initial = bank.initial_rows
+        monkeypatch.setattr(bank, "initial_rows", other)
         assert main(["verify", str(files["adapter"])]) == 1
         assert "FAILED  A and B come out as where it was trained" in capsys.readouterr().out
 
@@ -307,7 +307,7 @@ class TestVerify:
             asked.append((repository, revision))
             return Path(files["adapter"])
 
-        monkeypatch.setattr("uora_vision.cli.local_copy", local_copy)
+        monkeypatch.setattr("uora_vision.cli.app.local_copy", local_copy)
         assert main(["verify", "someone/adapter", "--revision", "v1"]) == 0
         assert main(["inspect", "someone/adapter"]) == 0 and "timm/test_vit" in capsys.readouterr().out
         assert asked == [("someone/adapter", "v1"), ("someone/adapter", None)]

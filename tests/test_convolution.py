@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import conv1d, conv2d, conv3d
 
 import uora_vision as uora
-from uora_vision.convolution import Geometry, convolve
-from uora_vision.views import Span, Spans
+from uora_vision.maths.convolution import Geometry, convolve
+from uora_vision.weights.matrix import Span, Spans
 
 CONV: dict[int, Any] = {1: conv1d, 2: conv2d, 3: conv3d}
 WHOLE = ((0, 6), (6, 6))

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from test_functional import case
 from torch.utils.flop_counter import FlopCounterMode
 
-from uora_vision.cost import Shape, folds, joins, keeps_input
-from uora_vision.functional import project
+from uora_vision.maths.cost import Shape, folds, joins, keeps_input
+from uora_vision.maths.linear import project
 
 
 def counted(tokens: int, rank: int, spans: Any, per_role: bool, sampling: int, out: int, width: int) -> tuple[int, int]:

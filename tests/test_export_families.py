@@ -18,8 +18,8 @@ from zoo import call, entries
 
 import uora_vision as uora
 from uora_vision.export import to_peft_lora, to_peft_vera
-from uora_vision.peft_folder import adapted_weights, check_expressible
-from uora_vision.verify import float_tensors
+from uora_vision.interop.peft_folder import adapted_weights, check_expressible
+from uora_vision.structure.example import float_tensors
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.slow

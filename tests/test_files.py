@@ -23,8 +23,8 @@ from test_inject import assert_same, snapshot
 from torch import Tensor, nn
 
 import uora_vision as uora
-from uora_vision.fit import Base
-from uora_vision.folder import CONFIG_FILE, TENSOR_FILE, read
+from uora_vision.storage.base import Base
+from uora_vision.storage.folder import CONFIG_FILE, TENSOR_FILE, read
 
 LOADER = """
 import sys, torch, uora_vision as uora
@@ -341,7 +341,7 @@ class TestBase:
         base = Base(model)
         uora.load(model, tmp_path, base=base, name="first")
         for name in ("find_sites", "walk", "check_weights", "sketch_of", "weights_digest"):
-            monkeypatch.setattr(f"uora_vision.fit.{name}", lambda *_: pytest.fail("looked at the model again"))
+            monkeypatch.setattr(f"uora_vision.storage.base.{name}", lambda *_: pytest.fail("looked at the model again"))
         uora.load(model, tmp_path, base=base, name="second", activate=False)
 
     @pytest.mark.slow
@@ -371,16 +371,16 @@ class TestBanks:
     @pytest.fixture
     def other_qr(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A LAPACK whose last bits are others."""
-        import uora_vision.bank as bank
+        from uora_vision.maths import bank
 
-        real = bank._initial
+        real = bank.initial_rows
 
         def initial(*args: Any) -> Tensor:
             rows = real(*args)
             rows[0, 0] = torch.nextafter(rows[0, 0], torch.tensor(torch.inf))
             return rows
 
-        monkeypatch.setattr(bank, "_initial", initial)
+        monkeypatch.setattr(bank, "initial_rows", initial)
 
     def test_banks_that_come_out_otherwise_are_refused(self, tmp_path: Path, request: pytest.FixtureRequest) -> None:
         uora.save(trained(scope="layer"), tmp_path)

@@ -24,9 +24,9 @@ from golden import golden_images, golden_model, state
 from torch import Tensor, nn
 
 import uora_vision as uora
-from uora_vision.folder import CONFIG_FILE, TENSOR_FILE, read, write, write_atomically
 from uora_vision.integrations.state import restore
-from uora_vision.stored import Stored
+from uora_vision.storage.folder import CONFIG_FILE, TENSOR_FILE, read, write, write_atomically
+from uora_vision.storage.stored import Stored
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,7 +41,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def adapters() -> tuple[Stored, Stored]:
     """Two adapters of one model that differ in everything, of some size."""
-    from uora_vision.files import collect
+    from uora_vision.storage.snapshot import collect
 
     one = trained(scope="shared", steps=2)
     two = trained(scope="layer", seed=9, rank=12)
@@ -108,7 +108,7 @@ class TestInterrupted:
                 raise KeyboardInterrupt
             write_atomically(path, content)
 
-        monkeypatch.setattr("uora_vision.folder.write_atomically", breaks)
+        monkeypatch.setattr("uora_vision.storage.folder.write_atomically", breaks)
         with pytest.raises(KeyboardInterrupt):
             write(adapters[0], tmp_path)
         assert not (tmp_path / CONFIG_FILE).exists() and same(read(tmp_path), adapters[0])

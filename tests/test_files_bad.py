@@ -20,7 +20,7 @@ from golden import DATA, golden_adapter
 from test_inject import assert_same, snapshot
 
 import uora_vision as uora
-from uora_vision.folder import CONFIG_FILE, TENSOR_FILE, read
+from uora_vision.storage.folder import CONFIG_FILE, TENSOR_FILE, read
 
 DESCRIBED = json.loads(metadata_of(DATA / "adapter_v3")["config"])
 OLD = json.loads((DATA / "adapter_v2" / CONFIG_FILE).read_text())

@@ -19,7 +19,7 @@ from golden import DATA
 from safetensors.torch import load_file
 from test_files_bad import JUNK, OLD
 
-from uora_vision.folder import CONFIG_FILE, TENSOR_FILE
+from uora_vision.storage.folder import CONFIG_FILE, TENSOR_FILE
 
 
 def mutated(content: bytes, rng: random.Random) -> bytes:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import linear
 
-from uora_vision.functional import delta, delta_weight, project
-from uora_vision.views import Span, Spans
+from uora_vision.maths.linear import delta, delta_weight, project
+from uora_vision.weights.matrix import Span, Spans
 
 MANY, FEW = 200, 3  # tokens: folded and factored for every width below
 

@@ -23,8 +23,8 @@ from test_inject import assert_same, snapshot
 from torch import Tensor
 
 import uora_vision as uora
-from uora_vision.folder import CONFIG_FILE, TENSOR_FILE
-from uora_vision.hub import CARD_FILE, card, is_repository
+from uora_vision.storage.folder import CONFIG_FILE, TENSOR_FILE
+from uora_vision.storage.hub import CARD_FILE, card, is_repository
 
 
 class Hub:
@@ -265,7 +265,7 @@ class TestErrors:
 
 
 def test_the_card_says_what_it_is_and_how_to_load_it() -> None:
-    from uora_vision.files import collect
+    from uora_vision.storage.snapshot import collect
 
     adapter = collect(trained(scope="shared"))
     text = card(

@@ -220,7 +220,7 @@ class TestFailing:
         """Also one that no check foresees."""
         import importlib
 
-        module = importlib.import_module(f"uora_vision.{'inject' if where == 'Bank' else 'library'}")
+        module = importlib.import_module(f"uora_vision.lifecycle.{'apply' if where == 'Bank' else 'library'}")
         real, calls = getattr(module, where), []
 
         def breaks(*args: Any, **kwargs: Any) -> Any:

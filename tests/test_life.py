@@ -23,8 +23,8 @@ from torch.optim import swa_utils
 from torch.utils.checkpoint import checkpoint
 
 import uora_vision as uora
-from uora_vision.verify import float_tensors
-from uora_vision.views import from_matrix, to_matrix
+from uora_vision.structure.example import float_tensors
+from uora_vision.weights.matrix import from_matrix, to_matrix
 
 Made = tuple[nn.Module, tuple[Tensor, ...]]
 PLAIN: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 5}

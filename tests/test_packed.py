@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zoo import call, entries
 
 import uora_vision as uora
-from uora_vision.layers import Role
+from uora_vision.weights.role import Role
 
 LINEAR = {"timm/efficientvit_b0"}
 """Linear attention, normalised: the length of q alone does not matter."""

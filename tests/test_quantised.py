@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 import uora_vision as uora
 from uora_vision.export import to_peft_lora, to_peft_vera
-from uora_vision.functional import add_update
-from uora_vision.quantised import dequantised, is_quantised
-from uora_vision.views import Span
+from uora_vision.maths.linear import add_update
+from uora_vision.weights.matrix import Span
+from uora_vision.weights.quantised import dequantised, is_quantised
 
 bnb = pytest.importorskip("bitsandbytes", reason="the quantised layers are bitsandbytes'")
 with warnings.catch_warnings():

@@ -12,8 +12,8 @@ from conftest import wake
 from torch import Tensor, nn
 
 import uora_vision as uora
-from uora_vision.layers import REDUCED
-from uora_vision.reduced import Reduced
+from uora_vision.lifecycle.adapter import REDUCED
+from uora_vision.maths.shared_product import Reduced
 
 RANK, TOKENS = 8, 12
 

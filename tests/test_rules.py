@@ -13,7 +13,7 @@ from conftest import need_timm
 from torch import Tensor, nn
 
 import uora_vision as uora
-from uora_vision import rules
+from uora_vision.structure import rules
 
 
 def meta(name: str, **options: Any) -> nn.Module:
@@ -143,9 +143,9 @@ class Odd(nn.Module):
 
 @pytest.fixture
 def odd() -> Iterator[nn.Module]:
-    known = list(rules._registered)
+    known = list(rules.registered)
     yield nn.ModuleDict({"block": Odd()})
-    rules._registered[:] = known
+    rules.registered[:] = known
 
 
 class TestRegister:
@@ -176,7 +176,7 @@ class TestRegister:
     def test_what_cannot_be_registered(self, odd: nn.Module, arguments: Any, message: str) -> None:
         with pytest.raises(uora.ConfigError, match=message):
             uora.register_rule(*arguments)
-        assert not rules._registered
+        assert not rules.registered
 
     @pytest.mark.parametrize(
         ("wanted", "message"),

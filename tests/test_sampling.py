@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import uora_vision as uora
-from uora_vision.functional import add_update, project
+from uora_vision.maths.linear import add_update, project
 
 FORMS: dict[str, tuple[int, dict[str, Any]]] = {
     "folded": (203, {}),

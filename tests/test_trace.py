@@ -23,7 +23,7 @@ from timm.models.vision_transformer import ParallelScalingBlock, VisionTransform
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from uora_vision.trace import Trace, Use, trace
+from uora_vision.structure.trace import Trace, Use, trace
 
 Rows = tuple[int, ...]
 PLAIN = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 2, "num_classes": 5}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.func import functionalize
 
-from uora_vision.views import (
+from uora_vision.weights.matrix import (
     FORMS,
     Form,
     Span,

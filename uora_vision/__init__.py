@@ -15,28 +15,27 @@ from .errors import (
     TargetError,
     UoraError,
 )  # fmt: skip
-from .files import load, save
-from .fit import Base
-from .hub import push_to_hub
-from .inject import adapters, inject, remove
-from .library import activate, active_adapter, adapter_names, delete, disabled
-from .merge import MergeReport, merge, unmerge
-from .optim import param_groups
-from .packed import Packed
-from .plan import Plan, plan
-from .reinit import AlphaDecay, Reinitializer, ThresholdWave
-from .routing import route
-from .rules import register_rule
-from .summary import Summary, summary
-from .upgrade import upgrade
-from .verify import verify
-
-__version__ = "0.1.0"
+from .lifecycle.counts import Summary, summary
+from .lifecycle.injection import inject, remove
+from .lifecycle.library import activate, active_adapter, adapter_names, adapters, delete, disabled
+from .lifecycle.merging import MergeReport, merge, unmerge
+from .lifecycle.reinit import AlphaDecay, Reinitializer, ThresholdWave
+from .lifecycle.trained_parts import param_groups
+from .lifecycle.verification import verify
+from .serving.routing import route
+from .storage.base import Base
+from .storage.folder import upgrade
+from .storage.hub import push_to_hub
+from .storage.save_load import load, save
+from .structure.planning import Plan, plan
+from .structure.row_order import Packed
+from .structure.rules import register_rule
+from .version import __version__
 
 __all__ = [
     "AlphaDecay", "Base", "ConfigError", "DeadAdapterError", "ExportError", "FormatError", "HubError", "MergeReport",
     "OptionError", "Packed", "Plan", "Reinitializer", "StateError", "Summary", "TargetError", "ThresholdWave",
-    "UoraConfig", "UoraError",
+    "UoraConfig", "UoraError", "__version__",
     "activate", "active_adapter", "adapter_names", "adapters", "delete", "disabled", "inject", "load", "merge",
     "param_groups", "plan", "push_to_hub", "register_rule", "remove", "route", "save", "summary", "unmerge",
     "upgrade", "verify",

@@ -15,7 +15,7 @@ def main(arguments: list[str] | None = None) -> int:
     if find_spec("typer") is None:
         print("error: the command line needs typer: pip install uora_vision[cli]", file=sys.stderr)
         return 2
-    from .cli import main as run
+    from .cli.app import main as run
 
     return run(arguments)
 

@@ -12,7 +12,9 @@ from typing import Any, Literal, get_args
 from .errors import ConfigError, OptionError
 
 Layout = Literal["shape", "slice"]
+
 Init = Literal["haar", "kaiming"]
+
 BasePart = Literal["head", "norm", "bias"]
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import uora_vision as uora
-from uora_vision.walker import head_names
+from uora_vision.structure.heads import head_names
 
 from .errors import MethodError
 

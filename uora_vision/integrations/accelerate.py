@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..errors import FormatError, StateError
-from ..reinit import Reinitializer
+from ..lifecycle.reinit import Reinitializer
 from .state import after_step, changing_state, injected_in, innermost, load_changing_state
 
 MODEL_FILE = "uora_model.pt"

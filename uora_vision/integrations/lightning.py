@@ -13,8 +13,8 @@ except ImportError:
     from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
 
 from ..errors import StateError
-from ..inject import adapters, bank_of
-from ..reinit import Reinitializer
+from ..lifecycle.library import adapters, bank_of
+from ..lifecycle.reinit import Reinitializer
 from .state import after_step, frozen_names, injected_in, keep_missing_base
 
 KEY = "uora_reinit"

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..bank import Bank
 from ..errors import FormatError, StateError
-from ..files import put_back
-from ..folder import read
-from ..inject import adapters
-from ..layers import CHILD
-from ..sharded import whole
+from ..lifecycle.adapter import CHILD
+from ..lifecycle.library import adapters
+from ..maths.bank import Bank
+from ..storage.folder import read
+from ..storage.snapshot import put_back
+from ..weights.sharded import whole
 
 
 def injected_in(module: nn.Module) -> nn.Module:

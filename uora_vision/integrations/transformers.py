@@ -10,9 +10,10 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import StateError
-from ..files import TENSOR_FILE, save
-from ..inject import bank_of
-from ..reinit import Reinitializer
+from ..lifecycle.library import bank_of
+from ..lifecycle.reinit import Reinitializer
+from ..storage.folder import TENSOR_FILE
+from ..storage.save_load import save
 from .state import after_step, injected_in, innermost, restore, trained_d
 
 REINIT_FILE = "uora_reinit.pt"

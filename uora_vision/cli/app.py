@@ -1,0 +1,298 @@
+"""The command `uora`: what an adapter would be, what a saved one is, and what can be made of it.
+
+Exit codes: 0 all is well, 1 a check failed, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import nn
+
+from ..config import UoraConfig
+from ..errors import ConfigError, FormatError, UoraError
+from ..interop.onnx import to_onnx
+from ..interop.peft_write import to_peft_lora, to_peft_vera
+from ..lifecycle.merging import merge
+from ..lifecycle.trained_parts import base_parameters
+from ..maths.bank import Bank
+from ..storage.base import Base
+from ..storage.fit import fit
+from ..storage.folder import TENSOR_FILE, is_old, read
+from ..storage.folder import upgrade as upgrade_folder
+from ..storage.hub import is_repository, local_copy
+from ..storage.save_load import load
+from ..storage.schema import FORMAT_VERSION
+from ..storage.snapshot import rebuilt
+from ..storage.stored import Stored
+from ..structure.example import call, float_tensors
+from ..structure.planning import plan as plan_of
+from ..version import __version__ as version
+from .describe import describe, facts, plot
+from .models import FORMS, on_meta, with_weights
+
+app = typer.Typer(
+    help="Adapters of uora_vision: plan, inspect, merge, export, verify, upgrade.",
+    epilog="Exit codes: 0 all is well, 1 a check failed, 2 bad input.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Folder = Annotated[
+    str, typer.Argument(help="Folder of an adapter, or a repository on the Hugging Face hub: user/name.")
+]
+
+Model = Annotated[str, typer.Option("--model", help=f"The base: {FORMS}.")]
+
+Checkpoint = Annotated[
+    str | None,
+    typer.Option(help="Weights of the base: a file, or for open_clip a tag. Default: those timm or the folder has."),
+]
+
+Revision = Annotated[str | None, typer.Option(help="Of a hub repository: branch, tag or commit.")]
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write over what is there.")]
+
+
+class Kind(StrEnum):
+    """Forms that `uora export` writes."""
+
+    lora = "peft-lora"
+    vera = "peft-vera"
+    onnx = "onnx"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: those after `uora`; None for the process's own.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        app(arguments, prog_name="uora")
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else 0
+    except (UoraError, ImportError, OSError) as error:
+        lines = str(error).splitlines()
+        print(f"error: {lines[0] if lines else repr(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if show_version:
+        print(f"uora_vision {version}")
+        raise typer.Exit
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help=f"The base: {FORMS}.")],
+    targets: Annotated[str, typer.Option(help="What to adapt, as for inject.")] = "+".join(UoraConfig().targets),
+    exclude: Annotated[str, typer.Option(help="What to leave, as for inject.")] = "",
+    rank: Annotated[int, typer.Option(help="Number of directions of every projection.")] = UoraConfig().rank,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")] = False,
+    diff: Annotated[bool, typer.Option("--diff", help="Trace a run and compare it with the rules.")] = False,
+) -> None:
+    """What would be adapted in a model, and how large the adapter would be. Builds no weights."""
+    made, example = on_meta(model)
+    what = plan_of(made, rank=rank, targets=targets, exclude=exclude or (), example_input=example if diff else None)
+    if as_json:
+        print(what.to_json())
+        return
+    print(what)
+    trained = [made.get_parameter(name) for name in base_parameters(made, what.config.train)]
+    vectors, head = 4 * what.parameters, sum(p.numel() * p.element_size() for p in trained)
+    print(f"\nA file of about {_bytes(vectors)}, and {_bytes(head)} for trained parts of the base (its head).")
+
+
+@app.command()
+def inspect(
+    folder: Folder,
+    png: Annotated[Path | None, typer.Option(help="Draw |b|, |d| and redraws into this file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of text.")] = False,
+    revision: Revision = None,
+) -> None:
+    """What a saved adapter is: base, options, parameters, redraws, |b| and |d| by layer."""
+    there = _local(folder, revision)
+    stored = read(there)
+    size = sum(p.stat().st_size for p in there.iterdir() if p.is_file())
+    print(json.dumps(facts(stored, size), indent=2) if as_json else describe(stored, size))
+    if png is not None:
+        _needs("matplotlib")
+        plot(stored, png)
+
+
+@app.command("merge")
+def merge_into(
+    folder: Folder,
+    model: Model,
+    output: Annotated[Path, typer.Option(help="Folder for model.safetensors.")],
+    checkpoint: Checkpoint = None,
+    revision: Revision = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Add an adapter to the weights of its base, and write the plain model."""
+    _check_free(output / "model.safetensors", overwrite)
+    made, example = _loaded(_local(folder, revision), model, checkpoint)
+    merge(made, example)
+    output.mkdir(parents=True, exist_ok=True)
+    save_pretrained: Any = getattr(made, "save_pretrained", None)
+    if save_pretrained is not None:
+        save_pretrained(output)
+    else:
+        from safetensors.torch import save_model
+
+        save_model(made, str(output / "model.safetensors"))
+    print(f"wrote {output / 'model.safetensors'}")
+
+
+@app.command()
+def export(
+    folder: Folder,
+    model: Model,
+    to: Annotated[Kind, typer.Option(help="What to write.")],
+    output: Annotated[Path, typer.Option(help="Folder to write, or for onnx the file.")],
+    rank: Annotated[int | None, typer.Option(help="Of peft-lora: of the closest LoRA by SVD. Default: exact.")] = None,
+    checkpoint: Checkpoint = None,
+    revision: Revision = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write an adapter for PEFT, or the merged model as ONNX."""
+    if rank is not None and to != Kind.lora:
+        raise ConfigError(f"--rank goes with --to peft-lora, not with {to.value}")
+    _check_free(output if to == Kind.onnx else output / TENSOR_FILE, overwrite)
+    if to == Kind.onnx:
+        _needs("onnx", "onnxscript")
+    made, example = _loaded(_local(folder, revision), model, checkpoint)
+    if to == Kind.onnx:
+        merge(made)
+        error = to_onnx(made, example, output)
+        if error is None:
+            print(f"wrote {output}; pip install onnxruntime to have it compared with the model")
+        else:
+            _verdict([(error < 1e-3, f"wrote {output}: relative difference of outputs in onnxruntime {error:.2g}")])
+        return
+    print(to_peft_lora(made, output, rank) if to == Kind.lora else to_peft_vera(made, output))
+
+
+@app.command()
+def verify(
+    folder: Folder,
+    model: Annotated[str | None, typer.Option(help=f"Hold it against this base too: {FORMS}.")] = None,
+    checkpoint: Checkpoint = None,
+    revision: Revision = None,
+) -> None:
+    """Check a saved adapter: its files, whether A and B come out as they were, and whether it fits a base."""
+    there = _local(folder, revision)
+    checks: list[tuple[bool, str]] = []
+    stored = _checked(checks, "files are whole, of a known version, without NaN", lambda: read(there))
+    if stored is None:
+        _verdict(checks)
+        return
+    if is_old(there):
+        checks.append((True, f"format is an old one: `uora upgrade` makes it version {FORMAT_VERSION}"))
+    if stored.bank_fingerprint is None:
+        checks.append((True, "A and B have no fingerprint in this file"))
+    else:
+        _checked(checks, "A and B come out as where it was trained", lambda: rebuilt(stored, _bank(stored)))
+    if model is not None:
+        made, example = with_weights(model, stored, checkpoint)
+        made_for = "its fingerprint" if stored.identity.fingerprint else "its architecture"
+        fitted = _checked(checks, f"fits {model}, by {made_for}", lambda: fit(stored, Base(made)))
+        if fitted is not None:
+            _checked(checks, "loads, and its outputs are finite", lambda: _run(made, there, example))
+    _verdict(checks)
+
+
+@app.command()
+def upgrade(folder: Annotated[Path, typer.Argument(help="Folder of an adapter.")]) -> None:
+    """Rewrite an adapter of an earlier format version, in place."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder")
+    done = upgrade_folder(folder)
+    print(f"{folder} is of format version {FORMAT_VERSION} now" if done else f"{folder} needs no upgrade")
+
+
+def _local(folder: str, revision: str | None) -> Path:
+    """The folder, or a copy of the repository.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if is_repository(folder):
+        return local_copy(folder, revision)
+    if not Path(folder).is_dir():
+        raise ConfigError(f"{folder} is no folder, and no name of a hub repository (user/name)")
+    return Path(folder)
+
+
+def _loaded(there: Path, model: str, checkpoint: str | None) -> tuple[nn.Module, Any]:
+    """A model with an adapter in it, and an input."""
+    stored = read(there)
+    made, example = with_weights(model, stored, checkpoint)
+    return load(made, there), example
+
+
+def _bank(stored: Stored) -> Bank:
+    widths_in = {p.width for p in stored.projections}
+    widths_out = {role.rows for p in stored.projections for role in p.roles}
+    return Bank(stored.config, widths_in, widths_out, first=stored.first())
+
+
+def _run(made: nn.Module, there: Path, example: Any) -> None:
+    with torch.no_grad():
+        outputs = list(float_tensors(call(load(made, there), example)))
+    if not all(t.isfinite().all() for t in outputs):
+        raise FormatError("outputs on random input are NaN or infinite")
+
+
+def _checked(checks: list[tuple[bool, str]], what: str, check: Callable[[], Any]) -> Any:
+    """Note whether a check passes; what it gives, or None."""
+    try:
+        result = check()
+    except UoraError as error:
+        checks.append((False, f"{what}: {str(error).splitlines()[0]}"))
+        return None
+    checks.append((True, what))
+    return result
+
+
+def _verdict(checks: list[tuple[bool, str]]) -> None:
+    """Print checks, and leave with 1 if one failed."""
+    for passed, what in checks:
+        print(f"{'ok    ' if passed else 'FAILED'}  {what}")
+    if not all(passed for passed, _ in checks):
+        raise typer.Exit(1)
+
+
+def _check_free(path: Path, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise ConfigError(f"{path} is there already; --overwrite replaces it")
+
+
+def _needs(*packages: str) -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"this needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"

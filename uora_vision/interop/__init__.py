@@ -1,0 +1,1 @@
+"""Into the formats of other libraries, and from them."""

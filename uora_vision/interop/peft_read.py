@@ -1,0 +1,175 @@
+"""A PEFT VeRA adapter put into a model."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import UoraConfig
+from ..errors import FormatError
+from ..lifecycle.apply import apply_plan, bank_for
+from ..lifecycle.library import DEFAULT, check_room, check_whole
+from ..storage.base import Base
+from ..storage.folder import CONFIG_FILE, TENSOR_FILE
+from ..storage.strict_json import parse
+from ..structure.planning import Plan
+from ..structure.targets import Projection
+from ..weights.role import Role
+
+PREFIX, LAMBDA_B, LAMBDA_D = "base_model.model.", ".vera_lambda_b", ".vera_lambda_d"
+
+
+def from_peft_vera(
+    model: nn.Module, folder: str | os.PathLike[str], *, name: str = DEFAULT, activate: bool = True
+) -> nn.Module:
+    """Put a VeRA adapter that PEFT saved into a model, in place: it computes what PEFT's model computes.
+
+    Every weight is one projection with one d, also where it holds q, k and v, as PEFT has it. A and B are those of the
+    folder; of a folder without them (`save_projection=False`) they are drawn again by PEFT's law, which gives the same
+    where torch draws the same numbers. `save` puts them into its file, since no seed of this library gives them.
+
+    Args:
+        model: a plain base, or one with adapters of other names.
+        folder: with `adapter_config.json` and `adapter_model.safetensors`.
+        name: of the adapter in the model.
+        activate: whether the model computes with it from now on.
+
+    Returns:
+        The same model, with PEFT's `modules_to_save` (the head) as its trained parts.
+
+    Raises:
+        StateError: the model has an adapter of that name, or is spread over processes.
+        FormatError: the folder holds no VeRA adapter, is damaged, or does not fit this model.
+    """
+    check_room(model, name)
+    check_whole(model)
+    source = Path(folder)
+    options = _options(source)
+    tensors = _tensors(source)
+    paths = [key.removeprefix(PREFIX).removesuffix(LAMBDA_B) for key in tensors if key.endswith(LAMBDA_B)]
+    if not paths:
+        raise FormatError(f"{source / TENSOR_FILE} holds no VeRA adapter")
+    base = Base(model)
+    order = [path for path in base.sites if path in set(paths)]
+    if missing := sorted(set(paths) - set(order)):
+        raise FormatError(f"{source} adapts {missing[0]}, which is no layer of this {type(model).__name__}")
+    vectors, projections = [], []
+    for path in order:
+        b, d = (tensors.pop(f"{PREFIX}{path}{end}", torch.empty(0)).float() for end in (LAMBDA_B, LAMBDA_D))
+        projections.append(_projection(base, path))
+        out = projections[-1].shape[0]
+        if b.shape != (out,) or d.shape != (options["r"],):
+            raise FormatError(
+                f"{source}: {path} has b of {tuple(b.shape)} and d of {tuple(d.shape)}; this model needs ({out},) and "
+                f"({options['r']},)"
+            )
+        if projections[-1].read and b.any():
+            raise FormatError(
+                f"{source} changes {path}, which this model reads without calling its layer: PEFT computes without it"
+            )
+        vectors += [b, d]
+    a, bm = _matrices(source, options, tensors, projections)
+    config = UoraConfig(
+        rank=options["r"], targets=order, layout="slice", init="kaiming", seed=options["projection_prng_key"],
+        d_init=options["d_initial"] or 0.1, dropout=options["vera_dropout"], train=(),
+    )  # fmt: skip
+    what = Plan(config, tuple(projections), ())
+    first = {f"A{a.shape[1]}": a, f"B{bm.shape[1]}": bm}
+    parts = _parts(source, base, tensors)
+    apply_plan(model, what, name, torch.cat(vectors), parts, None, activate, bank_for(model, what, first))
+    return model
+
+
+def _options(source: Path) -> dict[str, Any]:
+    try:
+        config = parse((source / CONFIG_FILE).read_bytes())
+    except (OSError, FormatError) as error:
+        raise FormatError(f"{source / CONFIG_FILE} cannot be read: {error}") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "VERA":
+        raise FormatError(f"{source} is not a VeRA adapter of PEFT")
+    defaults = {"r": 256, "projection_prng_key": 0, "save_projection": True, "d_initial": 0.1, "vera_dropout": 0.0}
+    options = defaults | config
+    for name in ("r", "projection_prng_key"):
+        if type(options[name]) is not int or options[name] < (name == "r"):
+            raise FormatError(f"{source / CONFIG_FILE}: {name}, the {_MEANING[name]}, must be a whole number")
+    if type(options["d_initial"]) not in (int, float) or not math.isfinite(options["d_initial"]):
+        raise FormatError(f"{source / CONFIG_FILE}: d_initial must be a number")
+    if type(options["vera_dropout"]) not in (int, float) or not 0 <= options["vera_dropout"] < 1:
+        raise FormatError(f"{source / CONFIG_FILE}: vera_dropout must be in [0, 1)")
+    return options
+
+
+_MEANING = {"r": "rank", "projection_prng_key": "seed"}
+
+
+def _tensors(source: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = source / TENSOR_FILE
+    if not path.exists():
+        raise FormatError(
+            f"{path} does not exist; adapters in pickled files (.bin) are not read: save them with PEFT again"
+        )
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{path} is truncated, damaged, or no safetensors file: {error}") from error
+    if broken := [name for name, t in tensors.items() if not t.isfinite().all()]:
+        raise FormatError(f"{path}: {broken[0]} holds NaN or infinite values")
+    return tensors
+
+
+def _projection(base: Base, path: str) -> Projection:
+    """A weight as one projection, of the name that the rules have for it, or its layer's."""
+    site, finding = base.sites[path], base.findings.get(path)
+    roles = finding.roles if finding else ()
+    name = roles[0].name if len(roles) == 1 else path.rpartition(".")[2]
+    role = Role(name, roles[0].group if roles else "other", 0, site.shape[0])
+    block = finding.block if finding else None
+    return Projection(site.module_path, site.tensor, site.form, site.shape, (role,), "saved", block, site.read)
+
+
+def _matrices(
+    source: Path, options: dict[str, Any], tensors: dict[str, Tensor], projections: list[Projection]
+) -> tuple[Tensor, Tensor]:
+    """A (r, in) and B (r, out) of the largest widths, float32."""
+    out, width = (max(p.shape[i] for p in projections) for i in (0, 1))
+    rank = options["r"]
+    a, b = tensors.pop("base_model.vera_A", None), tensors.pop("base_model.vera_B", None)
+    if a is None or b is None:
+        if options["save_projection"]:
+            raise FormatError(f"{source / TENSOR_FILE} lacks vera_A and vera_B, which its configuration promises")
+        # As PEFT 0.21.2 draws them: tuners/vera/model.py, _kaiming_init.
+        generator = torch.Generator().manual_seed(options["projection_prng_key"])
+        a, b = _drawn((rank, width), generator), _drawn((out, rank), generator)
+    if a.shape[0] != rank or b.shape[1] != rank or a.shape[1] < width or len(b) < out:
+        raise FormatError(
+            f"{source}: vera_A of {tuple(a.shape)} and vera_B of {tuple(b.shape)} do not serve rank {rank} and layers "
+            f"of up to {out} x {width}"
+        )
+    return a[:, :width].float().contiguous(), b[:out].t().float().contiguous()
+
+
+def _drawn(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))  # in PEFT's order, for the last bit
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def _parts(source: Path, base: Base, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The other tensors of the file as trained parts of the base."""
+    parts: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+        held = base.held.get(name)
+        if held is None or held.shape != value.shape:
+            here = "does not have it" if held is None else f"has it in shape {tuple(held.shape)}"
+            raise FormatError(f"{source} holds {name} of shape {tuple(value.shape)}; this model {here}")
+        copy = value.to(device=held.device, dtype=held.dtype, copy=True)
+        parts[name] = nn.Parameter(copy) if isinstance(held, nn.Parameter) else copy
+    return parts

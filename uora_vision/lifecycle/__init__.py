@@ -1,0 +1,1 @@
+"""Adapters in a model, from injection to merging."""

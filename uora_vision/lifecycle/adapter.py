@@ -1,0 +1,168 @@
+"""The trained vectors of one adapted weight, as a module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..maths import linear
+from ..maths.bank import Bank
+from ..maths.convolution import Geometry, convolve
+from ..weights.matrix import Form, to_matrix
+from ..weights.role import Role
+
+
+def own_matrices(found: dict[str, Adapter]) -> dict[str, tuple[str, int]]:
+    """For every matrix that a layer may have of its own: the shared one that it starts from, and its width."""
+    out = {}
+    for adapter in found.values():
+        for k, role in enumerate(adapter.roles):
+            out[adapter.own_name(k, "A")] = (adapter.bank.matrix("A", adapter.width), adapter.width)
+            out[adapter.own_name(k, "B")] = (adapter.bank.matrix("B", role.rows), role.rows)
+    return out
+
+
+CHILD = "uora"
+"""Name of the child module that holds the vectors of a module's `weight`, and of the bank in the injected model."""
+
+REDUCED = "_uora_reduced"
+"""Where a bank keeps the `Reduced` of its adapters."""
+
+
+class Adapter(nn.Module):
+    """The trained vectors of one adapted weight.
+
+    Args:
+        name: path of the weight in the model: of its module, and the tensor's name if that is not `weight`.
+        roles: the adapted projections in the weight, by ascending `start`.
+        width: input width.
+        bank: the shared matrices; referred to, not owned.
+        form: what the dimensions of the weight are.
+        d_init: initial value of d.
+        dropout, token_sampling: see `UoraConfig`.
+        origin: the name under which its own rows were first drawn, if modules were renamed since.
+    """
+
+    bank: Bank
+
+    def __init__(
+        self,
+        name: str,
+        roles: tuple[Role, ...],
+        width: int,
+        bank: Bank,
+        form: Form = "matrix",
+        d_init: float = 0.1,
+        dropout: float = 0.0,
+        token_sampling: int = 1,
+        device: torch.device | str = "cpu",
+        origin: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.origin = name if origin is None else origin
+        self.name, self.roles, self.width, self.form = name, roles, width, form
+        self.dropout, self.token_sampling = dropout, token_sampling
+        self.spans = tuple(role.span for role in roles)
+        # Past nn.Module's registration: the bank is a child of the model, once, not of every adapted module.
+        self.__dict__["bank"] = bank
+        rank = bank.config.rank
+        # In float32 whatever the base's type: young updates are below the resolution of bfloat16.
+        self.b = nn.Parameter(torch.zeros(sum(role.rows for role in roles), device=device, dtype=torch.float32))
+        self.d = nn.Parameter(torch.full((len(roles), rank), d_init, device=device, dtype=torch.float32))
+        self._own: tuple[int, ...] = ()
+
+    def own_name(self, role: int, side: str) -> str:
+        """Name of a role's own matrix in the bank's log."""
+        return f"{self.origin}.{self.roles[role].name}/{side}"
+
+    def refresh_own(self, role: int) -> None:
+        """Take over a role's own rows from the bank, after they were re-drawn there.
+
+        The buffers grow by doubling, filled up with repetitions, so that a compiled model sees few different shapes.
+        """
+        for side in ("A", "B"):
+            indices, rows = self.bank.own(self.own_name(role, side))
+            size = min(self.d.shape[1], 1 << max(3, (len(indices) - 1).bit_length()))
+            fill = torch.arange(size).clamp(max=len(indices) - 1)
+            shared = self.bank.a(self.width)
+            self._set(f"own_index_{role}", indices[fill].to(shared.device))
+            self._set(f"own_{side.lower()}_{role}", rows[fill].to(shared))
+        self._own = tuple(sorted({*self._own, role}))
+
+    def take_own(self) -> None:
+        """Take over the own rows of every role, as the bank has them now."""
+        for name in list(self._buffers):
+            del self._buffers[name]
+        self._own = ()
+        for role in range(len(self.roles)):
+            if self.bank.draws(self.own_name(role, "A")).any():
+                self.refresh_own(role)
+
+    def _set(self, name: str, value: Tensor) -> None:
+        old = self._buffers.get(name)
+        if old is not None and old.shape == value.shape:
+            old.copy_(value)
+        else:
+            self.register_buffer(name, value, persistent=False)
+
+    def matrices(self) -> tuple[list[Tensor], list[Tensor]]:
+        """A of the roles, each (r, in), and B of the roles, each (rows, r): one entry where all of them share it."""
+        shared, rows, device = self.bank.a(self.width), [role.rows for role in self.roles], self.b.device
+        if not self._own:
+            bm = [self.bank.b(n) for n in (rows[:1] if len(set(rows)) == 1 else rows)]
+            if shared.device == device:
+                return [shared], bm
+            return [shared.to(device)], [m.to(device) for m in bm]  # of a replica
+        # One view each: autograd functions must not be given one tensor twice when compiled.
+        a = [self.bank.a(self.width).to(device) for _ in rows]
+        bm = [self.bank.b(n).to(device) for n in rows]
+        for k in self._own:
+            index = self.get_buffer(f"own_index_{k}")
+            a[k] = a[k].index_copy(0, index, self.get_buffer(f"own_a_{k}"))
+            bm[k] = bm[k].t().index_copy(0, index, self.get_buffer(f"own_b_{k}")).t()
+        return a, bm
+
+    def project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The adapted projection, (..., in) -> (..., out); see `linear.project`."""
+        matrix, (a, bm) = to_matrix(weight, self.form), self.matrices()
+        if self.training and self.dropout:
+            dropped = nn.functional.dropout(x, self.dropout)
+            branch = linear.delta(dropped, self.b, self.d, self.spans, a, bm, matrix.shape[0])
+            return nn.functional.linear(x, matrix, bias) + branch
+        return linear.project(x, matrix, bias, self.b, self.d, self.spans, a, bm, *self._options)
+
+    def add_update(self, x: Tensor, y: Tensor) -> Tensor:
+        """y + low-rank branch of x, for a layer that has computed its y itself; see `linear.add_update`."""
+        a, bm = self.matrices()
+        if self.training and self.dropout:
+            dropped = nn.functional.dropout(x, self.dropout)
+            return (y + linear.delta(dropped, self.b, self.d, self.spans, a, bm, y.shape[-1])).to(y.dtype)
+        return linear.add_update(x, y, self.b, self.d, self.spans, a, bm, *self._options)
+
+    @property
+    def _options(self) -> tuple[Any, int]:
+        """What `project` and `add_update` take last."""
+        return self.bank.__dict__.get(REDUCED), self.token_sampling if self.training else 1
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+        """The adapted convolution; see `convolution.convolve`."""
+        dropout = self.dropout if self.training else 0.0
+        return convolve(x, weight, bias, geometry, self.b, self.d, self.spans, *self.matrices(), dropout)
+
+    def fold(self, weight: Tensor) -> Tensor:
+        """W + dW, differentiable; see `linear.fold`."""
+        return linear.fold(weight, self.form, self.b, self.d, self.spans, *self.matrices())
+
+    def delta_weight(self, dtype: torch.dtype) -> list[Tensor]:
+        """dW of each role, (rows, in), computed in `dtype`."""
+        return linear.delta_weight(self.b, self.d, self.spans, *self.matrices(), dtype)
+
+    def extra_repr(self) -> str:
+        return f"{', '.join(role.label for role in self.roles)}, rank={self.d.shape[1]}"
+
+
+def child(tensor: str) -> str:
+    """Name of the child module that holds the vectors of a module's tensor."""
+    return CHILD if tensor == "weight" else f"{CHILD}_{tensor}"

@@ -1,0 +1,144 @@
+"""Carrying out a plan: adapters go into a model, and out of it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..maths.bank import Bank
+from ..maths.forms import WIDE
+from ..maths.redraw_log import BankState
+from ..maths.shared_product import Reduced
+from ..structure.planning import Plan
+from ..weights.quantised import is_quantised
+from .adapter import CHILD, REDUCED
+from .entry import Entry, Layout, tensors_of
+from .library import DEFAULT, LIBRARY, Library
+from .trained_parts import STATISTICS, base_parameters
+
+
+def apply_plan(
+    model: nn.Module,
+    what: Plan,
+    name: str = DEFAULT,
+    vector: Tensor | None = None,
+    base: dict[str, Tensor] | None = None,
+    state: BankState | None = None,
+    activate: bool = True,
+    bank: Bank | None = None,
+) -> Entry:
+    """Carry out a plan. Everything that can fail is made before the model is touched.
+
+    Args:
+        name: of the adapter.
+        vector: its b and d, as `Entry` has them; fresh ones if None.
+        base: its trained parts of the base; if None, those that its options name, with the values of the base.
+        state: what re-draws made of its bank.
+        activate: whether the model computes with it from now on.
+        bank: its bank, see `bank_for`.
+    """
+    config = what.config
+    library = model.__dict__.get(LIBRARY) or Library(model)
+    layout = _layout(model, library, what)
+    weights: list[Any] = [m._parameters[p.tensor] for m, p in zip(layout.modules, layout.projections, strict=True)]
+    coarse = [p.path for p, w in zip(what.projections, weights, strict=True) if p.read and w.dtype not in WIDE]
+    if coarse:
+        warnings.warn(
+            f"{len(coarse)} weights ({coarse[0]}, ...) are read by the model itself and stored in a half type: small "
+            "updates to them are rounded away. Keep the base in float32 and use torch.autocast.",
+            stacklevel=3,
+        )
+    entry = Entry(config, layout, bank or bank_for(model, what), {}, state or BankState(), vector)
+    if activate:
+        entry.materialise()
+    first = not library.entries
+    # Many are added beside others, and a walk over the model takes longer than all the rest.
+    held = tensors_of(model) if first or base is None or not base.keys() <= library.base.keys() else {}
+    if base is None:
+        parts = [n for n in base_parameters(model, config.train) if _trains(n, held[n])]
+        parts += [name for name in held if name.endswith(STATISTICS)]
+        # The first adapter trains the parts of the base as they stand there; later ones have their own.
+        entry.base = {name: held[name] if first else _copy(library.base.get(name, held[name]), True) for name in parts}
+    else:
+        entry.base = dict(base)
+    kept = {name: _copy(held[name]) for name in entry.base if name not in library.base}
+    if first:
+        model.__dict__[LIBRARY] = library
+    try:
+        library.base |= kept
+        library.entries[name] = entry
+        if first:
+            for p in held.values():
+                if isinstance(p, nn.Parameter) and (p.is_floating_point() or p.is_complex()):
+                    p.requires_grad_(False)
+        for part in entry.base.values():
+            if isinstance(part, nn.Parameter):
+                part.requires_grad_(True)
+        if activate:
+            library.switch(model, name)
+    except BaseException:
+        del library.entries[name]
+        if first:
+            take_out(model, library)
+        raise
+    return entry
+
+
+def take_out(model: nn.Module, library: Library) -> nn.Module:
+    """The model without adapters, with the head of the active one."""
+    library.detach(model)
+    del model.__dict__[LIBRARY]
+    if CHILD in model._modules:
+        delattr(model, CHILD)
+    for name, p in model.named_parameters():  # parts without adapters may have been replaced since
+        if name in library.flags and (p.is_floating_point() or p.is_complex()):
+            p.requires_grad_(library.flags[name])
+    return model
+
+
+def _layout(model: nn.Module, library: Library, what: Plan) -> Layout:
+    """That of an adapter which sits at the same places, or a new one."""
+    for entry in library.entries.values():
+        layout = entry.layout
+        if layout.rank == what.config.rank and layout.projections == what.projections:
+            return layout
+    return Layout.of(model, what.projections, what.config.rank)
+
+
+def bank_for(model: nn.Module, what: Plan, first: Mapping[str, Tensor] | None = None) -> Bank:
+    """The bank of an adapter in the model that draws the same matrices, or a new one.
+
+    Args:
+        first: matrices by name to use in place of those that are drawn from the seed.
+    """
+    widths_in = {p.shape[1] for p in what.projections}
+    widths_out = {role.rows for p in what.projections for role in p.roles}
+    library = model.__dict__.get(LIBRARY)
+    for entry in library.entries.values() if library else ():
+        bank = entry.bank
+        given = {} if first is None else first
+        same = all(torch.equal(bank._first[n], t) for n, t in given.items() if n in bank._first)
+        same &= first is not None or not bank.given
+        if same and bank.serves(what.config, widths_in, widths_out):
+            return bank
+    weight: Any = model.get_submodule(what.projections[0].module_path)._parameters[what.projections[0].tensor]
+    dtype = torch.float32 if is_quantised(weight) else weight.dtype
+    bank = Bank(what.config, widths_in, widths_out, device=weight.device, dtype=dtype, first=first)
+    bank.__dict__[REDUCED] = Reduced()
+    return bank
+
+
+def _copy(t: Tensor, trains: bool = False) -> Tensor:
+    copy = t.detach().clone()
+    return nn.Parameter(copy, requires_grad=trains) if isinstance(t, nn.Parameter) else copy
+
+
+def _trains(name: str, p: Tensor) -> bool:
+    if p.is_floating_point() or p.is_complex():
+        return True
+    warnings.warn(f"{name} is of {p.dtype} and does not train", stacklevel=4)
+    return False

@@ -1,0 +1,74 @@
+"""What is adapted and what trains, as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..tables import render
+from ..weights.quantised import full_shape
+from .library import adapters
+
+
+@dataclass(frozen=True, repr=False)
+class Summary:
+    """Counts of an injected model. `print(summary)` shows a table.
+
+    Args:
+        rows: (role, count, shape, trained parameters) of each kind of projection.
+        rank: of the adapters.
+        adapter_parameters: trained by the adapters.
+        other_trained: trained besides (head, norms, biases).
+        total: parameters of the base.
+    """
+
+    rows: tuple[tuple[str, int, str, int], ...]
+    rank: int
+    adapter_parameters: int
+    other_trained: int
+    total: int
+
+    @property
+    def trained(self) -> int:
+        return self.adapter_parameters + self.other_trained
+
+    def __repr__(self) -> str:
+        share = lambda n: f"{100 * n / self.total:.3f} %"  # noqa: E731
+        rows: list[tuple[object, ...]] = [(*row, share(row[3])) for row in self.rows]
+        rows.append(("head and other base parts", "", "", self.other_trained, share(self.other_trained)))
+        count = sum(row[1] for row in self.rows)
+        return render(
+            f"UORA at rank {self.rank} on {self.total:,} frozen or trained base parameters",
+            ("role", "count", "out x in", "trained", "share of base"),
+            rows,
+            ("total", count, "", self.trained, share(self.trained)),
+        )
+
+
+def summary(model: nn.Module) -> Summary:
+    """What is adapted: role, count, shape, trained parameters, share of the model.
+
+    Raises:
+        StateError: the model is not injected.
+    """
+    found = adapters(model)
+    rank = next(iter(found.values())).d.shape[1]
+    rows: dict[tuple[str, str], list[int]] = {}
+    for adapter in found.values():
+        for role in adapter.roles:
+            entry = rows.setdefault((role.kind, f"{role.rows} x {adapter.width}"), [0, 0])
+            entry[0] += 1
+            entry[1] += role.rows + rank
+    mine = sum(p.numel() for adapter in found.values() for p in adapter.parameters())
+    sizes = {p: full_shape(m, p).numel() for m in model.modules() for p in m._parameters.values() if p is not None}
+    everything = sum(sizes.values())  # of packed weights, what they stand for
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen_vectors = sum(p.numel() for a in found.values() for p in a.parameters() if not p.requires_grad)
+    return Summary(
+        rows=tuple((label, n, shape, params) for (label, shape), (n, params) in rows.items()),
+        rank=rank,
+        adapter_parameters=mine,
+        other_trained=trained - mine + frozen_vectors,
+        total=everything - mine,
+    )

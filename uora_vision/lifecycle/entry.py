@@ -1,0 +1,130 @@
+"""One adapter of a library: its options, where it sits, its vectors, what it trained of the base."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..config import UoraConfig
+from ..maths.bank import Bank
+from ..maths.redraw_log import BankState
+from ..structure.targets import Projection
+from .adapter import Adapter
+
+
+@dataclass(eq=False)
+class Layout:
+    """Where the adapters of one plan sit; shared by all adapters of that plan.
+
+    Args:
+        projections: the adapted weights.
+        rank: of the adapters.
+        modules: the module that holds each.
+        sizes: lengths of b and d of each, alternating, as they follow one another in an adapter's vector.
+    """
+
+    projections: tuple[Projection, ...]
+    rank: int
+    modules: tuple[nn.Module, ...]
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, projections: tuple[Projection, ...], rank: int) -> Layout:
+        modules = dict(model.named_modules())
+        lengths = ((sum(role.rows for role in p.roles), len(p.roles) * rank) for p in projections)
+        owners = tuple(modules[p.module_path] for p in projections)
+        return cls(projections, rank, owners, tuple(itertools.chain.from_iterable(lengths)))
+
+
+@dataclass(eq=False)
+class Entry:
+    """One adapter.
+
+    Args:
+        config: its options.
+        layout: where it sits.
+        bank: its shared matrices, in common with all adapters that draw the same ones.
+        base: the parts of the base that it trained, by name.
+        state: what re-draws made of the bank; of the active adapter, the bank itself has it.
+        vector: every b and d, one after the other, float32; None once `modules` hold them.
+        modules: made when it is first active, and kept, so that an optimizer still finds its parameters.
+        settled: whether the modules have taken over their own rows.
+    """
+
+    config: UoraConfig
+    layout: Layout
+    bank: Bank
+    base: dict[str, Tensor]
+    state: BankState = field(default_factory=BankState)
+    vector: Tensor | None = None
+    modules: tuple[Adapter, ...] | None = None
+    settled: bool = False
+
+    def values(self) -> Tensor:
+        """Every b and d, one after the other: (parameters,)."""
+        if self.vector is not None:
+            return self.vector
+        return torch.cat([t.detach().flatten() for module in self.modules or () for t in (module.b, module.d)])
+
+    def materialise(self) -> tuple[Adapter, ...]:
+        """Its modules, on the device of the weights that they adapt."""
+        if self.modules is None:
+            self.modules = tuple(
+                Adapter(
+                    p.path,
+                    p.roles,
+                    p.shape[1],
+                    self.bank,
+                    p.form,
+                    self.config.d_init,
+                    self.config.dropout,
+                    self.config.token_sampling,
+                    origin=p.origin,
+                )
+                for p in self.layout.projections
+            )
+            if self.vector is not None:
+                parts = iter(self.vector.split(self.layout.sizes))
+                for module in self.modules:
+                    module.b.data = next(parts)
+                    module.d.data = next(parts).view_as(module.d)
+                self.vector = None
+        for module, owner, p in zip(self.modules, self.layout.modules, self.layout.projections, strict=True):
+            weight = owner._parameters[p.tensor]
+            assert weight is not None
+            if module.b.device != weight.device:
+                module.to(weight.device)
+            module.training = owner.training
+        return self.modules
+
+
+def holders(model: nn.Module, names: Iterable[str]) -> dict[str, list[tuple[nn.Module, str]]]:
+    """Every module that holds the parameter or buffer of a name, tied ones under each of their names, and what it is
+    called there."""
+    there = tensors_of(model)
+    found: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in names}
+    wanted = {id(there[name]): name for name in found}
+    for module in model.modules():
+        for key, t in tensors_of(module, recurse=False).items():
+            if id(t) in wanted:
+                found[wanted[id(t)]].append((module, key))
+    return found
+
+
+def tensors_of(module: nn.Module, recurse: bool = True) -> dict[str, Tensor]:
+    """Parameters and buffers by name."""
+    return {**dict(module.named_parameters(recurse=recurse)), **dict(module.named_buffers(recurse=recurse))}
+
+
+def place(module: nn.Module, key: str, value: Tensor) -> None:
+    """Put a tensor where another of that name was. The head of another number of classes has another width."""
+    old = module._parameters.get(key, module._buffers.get(key))
+    if old is not None and value.device != old.device:
+        value.data = value.to(old.device)
+    (module._parameters if key in module._parameters else module._buffers)[key] = value  # type: ignore[assignment]
+    if key == "weight" and isinstance(module, nn.Linear) and value.dim() == 2:
+        module.out_features = len(value)

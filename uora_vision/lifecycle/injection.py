@@ -1,0 +1,79 @@
+"""Putting an adapter into a model and taking it out again."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import UoraConfig
+from ..structure.planning import plan
+from .apply import apply_plan, take_out
+from .library import DEFAULT, check_not_routing, check_room, check_whole, disabled, library_of
+from .verification import verify
+
+
+def inject(
+    model: nn.Module,
+    config: UoraConfig | None = None,
+    *,
+    name: str = DEFAULT,
+    example_input: Any = None,
+    **options: Any,
+) -> nn.Module:
+    """Adapt a model in place: freeze it, and give every chosen projection its trained vectors.
+
+    The model computes what it did before, since b starts at 0: to the last bit over a float32 or float64 base; over a
+    base stored in bfloat16 or float16 to within rounding of that type.
+
+    Args:
+        model: of timm, open_clip, transformers or one's own; see `plan` for what would be adapted. It may have adapters
+            already: the new one is added under its name and made the active one.
+        config: options; the keyword arguments change single ones. See `UoraConfig`.
+        name: of the adapter.
+        example_input: if given, a trace of it corrects the rules (see `plan`), and `verify` is run on it; the model is
+            left as it was when that fails.
+
+    Returns:
+        The same model.
+
+    Raises:
+        StateError: the model already has an adapter of that name.
+        ConfigError, OptionError, TargetError: see `plan`.
+        DeadAdapterError: see `verify`.
+    """
+    library = check_room(model, name)
+    active = library.active if library else None
+    with disabled(model) if library else nullcontext():
+        what = plan(model, config, example_input=example_input, **options)
+    apply_plan(model, what, name)
+    if example_input is not None:
+        try:
+            verify(model, example_input)
+        except BaseException:
+            if library:
+                library.switch(model, active)
+                del library.entries[name]
+            else:
+                remove(model)
+            raise
+    return model
+
+
+def remove(model: nn.Module) -> nn.Module:
+    """Take all adapters out without merging: the base as it was, with its own head, its parameters trainable as they
+    were."""
+    library = library_of(model)
+    check_not_routing(library)
+    check_whole(model)
+    if library.active is not None:
+        # In place, since optimizers and tied weights know the base by its tensors.
+        parts = library.entries[library.active].base
+        if any(t.shape != library.base[name].shape for name, t in parts.items()):
+            library.switch(model, None)
+        with torch.no_grad():
+            for name, t in parts.items() if library.active is not None else ():
+                t.copy_(library.base[name])
+    return take_out(model, library)

@@ -1,0 +1,337 @@
+"""The adapters of one model: any number of them by name, of which one is active.
+
+Only the active adapter is part of the model: its vectors are parameters, its re-drawn rows are in the bank, its head is
+the model's head. The others wait as plain tensors, beside the base, whose weights are never copied. A switch changes
+pointers, and the rows in which the banks of the two differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import StateError
+from ..maths.bank import Bank
+from ..maths.redraw_log import BankState
+from ..weights.kinds import is_adapted
+from ..weights.sharded import is_sharded
+from .adapter import CHILD, Adapter, child
+from .entry import Entry, holders, place, tensors_of
+from .fusing import allow_fusing, forbid_fusing
+from .surgery import adapters_of, attach, detach
+
+
+def check_whole(model: nn.Module) -> None:
+    """Adapters go into, and out of, models that each process holds as a whole.
+
+    Raises:
+        StateError: the model holds DTensors.
+    """
+    if any(map(is_sharded, model.parameters())):
+        raise StateError(
+            "the parameters of this model are spread over processes. Call load() before fully_shard(); to "
+            "merge or remove, save() the adapter and load() it into a base that is not sharded."
+        )
+
+
+def check_room(model: nn.Module, name: str) -> Library | None:
+    """The adapters that a model has already, None if it has none.
+
+    Raises:
+        StateError: there is no room for one of that name.
+    """
+    if LIBRARY in model.__dict__:
+        library = library_of(model)
+        if name in library.entries:
+            raise StateError(
+                f"this model already has an adapter {name!r}; add this one under another name=..., or merge() or "
+                "remove() what is there"
+            )
+        return library
+    if any(MERGED in m.__dict__ for m in model.modules()):
+        raise StateError("the adapters of this model are merged reversibly; unmerge() them first")
+    if is_injected(model):
+        raise StateError("a part of this model already has an adapter; merge() or remove() it first")
+    if hasattr(model, CHILD):
+        raise StateError(f"{type(model).__name__} has an attribute {CHILD!r} of its own, where the bank would go")
+    return None
+
+
+def is_injected(model: nn.Module) -> bool:
+    return LIBRARY in model.__dict__ or any(is_adapted(m) for m in model.modules())
+
+
+def bank_of(model: nn.Module) -> Bank:
+    """The bank of the active adapter.
+
+    Raises:
+        StateError: the model is not injected, or its adapters are disabled.
+    """
+    return active_entry(model).bank
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """The active adapter, by the path of each weight, in the model's order.
+
+    Raises:
+        StateError: the model is not injected, or its adapters are disabled.
+    """
+    active_entry(model)
+    return {adapter.name: adapter for m in model.modules() for adapter in adapters_of(m).values()}
+
+
+def active_entry(model: nn.Module) -> Entry:
+    """The active adapter, as the library has it.
+
+    Raises:
+        StateError: the model is not injected, or its adapters are disabled.
+    """
+    library = library_of(model)
+    if library.active is None:
+        raise StateError("the adapters of this model are disabled; activate() one first")
+    return library.entries[library.active]
+
+
+LIBRARY = "_uora_library"
+"""Attribute of an injected model that holds its `Library`."""
+
+MERGED = "_uora_merged"
+"""Attribute of a model that was merged reversibly; see `merge.Merged`."""
+
+DEFAULT = "default"
+"""Name of an adapter that was given none."""
+
+TORCH_UNSENT = "_ddp_params_and_buffers_to_ignore"
+"""Where DistributedDataParallel looks for names of tensors that it shall not send."""
+
+
+class Library:
+    """All adapters of a model.
+
+    Args:
+        model: has none yet.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.entries: dict[str, Entry] = {}
+        self.active: str | None = None
+        self.base: dict[str, Tensor] = {}
+        """The base's own values of the parts that some adapter trains."""
+        self.flags = {name: p.requires_grad for name, p in model.named_parameters()}
+        self.unsent: set[str] = set()
+        self.routing = False
+        self.patterns: dict[tuple[str, int], Any] = {}
+        """What routing found out about the inputs of layers: see `probe.find_patterns`."""
+        self.probed: dict[str, set[str]] = {}
+        """Of modules that were called with a batch: the layers in them that it looked at."""
+
+    def switch(self, model: nn.Module, name: str | None) -> None:
+        """Make an adapter the active one, or none. What can fail is done before the model is touched."""
+        old = self.entries[self.active] if self.active is not None else None
+        new = self.entries[name] if name is not None else None
+        if old is new:
+            return
+        modules = new.materialise() if new else ()
+        self._swap_banks(model, old, new)
+        if new and not new.settled:
+            for module in modules:
+                module.take_own()
+            new.settled = True
+        if old and new and old.layout is new.layout:
+            for p, owner, module in zip(new.layout.projections, new.layout.modules, modules, strict=True):
+                owner._modules[child(p.tensor)] = module
+        else:
+            self.detach(model)
+            self.attach(model, new, modules)
+        self._swap_base(model, old.base if old else {}, new.base if new else {})
+        self.active = name
+
+    def attach(self, model: nn.Module, entry: Entry | None, modules: tuple[Any, ...]) -> None:
+        """Put modules of an entry's layout where its adapters sit."""
+        layout = entry.layout if entry else None
+        for p, owner, module in zip(*(layout.projections, layout.modules, modules), strict=True) if layout else ():
+            attach(owner, p.tensor, module, p.read)
+        if layout:
+            forbid_fusing(model, (p.module_path for p in layout.projections))
+            self._keep_from_sending(model)
+
+    def detach(self, model: nn.Module) -> None:
+        """Take out whatever sits in the model."""
+        allow_fusing(model)
+        for module in model.modules():
+            detach(module)
+        left = set(getattr(model, TORCH_UNSENT, ())) - self.unsent
+        if left:
+            setattr(model, TORCH_UNSENT, left)
+        elif hasattr(model, TORCH_UNSENT):
+            delattr(model, TORCH_UNSENT)
+
+    def values(self, entry: Entry) -> Mapping[str, Tensor]:
+        """The base's parts as this entry has them."""
+        return {name: entry.base.get(name, value) for name, value in self.base.items()}
+
+    def state(self, entry: Entry) -> BankState:
+        """What re-draws made of an entry's bank."""
+        active = self.active is not None and self.entries[self.active] is entry
+        return entry.bank.state() if active else entry.state
+
+    def _swap_banks(self, model: nn.Module, old: Entry | None, new: Entry | None) -> None:
+        if old:
+            old.state = old.bank.swap(new.state if new and new.bank is old.bank else BankState())
+        if new and (old is None or new.bank is not old.bank):
+            new.bank.swap(new.state)
+        if new:
+            device = next(p.device for m in new.layout.modules for p in m._parameters.values() if p is not None)
+            if model._modules.get(CHILD) is not new.bank:
+                model.add_module(CHILD, new.bank.to(device))
+            new.bank.config = new.config
+
+    def _swap_base(self, model: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+        if not (changed := old.keys() | new.keys()):
+            return
+        there = tensors_of(model)
+        for name in changed:
+            if isinstance(there[name], nn.Parameter) and name in new and not isinstance(new[name], nn.Parameter):
+                new[name] = nn.Parameter(new[name])
+        values = {name: new.get(name, self.base[name]) for name in changed}
+        different = [name for name, value in values.items() if value is not there[name]]
+        for name, places in holders(model, different).items():
+            for module, key in places:
+                place(module, key, values[name])
+
+    def _keep_from_sending(self, model: nn.Module) -> None:
+        """Tell DistributedDataParallel to leave the matrices alone: by default it sends every buffer of the first
+        process to the others before each forward, and every process makes and re-draws its own, equal ones."""
+        names = {f"{CHILD}.{name}" for name, _ in model.get_submodule(CHILD).named_buffers()}
+        for path, module in model.named_modules():
+            if isinstance(module, Adapter):
+                # Those that a re-draw in the scope `layer` will give it.
+                names |= {f"{path}.own_{part}_{k}" for k in range(len(module.roles)) for part in ("index", "a", "b")}
+        there = set(getattr(model, TORCH_UNSENT, ()))
+        self.unsent = names - there
+        setattr(model, TORCH_UNSENT, there | names)
+
+
+def library_of(model: nn.Module) -> Library:
+    """The adapters of an injected model.
+
+    Raises:
+        StateError: there are none.
+    """
+    library = model.__dict__.get(LIBRARY)
+    if MERGED in model.__dict__:
+        raise StateError(f"the adapters of this {type(model).__name__} are merged reversibly; unmerge() it first")
+    if not isinstance(library, Library):
+        raise StateError(f"this {type(model).__name__} has no adapter; call inject() or load() on it first")
+    return library
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Names of a model's adapters, in the order in which they came.
+
+    Raises:
+        StateError: the model is not injected.
+    """
+    return list(library_of(model).entries)
+
+
+def active_adapter(model: nn.Module) -> str | None:
+    """Name of the active adapter, None while all are disabled.
+
+    Raises:
+        StateError: the model is not injected.
+    """
+    return library_of(model).active
+
+
+def activate(model: nn.Module, name: str) -> nn.Module:
+    """Make another adapter the active one: the one that computes, trains and is saved.
+
+    Its parameters are objects of their own: make a new optimizer and `Reinitializer` for it, or use those of its last
+    training. Those of the adapter that was active stay valid for when it is active again.
+
+    Returns:
+        The same model.
+
+    Raises:
+        StateError: the model is not injected, has no adapter of that name, is spread over processes, or trains parts of
+            the base that its active adapter does not know of.
+    """
+    library = library_of(model)
+    known_name(library, name)
+    check_switch(model, library)
+    library.switch(model, name)
+    return model
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, the model is the base, with its own head: `with disabled(model): model(x)`.
+
+    Raises:
+        StateError: as for `activate`.
+    """
+    library = library_of(model)
+    check_switch(model, library)
+    active = library.active
+    library.switch(model, None)
+    try:
+        yield model
+    finally:
+        library.switch(model, active)
+
+
+def delete(model: nn.Module, name: str) -> nn.Module:
+    """Forget an adapter that is not active. `remove` takes out all.
+
+    Returns:
+        The same model.
+
+    Raises:
+        StateError: the model is not injected, has no adapter of that name, or it is active.
+    """
+    library = library_of(model)
+    known_name(library, name)
+    if library.active == name:
+        raise StateError(f"the adapter {name!r} is active; activate() another one first, or remove() all")
+    del library.entries[name]
+    return model
+
+
+def known_name(library: Library, name: str) -> Entry:
+    """The adapter of a name.
+
+    Raises:
+        StateError: there is none.
+    """
+    if name not in library.entries:
+        there = list(library.entries)
+        shown = ", ".join(map(repr, there[:8])) + (f" and {len(there) - 8} more" if len(there) > 8 else "")
+        raise StateError(f"there is no adapter {name!r}; there are {shown}")
+    return library.entries[name]
+
+
+def check_not_routing(library: Library) -> None:
+    """Whether adapters may be moved now: inside `route` they are all out of the model."""
+    if library.routing:
+        raise StateError("a mixed batch is being routed; leave `with route(...)` first")
+
+
+def check_switch(model: nn.Module, library: Library) -> None:
+    """Whether the active adapter can be taken out and put back."""
+    check_not_routing(library)
+    if any(map(is_sharded, model.parameters())):
+        raise StateError("adapters cannot be switched while the model is spread over processes")
+    if library.active is None:
+        return
+    entry = library.entries[library.active]
+    mine = {id(p) for module in entry.modules or () for p in module.parameters()} | set(map(id, entry.base.values()))
+    strange = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in mine]
+    if strange:
+        raise StateError(
+            f"{strange[0]} trains, but not as a part of the adapter {library.active!r}, so it could not be told what "
+            "the base has there. Freeze it, or inject with train=('head', 'norm', 'bias') as needed."
+        )

@@ -1,0 +1,283 @@
+"""Reinitialisation: directions whose trained weight has died are drawn again.
+
+After an optimizer step, for every adapted role and each index i:
+
+    below_i = |d_i| < tau ;  count_i += below_i ;  fire when below_i and count_i % every == 0
+
+and a fired index gets a fresh row of A and column of B, mixed with the old by alpha (UORA, ACL 2025, section 3; here it
+runs once per optimizer step and outside the forward, so that checkpointing and accumulation cannot repeat it).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, FormatError, StateError
+from ..maths.redraw_log import Interpolation, pack_log, unpack_log
+from ..weights.sharded import clear, joined
+from .adapter import Adapter, own_matrices
+from .library import active_entry, adapters, bank_of
+
+Scope = Literal["shared", "quorum", "layer"]
+
+
+class AlphaSchedule(Protocol):
+    def __call__(self, draws: Tensor) -> Tensor:
+        """Alpha (k,) of directions that have been drawn again `draws` (k,) times before."""
+        ...
+
+
+class ThresholdSchedule(Protocol):
+    def __call__(self, step: int) -> float:
+        """The threshold at an optimizer step, counted from 1."""
+        ...
+
+
+@dataclass(frozen=True)
+class AlphaDecay:
+    """Alpha falls with every firing of an index, to a floor: a helper in the author's code."""
+
+    start: float = 1.0
+    by: float = 0.05
+    floor: float = 0.5
+
+    def __call__(self, draws: Tensor) -> Tensor:
+        return (self.start - self.by * draws.to(torch.float64)).clamp(min=self.floor)
+
+
+@dataclass(frozen=True)
+class ThresholdWave:
+    """The threshold goes up from `low` to `high` and down again by `by` every `steps`, as in the author's code."""
+
+    low: float = 1e-6
+    high: float = 1e-4
+    by: float = 1e-6
+    steps: int = 1000
+
+    def __call__(self, step: int) -> float:
+        span = max(1, round((self.high - self.low) / self.by))
+        phase = (step - 1) // self.steps % (2 * span)
+        return self.low + self.by * min(phase, 2 * span - phase)
+
+
+class Reinitializer:
+    """Re-draws dead directions; call `step()` once after every `optimizer.step()`.
+
+    Args:
+        model: an injected model.
+        threshold: tau, or a schedule from the optimizer step to tau.
+        alpha: share of the old row that is kept, in [0, 1], or a schedule from earlier draws to shares.
+        every: an index fires each time its count of steps below tau is a multiple of this.
+        scope: `shared`: an index that fires in any layer is re-drawn for all layers of the bank, and their functions
+            change with it (the author's). `quorum`: only when the given share of a matrix's roles are below tau at that
+            index. `layer`: the firing role gets its own copy of just that row and column; as its |d_i| < tau, the
+            model's function stays the same to within tau.
+        quorum: share of the roles, in (0, 1]; for `quorum`.
+        interpolation: `linear`, or `spherical`, which keeps the matrices orthonormal.
+        relative: whether tau is a multiple of the role's median |d|.
+        reset_moments: whether the optimizer's moments of a fired d_i are set to 0.
+        optimizer: needed for `reset_moments`.
+
+    Raises:
+        StateError: the model is not injected.
+        ConfigError: an option cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        threshold: float | ThresholdSchedule = 1e-5,
+        alpha: float | AlphaSchedule = 0.5,
+        every: int = 1,
+        scope: Scope = "shared",
+        quorum: float = 0.5,
+        interpolation: Interpolation = "linear",
+        relative: bool = False,
+        reset_moments: bool = False,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        if not callable(threshold) and not (_is_number(threshold) and threshold >= 0):
+            raise ConfigError(f"threshold must be finite and at least 0, got {threshold!r}")
+        if not callable(alpha) and not (_is_number(alpha) and 0 <= alpha <= 1):
+            raise ConfigError(f"alpha must be in [0, 1], got {alpha!r}")
+        if not isinstance(every, int) or every < 1:
+            raise ConfigError(f"every must be a whole number of at least 1, got {every!r}")
+        if not (_is_number(quorum) and 0 < quorum <= 1):
+            raise ConfigError(f"quorum must be in (0, 1], got {quorum!r}")
+        for name, value, allowed in (
+            ("scope", scope, get_args(Scope)),
+            ("interpolation", interpolation, get_args(Interpolation)),
+        ):
+            if value not in allowed:
+                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        if reset_moments and optimizer is None:
+            raise ConfigError("reset_moments needs the optimizer: Reinitializer(model, ..., optimizer=optimizer)")
+        self.model, self.bank, self._adapters = model, bank_of(model), adapters(model)
+        rank = self.bank.config.rank
+        widths = {n: b.shape[1] for n, b in self.bank.named_buffers()}
+        if scope == "layer":
+            widths = {
+                f"{a.name} ({w})": w for a in self._adapters.values() for w in (a.width, *(r.rows for r in a.roles))
+            }
+        if interpolation == "spherical" and (narrow := [name for name, width in widths.items() if width <= rank]):
+            raise ConfigError(
+                f"spherical interpolation needs a rank below every width; the rank is {rank} and there are "
+                f"{', '.join(narrow[:8])}. Use interpolation='linear' or a smaller rank."
+            )
+        self.threshold, self.alpha, self.every, self.scope, self.quorum = threshold, alpha, every, scope, quorum
+        self.interpolation: Interpolation = interpolation
+        self.relative, self.reset_moments, self.optimizer = relative, reset_moments, optimizer
+        self._places: list[tuple[Adapter, int]] = [(a, k) for a in self._adapters.values() for k in range(len(a.roles))]
+        self._members = self._group()
+        self._counts = torch.zeros(len(self._places), rank, dtype=torch.int64, device=self._device)
+        self._history: list[Tensor] = []
+        # The log of a model that was trained before goes on; it holds one redraw of a matrix per step.
+        self.steps = self.bank.log[-1].step if self.bank.log else 0
+
+    @property
+    def _device(self) -> torch.device:
+        return self._places[0][0].d.device
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the adapted roles, in the order of the layer numbers of `history`."""
+        return [f"{a.name}.{a.roles[k].name}" for a, k in self._places]
+
+    @property
+    def firings(self) -> int:
+        """How many directions, counted by layer and index, have fired so far."""
+        return sum(len(h) for h in self._history)
+
+    def history(self) -> np.ndarray:
+        """Every firing so far, (n, 3) int64: optimizer step, layer number (see `layers`), index."""
+        return torch.cat([torch.zeros(0, 3, dtype=torch.int64), *self._history]).numpy()
+
+    @torch.no_grad()
+    def step(self) -> int:
+        """Look at every d once and draw dead directions again. One device synchronisation, however large the model.
+
+        Every process of a distributed run calls it: each sees the same d, gathered first where `fully_shard` spreads
+        it, and so draws the same rows again.
+
+        Returns:
+            How many directions fired.
+
+        Raises:
+            StateError: another adapter is active than the one that this was made for.
+        """
+        if self._places[0][0] not in (active_entry(self.model).modules or ()):
+            raise StateError("another adapter is active than the one that this Reinitializer was made for")
+        self.steps += 1
+        d = joined([a.d for a in self._adapters.values()]).abs()
+        tau = self.threshold(self.steps) if callable(self.threshold) else self.threshold
+        below = d < (tau * d.median(dim=1, keepdim=True).values if self.relative else tau)
+        self._counts = self._counts.to(d.device)
+        self._counts += below
+        # Both in one transfer: it is the step's only wait for the device.
+        below, fired = torch.stack([below, below & (self._counts % self.every == 0)]).cpu()
+        if not fired.any():
+            return 0
+        fired = self._redraw_layers(fired) if self.scope == "layer" else self._redraw_shared(fired, below)
+        places = fired.nonzero()
+        if len(places) and self.reset_moments:
+            self._clear_moments(fired)
+        if len(places):
+            self._history.append(torch.cat([torch.full((len(places), 1), self.steps), places], dim=1))
+        return len(places)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters, history and the log of redraws: with the seed, the whole state of the banks."""
+        log, matrices = pack_log(self.bank.log)
+        return {
+            "steps": self.steps,
+            "counts": self._counts.cpu().clone(),
+            "history": torch.from_numpy(self.history()),
+            "log": log,
+            "matrices": matrices,
+            "layers": self.layers,
+            "banks": self._bank_options(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a state, and rebuild the banks from its log.
+
+        Raises:
+            FormatError: the state belongs to another model.
+        """
+        if state["layers"] != self.layers or state["counts"].shape != self._counts.shape:
+            raise FormatError("this reinitialisation state belongs to a model with other adapters or another rank")
+        if state["banks"] != self._bank_options():
+            raise FormatError(
+                f"this reinitialisation state belongs to banks with {state['banks']}, this model has "
+                f"{self._bank_options()}; inject with the options of the run that is continued"
+            )
+        self.bank.replay(unpack_log(state["log"], state["matrices"]), own_matrices(self._adapters))
+        for adapter in self._adapters.values():
+            adapter.take_own()
+        self.steps = state["steps"]
+        self._counts = state["counts"].clone().to(self._device)
+        self._history = [state["history"].clone()] if len(state["history"]) else []
+
+    def _bank_options(self) -> dict[str, Any]:
+        config = self.bank.config
+        return {"seed": config.seed, "layout": config.layout, "init": config.init}
+
+    def _group(self) -> dict[str, Tensor]:
+        """The roles that use each shared matrix, (layers,) bool by matrix."""
+        members: dict[str, Tensor] = {}
+        for i, (adapter, k) in enumerate(self._places):
+            for name in (self.bank.matrix("A", adapter.width), self.bank.matrix("B", adapter.roles[k].rows)):
+                members.setdefault(name, torch.zeros(len(self._places), dtype=torch.bool))[i] = True
+        return members
+
+    def _redraw_shared(self, fired: Tensor, below: Tensor) -> Tensor:
+        acted = torch.zeros_like(fired)
+        for matrix, members in self._members.items():
+            chosen = fired[members].any(dim=0)
+            if self.scope == "quorum":
+                chosen &= below[members].double().mean(dim=0) >= self.quorum
+            if not chosen.any():
+                continue
+            indices = chosen.nonzero().squeeze(1)
+            self.bank.redraw(matrix, indices, self._alphas(matrix, indices), self.steps, self.interpolation)
+            acted |= fired & members[:, None] & chosen
+        return acted
+
+    def _redraw_layers(self, fired: Tensor) -> Tensor:
+        for i in fired.any(dim=1).nonzero().squeeze(1).tolist():
+            adapter, k = self._places[i]
+            indices = fired[i].nonzero().squeeze(1)
+            for side, width in (("A", adapter.width), ("B", adapter.roles[k].rows)):
+                name = adapter.own_name(k, side)
+                self.bank.redraw(
+                    name, indices, self._alphas(name, indices), self.steps, self.interpolation,
+                    like=self.bank.matrix(side, width), width=width,  # type: ignore[arg-type]
+                )  # fmt: skip
+            adapter.refresh_own(k)
+        return fired
+
+    def _alphas(self, matrix: str, indices: Tensor) -> Tensor:
+        if callable(self.alpha):
+            return self.alpha(self.bank.draws(matrix)[indices])
+        return torch.full((len(indices),), float(self.alpha), dtype=torch.float64)
+
+    def _clear_moments(self, fired: Tensor) -> None:
+        assert self.optimizer is not None
+        row = 0
+        for adapter in self._adapters.values():
+            mine = fired[row : row + len(adapter.roles)]
+            row += len(adapter.roles)
+            if mine.any():
+                for value in self.optimizer.state.get(adapter.d, {}).values():
+                    if isinstance(value, Tensor) and value.shape == adapter.d.shape:
+                        clear(value, mine)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

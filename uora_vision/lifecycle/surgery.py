@@ -1,0 +1,173 @@
+"""How an adapter sits on a module: the vectors it trains, and the class that lets the module use them.
+
+An adapted module keeps its parameters, their names and its class as a base class: `type(m)` becomes a subclass made
+here, and the trained vectors live in child modules, `m.uora` for `m.weight` and `m.uora_<name>` for other tensors.
+Removing the children and restoring the class gives the module back as it was.
+
+There are two mechanisms. A module that is *called* computes the adapted projection itself, at the least cost. A
+tensor that is *read*, by the module's parent or by a forward of its own, is a property that hands out W + dW. A module
+can have both.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..maths.convolution import Geometry
+from ..weights.kinds import Adapted, base_class, call_form, class_call_form, is_adapted, raw
+from ..weights.quantised import is_quantised, own_forward
+from ..weights.sharded import is_sharded
+from .adapter import CHILD, Adapter, child
+
+
+class Surgical(Adapted):
+    """Made by `adapted_class`."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """The class is made at run time, so copies and pickles name what it was made from."""
+        cls: Any = type(self)
+        return _rebuild, (base_class(self), cls.called, cls.read), self.__getstate__()
+
+
+class CalledLinear(Surgical):
+    def forward(self, x: Tensor) -> Tensor:
+        adapter, weight = getattr(self, CHILD), raw(self, "weight")
+        if is_quantised(weight):
+            return adapter.add_update(x, own_forward(self, base_class(self).forward, x))
+        return adapter.project(x, weight, raw(self, "bias"))
+
+
+class CalledConv(Surgical):
+    def forward(self: Any, x: Tensor) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros" or isinstance(padding, str):
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x = nn.functional.pad(x, self._reversed_padding_repeated_twice, mode=mode)
+            padding = (0,) * len(self.stride)
+        geometry = Geometry(self.stride, padding, self.dilation, self.groups)
+        return getattr(self, CHILD).convolve(x, raw(self, "weight"), raw(self, "bias"), geometry)
+
+
+class ReadWithin(Surgical):
+    """A module whose own forward reads its tensors, often more than once; each is folded once per forward."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        base_forward = base_class(self).forward
+        if torch.compiler.is_compiling():
+            return base_forward(self, *args, **kwargs)
+        self.__dict__[_FOLDS] = {}
+        try:
+            return base_forward(self, *args, **kwargs)
+        finally:
+            self.__dict__.pop(_FOLDS, None)
+
+
+class ReadRecurrent(ReadWithin):
+    """torch's LSTM and GRU read their tensors from a list that they keep."""
+
+    @property
+    def _flat_weights(self: Any) -> list[Tensor | None]:
+        there = self._parameters.keys() | self.__dict__.keys()  # a replica gets its tensors one by one
+        return [getattr(self, name) if name in there else None for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, value: Any) -> None:
+        """torch renews the list when the module is moved; it is made from the parameters here."""
+
+    def __setattr__(self: Any, name: str, value: Any) -> None:
+        nn.Module.__setattr__(self, name, value)  # torch's own would keep the list up to date
+
+    def flatten_parameters(self) -> None:
+        """Nothing: cuDNN's layout would be that of W + dW, which every forward makes anew."""
+
+
+_FOLDS = "_uora_folds"
+
+
+def _reading(name: str) -> property:
+    """The property that hands out W + dW in place of a parameter of that name. Parameters and state dicts do not go
+    through it."""
+
+    def get(self: Any) -> Tensor:
+        if is_sharded(raw(self, name)):
+            return raw(self, name)  # fully_shard looks its shard up here; whoever computes finds the whole weight
+        folds = self.__dict__.get(_FOLDS)
+        if folds is None:
+            return self._modules[child(name)].fold(raw(self, name))
+        key = name, torch.is_grad_enabled(), threading.get_ident()
+        if key not in folds:
+            folds[key] = self._modules[child(name)].fold(raw(self, name))
+        return folds[key]
+
+    def put(self: Any, value: Any) -> None:
+        self.__dict__[name] = value  # a replica gets its parameters so
+
+    return property(get, put)
+
+
+_classes: dict[tuple[type, bool, tuple[str, ...]], Any] = {}
+
+
+def adapted_class(base: type[nn.Module], called: bool, read: tuple[str, ...]) -> Any:
+    """The adapted subclass of a module class, made once.
+
+    Args:
+        called: whether the module is called, and computes the projection of its weight adapted.
+        read: names of the tensors that are read as W + dW.
+    """
+    key = base, called, read
+    if key not in _classes:
+        if called:
+            mixin: type = CalledConv if class_call_form(base) == "kernel" else CalledLinear
+        else:
+            mixin = ReadRecurrent if issubclass(base, nn.RNNBase) else ReadWithin
+        body: dict[str, Any] = {name: _reading(name) for name in read}
+        body |= {"__module__": __name__, "called": called, "read": read}
+        _classes[key] = type(f"Uora{base.__name__}", (mixin, base), body)
+    return _classes[key]
+
+
+def _rebuild(base: type[nn.Module], called: bool, read: tuple[str, ...]) -> Any:
+    cls = adapted_class(base, called, read)
+    return cls.__new__(cls)
+
+
+def attach(module: nn.Module, tensor: str, adapter: Adapter, read: bool) -> None:
+    """Give a tensor of a module its adapter; the model computes with W + dW from then on.
+
+    Args:
+        tensor: name of the parameter.
+        read: whether the model may read the tensor rather than call the module. A module whose forward is its own is
+            always read.
+    """
+    cls: Any = type(module)
+    adapted = isinstance(module, Adapted)
+    called = (tensor == "weight" and call_form(module) is not None) or (adapted and cls.called)
+    names = (cls.read if adapted else ()) + ((tensor,) if read or not called else ())
+    module.add_module(child(tensor), adapter)
+    module.__class__ = adapted_class(base_class(module), called, names)
+    if isinstance(module, nn.RNNBase):
+        module.__dict__.pop("_flat_weights", None)
+
+
+def detach(module: nn.Module) -> None:
+    """Undo every `attach` to a module."""
+    if not is_adapted(module):
+        return
+    for name in [name for name in module._modules if name == CHILD or name.startswith(f"{CHILD}_")]:
+        delattr(module, name)
+    module.__class__ = base_class(module)
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
+
+
+def adapters_of(module: nn.Module) -> dict[str, Adapter]:
+    """The adapters of one module, by the name of the tensor."""
+    if not is_adapted(module):
+        return {}
+    found = {name: c for name, c in module._modules.items() if isinstance(c, Adapter)}
+    return {"weight" if name == CHILD else name.removeprefix(f"{CHILD}_"): c for name, c in found.items()}

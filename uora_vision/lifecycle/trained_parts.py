@@ -1,0 +1,76 @@
+"""What trains: the vectors of the adapter, and the parts of the base that train beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..structure.heads import head_names
+from .library import adapters
+
+
+def trained_base(model: nn.Module) -> dict[str, Tensor]:
+    """The parts of the base that train, or move with training, by name."""
+    vectors = {id(p) for adapter in adapters(model).values() for p in adapter.parameters()}
+    base: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in vectors}
+    # A frozen BatchNorm in training mode still moves its statistics, and the adapter was trained with them.
+    return base | {name: t for name, t in model.named_buffers() if name.endswith(STATISTICS)}
+
+
+def base_parameters(model: nn.Module, parts: Iterable[str]) -> list[str]:
+    """Names of the base's parameters that belong to `head`, `norm` or `bias`."""
+    heads = head_names(model)
+    chosen = []
+    for path, module in model.named_modules():
+        for name, _ in module.named_parameters(recurse=False):
+            full = f"{path}.{name}" if path else name
+            in_head = any(full.startswith(head + ".") for head in heads)
+            norm = "norm" in type(module).__name__.lower()
+            bias = name == "bias" or name.endswith("_bias")
+            if ("head" in parts and in_head) or ("norm" in parts and norm) or ("bias" in parts and bias):
+                chosen.append(full)
+    return chosen
+
+
+STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
+"""Ends of the names of buffers that training moves even in a frozen base."""
+
+
+def param_groups(
+    model: nn.Module, lr: float, head_lr: float | None = None, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """What an injected model trains, in groups for an optimizer.
+
+    Args:
+        lr: learning rate of b and d, and of norms and biases that train.
+        head_lr: of the head; `lr` if None.
+        weight_decay: of the head's matrices. Vectors never decay: a decaying d would fire by itself.
+
+    Returns:
+        Groups named `adapter`, `base`, `head` and `head_vectors`, those that are not empty.
+
+    Raises:
+        StateError: the model is not injected.
+    """
+    vectors = {id(p) for adapter in adapters(model).values() for p in adapter.parameters()}
+    heads = head_names(model)
+    groups: dict[str, list[nn.Parameter]] = {"adapter": [], "base": [], "head": [], "head_vectors": []}
+    for name, p in model.named_parameters():
+        if id(p) in vectors:
+            groups["adapter"].append(p)
+        elif p.requires_grad:
+            in_head = any(name.startswith(head + ".") for head in heads)
+            groups[("head" if p.dim() > 1 else "head_vectors") if in_head else "base"].append(p)
+    rates = {"adapter": lr, "base": lr}
+    return [
+        {
+            "name": name,
+            "params": params,
+            "lr": rates.get(name, lr if head_lr is None else head_lr),
+            "weight_decay": weight_decay if name == "head" else 0.0,
+        }
+        for name, params in groups.items()
+        if params
+    ]

@@ -1,0 +1,1 @@
+"""Batches whose samples have different adapters."""

@@ -1,0 +1,282 @@
+"""Batches in which every sample has its own adapter.
+
+The adapters are taken out of the model, and in their place sit modules that compute every sample with its own
+(`mixed.py` has the arithmetic, `probe.py` finds the samples). Parts of the base that adapters train (heads) are
+computed for each adapter's samples apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.functional import linear
+
+from ..errors import StateError
+from ..lifecycle.entry import Entry, Layout, holders
+from ..lifecycle.library import Library, check_switch, known_name, library_of
+from ..lifecycle.surgery import attach
+from ..maths.bank import Bank
+from ..maths.convolution import Geometry
+from ..maths.forms import autocasts, exact
+from ..structure.targets import Projection
+from ..weights.kinds import raw
+from ..weights.matrix import Form, to_matrix
+from .find_samples import Pattern, Recorder, check_batch, find_patterns
+from .mixed_batch import Table, tables
+from .read_weights import AddUpdate, Reads
+
+
+@contextmanager
+def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
+    """Inside, each sample of a batch is computed with its own adapter:
+
+        with uora.route(model, ["cats", "dogs", None]): y = model(images)  # (3, ...)
+
+    The samples may lie anywhere in the model's tensors (windows, sequence first): where they are is found once per
+    model, by three or four runs of the first batch. Where the heads of the adapters have different numbers of classes,
+    the outputs of the smaller ones are filled up with -inf. For inference: vectors get no gradient here.
+
+    Args:
+        model: an injected model.
+        names: of the adapter of each sample, None for the base.
+
+    Raises:
+        StateError: an adapter does not exist, the batch has another length than `names`, or an adapter trains or adapts
+            something that cannot be computed sample by sample.
+    """
+    library = library_of(model)
+    if isinstance(names, str):
+        raise StateError(f"route() needs a name for each sample, [{names!r}, ...]; activate() one adapter for all")
+    for name in names:
+        if name is not None:
+            known_name(library, name)
+    if not names:
+        raise StateError("route() needs the name of an adapter (or None) for each sample of the batch")
+    check_switch(model, library)
+    active = library.active
+    unique = list(dict.fromkeys(names))
+    with ExitStack() as stack:
+        stack.callback(lambda: library.switch(model, active))
+        if len(unique) == 1:
+            library.switch(model, unique[0])
+            stack.enter_context(_checking(model, len(names)))
+        else:
+            library.switch(model, None)
+            index = torch.tensor([unique.index(name) for name in names])
+            stack.enter_context(_Route(model, library, unique, index).running())
+        yield model
+
+
+class Routed(nn.Module):
+    """Sits where an adapter sits, and has its methods; computes every sample with its own."""
+
+    route: _Route
+
+    def __init__(self, route: _Route, path: str, form: Form) -> None:
+        super().__init__()
+        self.__dict__["route"] = route
+        self.path, self.form = path, form
+        self.tables: list[Table] = []
+        self.bias: Tensor | None = None
+        """What the bias of each adapter is more than the base's, (adapters, out)."""
+
+    def project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            return self.add_update(x, linear(x, to_matrix(weight, self.form), bias))
+
+    def add_update(self, x: Tensor, y: Tensor, rows: tuple[int, int] | None = None) -> Tensor:
+        """y plus each sample's update; of some rows of the weight alone, given as (start, number)."""
+        where = self.route.place(self.path, x)
+        if where is None:
+            return y
+        index = self.route.index.to(x.device)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
+        with exact(x):
+            for table in self.tables:
+                table = table if rows is None else table.narrow(*rows)
+                if table.roles:
+                    y = table.update(x, y, where, index, dtype)
+            if self.bias is not None:
+                y = y + where.spread(self.bias.to(y)[index], y)
+        return y
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+        if any(size != 1 for size in weight.shape[2:]) or any(geometry.padding) or geometry.groups != 1:  # type: ignore[arg-type]
+            raise StateError(f"{self.path}: convolutions with kernels above 1, or in groups, cannot be routed")
+        for axis, step in enumerate(geometry.stride, start=2):
+            x = x[(slice(None),) * axis + (slice(None, None, step),)]
+        return self.project(x.movedim(1, -1), weight, bias).movedim(-1, 1)
+
+    def fold(self, weight: Tensor) -> Tensor:
+        """The base's weight: `Reads` sees where the model takes it."""
+        return weight
+
+
+class _Route:
+    """The adapters of one batch in a model from which all adapters are taken out.
+
+    Args:
+        names: of the adapters, each once; None for the base.
+        index: (batch,) which of them each sample has.
+    """
+
+    def __init__(self, model: nn.Module, library: Library, names: list[str | None], index: Tensor) -> None:
+        self.model, self.library, self.names, self.index = model, library, names, index
+        self.recorder: Recorder | None = None
+        self.depth = 0
+        self.paths = {module: path for path, module in model.named_modules()}
+        self.sites: dict[str, tuple[nn.Module, Projection, Routed]] = {}
+        self.parts: dict[nn.Module, dict[str, list[Tensor]]] = {}
+        entries = [None if name is None else library.entries[name] for name in names]
+        groups: dict[tuple[Layout, Bank], list[Entry | None]] = {}
+        for entry in entries:
+            if entry is not None:
+                key = entry.layout, entry.bank
+                groups[key] = [e if e and (e.layout, e.bank) == key else None for e in entries]
+        for (layout, bank), members in groups.items():
+            for owner, p, table in tables(layout, bank, members):
+                _, first, routed = self.sites.setdefault(p.path, (owner, p, Routed(self, p.path, p.form)))
+                if p.read and not first.read:
+                    self.sites[p.path] = owner, p, routed
+                routed.tables.append(table)
+        self._find_parts(entries)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """While this runs, the model computes each sample with its own adapter."""
+        with ExitStack() as stack:
+            stack.callback(self.library.detach, self.model)
+            self.library.routing = True
+            stack.callback(setattr, self.library, "routing", False)
+            read: dict[int, tuple[str, Tensor, AddUpdate]] = {}
+            for owner, p, routed in self.sites.values():
+                attach(owner, p.tensor, routed, p.read)  # type: ignore[arg-type]
+                if p.tensor in type(owner).read:  # type: ignore[attr-defined]
+                    weight = raw(owner, p.tensor)
+                    read[weight.untyped_storage().data_ptr()] = p.path, weight, routed.add_update
+            for module, values in self.parts.items():
+                module.__dict__["forward"] = _Part(self, module, values)
+                stack.callback(module.__dict__.pop, "forward")
+            inner = {*self.parts, *(owner for owner, _, _ in self.sites.values())}
+            for path in {above for m in inner for above in _above(self.paths[m])}:
+                module = self.model.get_submodule(path)
+                stack.callback(module.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(self._leave, always_call=True).remove)
+            if read:
+                stack.enter_context(Reads(read))
+            yield
+
+    def place(self, path: str, x: Tensor) -> Pattern | None:
+        """Where the samples are in the input of a layer; None while that is being found out."""
+        if self.recorder is not None:
+            self.recorder.see(path, x)
+            return None
+        key = path, x.dim()
+        pattern = self.library.patterns.get(key)
+        if pattern is None:
+            why = (
+                "not reached by the batch that was tried" if key not in self.library.patterns else "not rows of samples"
+            )
+            raise StateError(
+                f"the input of {path} is {why}: its adapter cannot be routed. activate() one adapter instead"
+            )
+        if x.shape[pattern.axis] % len(self.index):
+            raise StateError(
+                f"{len(self.index)} adapters were named, one for each sample, but {path} gets {tuple(x.shape)}, which "
+                f"is no multiple along dimension {pattern.axis}"
+            )
+        return pattern
+
+    def _find_parts(self, entries: list[Entry | None]) -> None:
+        """The trained parts of the base in which the adapters differ."""
+        sites = {owner: (p, routed) for owner, p, routed in self.sites.values()}
+        for name, own in self.library.base.items():
+            values = [own if entry is None else entry.base.get(name, own) for entry in entries]
+            if all(v.shape == own.shape and torch.equal(v, own) for v in values):
+                continue
+            for module, key in holders(self.model, [name])[name]:
+                if module not in sites:
+                    self.parts.setdefault(module, {})[key] = values
+                    continue
+                p, routed = sites[module]
+                if key != "bias" or p.read or p.tensor != "weight":
+                    raise StateError(f"an adapter trains {name}, which cannot be computed sample by sample; merge() it")
+                routed.bias = torch.stack([v.detach() - own for v in values])
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.depth += 1
+        if self.depth > 1 or self.recorder is not None:
+            return
+        check_batch((args, kwargs), len(self.index))
+        path = self.paths[module]
+        inside = {p for p in (*self.sites, *map(self.paths.get, self.parts)) if p is not None and _within(p, path)}
+        if inside <= self.library.probed.get(path, set()):
+            return
+        found = find_patterns(module, args, kwargs, len(self.index), self._record)
+        reached = {p for p, _ in found}
+        if missed := [p for m in self.parts if (p := self.paths[m]) in inside and p not in reached]:
+            raise StateError(f"an adapter trains {missed[0]}, which the model does not call: it cannot be routed")
+        self.library.patterns |= found
+        self.library.probed[path] = inside
+
+    def _leave(self, *_: Any) -> None:
+        self.depth -= 1
+
+    def _record(self, recorder: Recorder | None) -> None:
+        self.recorder = recorder
+
+
+class _Part:
+    """The forward of a module of the base of which adapters have their own parameters."""
+
+    def __init__(self, route: _Route, module: nn.Module, values: dict[str, list[Tensor]]) -> None:
+        self.route, self.module, self.values = route, module, values
+
+    def __call__(self, x: Tensor) -> Tensor:
+        module: Any = self.module
+        where = self.route.place(self.route.paths[module], x)
+        if where is None:
+            return type(module).forward(module, x)
+        rows = where.rows(self.route.index.to(x.device), x.shape[where.axis])
+        held = {k: (module._parameters if k in module._parameters else module._buffers) for k in self.values}
+        base = {k: held[k][k] for k in self.values}
+        order, outputs = [], []
+        try:
+            for u in range(len(self.route.names)):
+                chosen = (rows == u).nonzero().squeeze(1)
+                for k, values in self.values.items():
+                    held[k][k] = values[u].to(base[k].device)
+                outputs.append(type(module).forward(module, x.index_select(where.axis, chosen)))
+                order.append(chosen)
+        finally:
+            for k, value in base.items():
+                held[k][k] = value
+        width = max(y.shape[-1] for y in outputs)
+        outputs = [F.pad(y, (0, width - y.shape[-1]), value=float("-inf")) for y in outputs]
+        return torch.cat(outputs, where.axis).index_select(where.axis, torch.cat(order).argsort())
+
+
+@contextmanager
+def _checking(model: nn.Module, batch: int) -> Iterator[None]:
+    """All samples have the same adapter: only their number is looked at."""
+    handle = model.register_forward_pre_hook(
+        lambda _, args, kwargs: check_batch((args, kwargs), batch), with_kwargs=True
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _above(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts))]
+
+
+def _within(path: str, above: str) -> bool:
+    return not above or path == above or path.startswith(f"{above}.")

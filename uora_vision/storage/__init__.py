@@ -1,0 +1,1 @@
+"""A saved adapter, and the way between a model and a folder."""

@@ -1,0 +1,166 @@
+"""What saved adapters are held against: the weights of a model, with or without adapters in it."""
+
+from __future__ import annotations
+
+import os
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import FormatError
+from ..lifecycle.adapter import Adapter
+from ..structure.candidates import Site, find_sites
+from ..structure.checks import check_weights, plain
+from ..structure.heads import head_names
+from ..structure.targets import Projection
+from ..structure.walk import Finding, walk
+from ..weights.sharded import class_name
+from .fingerprint import Weight, sketch_of, weights_digest
+from .stored import Identity, Stored, StoredProjection
+
+
+class Base:
+    """What saved adapters are held against: the weights of a model, with or without adapters in it.
+
+    Making it costs a walk over the model, so whoever loads many adapters makes it once. It holds as long as neither the
+    modules nor the frozen weights of the model change.
+
+    Args:
+        model: the base.
+
+    Raises:
+        StateError: see `plan`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._plain = plain(model)
+        self.sites: dict[str, Site] = {site.path: site for site in find_sites(self._plain)}
+        self.modules = dict(model.named_modules())
+        self._places: dict[tuple[StoredProjection, ...], tuple[Projection, ...]] = {}
+        self._digests: dict[tuple[str, ...], str | None] = {}
+        self._sketches: dict[tuple[str, ...], tuple[float, ...] | None] = {}
+
+    @cached_property
+    def findings(self) -> dict[str, Finding]:
+        """What the rules say of each weight, by path."""
+        return {finding.site.path: finding for finding in walk(self._plain)}
+
+    @cached_property
+    def held(self) -> dict[str, Tensor]:
+        """Every parameter and buffer by its name, without those of adapters."""
+        vectors = {id(p) for m in self.model.modules() if isinstance(m, Adapter) for p in m.parameters()}
+        parameters = {name: p for name, p in self.model.named_parameters() if id(p) not in vectors}
+        return parameters | dict(self.model.named_buffers())
+
+    @cached_property
+    def architecture(self) -> str | None:
+        """The model's name in timm."""
+        config = getattr(self.model, "pretrained_cfg", None)
+        found = config.get("architecture") if isinstance(config, dict) else None
+        return found if isinstance(found, str) else None
+
+    @cached_property
+    def name(self) -> str | None:
+        """Under which the weights were published, where the model tells it."""
+        return published_name(self.model)
+
+    @cached_property
+    def parameter_tensors(self) -> int:
+        """How many parameters there are besides the head: the same for any image size and number of classes."""
+        heads = head_names(self.model)
+        parameters = [name for name, t in self.held.items() if isinstance(t, nn.Parameter)]
+        return sum(not any(name.startswith(head + ".") for head in heads) for name in parameters)
+
+    def fingerprint(self, paths: tuple[str, ...]) -> str | None:
+        """Of the weights at these paths; see `fingerprint.py`."""
+        if paths not in self._digests:
+            self._digests[paths] = weights_digest(self._weights(paths))
+        return self._digests[paths]
+
+    def sketch(self, paths: tuple[str, ...]) -> tuple[float, ...] | None:
+        """Of the weights at these paths; see `fingerprint.py`."""
+        if paths not in self._sketches:
+            self._sketches[paths] = sketch_of(self._weights(paths))
+        return self._sketches[paths]
+
+    def identity(self, paths: tuple[str, ...]) -> Identity:
+        """Of an adapter of these weights."""
+        return Identity(
+            class_name(self.model),
+            self.architecture,
+            self.name,
+            self.parameter_tensors,
+            self.fingerprint(paths),
+            self.sketch(paths),
+        )
+
+    def places(self, stored: Stored) -> tuple[Projection, ...]:
+        """Where the projections of a saved adapter are in this model.
+
+        Raises:
+            FormatError: one is not there.
+            StateError, TargetError: one cannot be adapted as it is.
+        """
+        if stored.projections not in self._places:
+            found = _places(stored, self)
+            check_weights(self.model, found)
+            self._places[stored.projections] = found
+        return self._places[stored.projections]
+
+    def _weights(self, paths: tuple[str, ...]) -> list[Weight]:
+        return [Weight(self.modules[site.module_path], site.tensor) for site in (self.sites[p] for p in paths)]
+
+
+def published_name(model: nn.Module) -> str | None:
+    """The name of a model's weights: of timm with its tag, of transformers as on the hub; None if it does not tell."""
+    found: Any = getattr(model, "pretrained_cfg", None)
+    if isinstance(found, dict):
+        architecture, tag = found.get("architecture"), found.get("tag")
+        if isinstance(architecture, str):
+            return f"timm/{architecture}.{tag}" if tag else f"timm/{architecture}"
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    if not isinstance(name, str) or not name:
+        return None
+    return os.path.basename(name.rstrip("/")) if os.path.isabs(name) else name
+
+
+def _places(stored: Stored, base: Base) -> tuple[Projection, ...]:
+    found: list[Site | None] = []
+    for p in stored.projections:
+        site = base.sites.get(p.path)
+        found.append(site if site is not None and _holds(site, p) else None)
+    taken = {site.path for site in found if site is not None}
+    for i, p in enumerate(stored.projections):
+        if found[i] is not None:
+            continue
+        same = [f.site for f in base.findings.values() if f.site.path not in taken and _alike(f, p)]
+        if len(same) != 1:
+            raise _not_there(stored, base, p, len(same))
+        found[i] = same[0]
+        taken.add(same[0].path)
+    return tuple(
+        Projection(s.module_path, s.tensor, s.form, s.shape, p.roles, "saved", p.block, s.read, (),
+            None if p.origin == s.path else p.origin)
+        for s, p in zip(found, stored.projections, strict=True) if s is not None
+    )  # fmt: skip
+
+
+def _holds(site: Site, p: StoredProjection) -> bool:
+    out, width = site.shape
+    return width == p.width and out >= p.rows
+
+
+def _alike(finding: Finding, p: StoredProjection) -> bool:
+    return finding.block == p.block and _holds(finding.site, p) and set(p.roles) <= set(finding.roles)
+
+
+def _not_there(stored: Stored, base: Base, p: StoredProjection, alike: int) -> FormatError:
+    site = base.sites.get(p.path)
+    here = "{} x {}".format(*site.shape) if site is not None else "not there"
+    also = f", and {alike} others there have its block and role {p.keys[0]}" if alike else ""
+    return FormatError(
+        f"the adapter was made for {stored.identity.shown}: it adapts {p.path}, at least {p.rows} x {p.width}, which "
+        f"in this {class_name(base.model)} is {here}{also}. Load it into the architecture that it was trained on."
+    )

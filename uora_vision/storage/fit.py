@@ -1,0 +1,132 @@
+"""Holding a saved adapter against a model: where each of its projections is, and whether it was made for this base."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..errors import FormatError, StateError
+from ..lifecycle.library import LIBRARY
+from ..structure.heads import head_names
+from ..structure.targets import Projection
+from ..weights.sharded import class_name
+from .base import Base
+from .fingerprint import CLOSE, distance
+from .stored import Stored
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Where the parts of a saved adapter go.
+
+    Args:
+        projections: the adapted weights in this model, in the order of the file.
+        names: of the trained parts of the base in this model, by their name in the file.
+    """
+
+    projections: tuple[Projection, ...]
+    names: dict[str, str]
+
+
+def fit(stored: Stored, base: Base, check_base: bool = True) -> Fitted:
+    """Hold a saved adapter against a model, without touching it.
+
+    A projection is looked for at its path, and otherwise by its block and role, if one weight alone has these and the
+    rows of the file. Trained parts of the base are looked for by name, and otherwise by the end of the name.
+
+    Args:
+        check_base: whether other weights than those that the adapter was trained on are an error.
+
+    Raises:
+        FormatError: the adapter does not fit this model, or was made for another base.
+        StateError, TargetError: the model cannot be adapted as it is.
+    """
+    made_for = stored.identity
+    known = made_for.architecture and base.architecture
+    if check_base and known and made_for.architecture != base.architecture:
+        raise FormatError(f"the adapter was made for {made_for.architecture}; this model is {base.architecture}")
+    projections = base.places(stored)
+    moved = [p.path for p in projections] != [p.path for p in stored.projections]
+    if not moved and made_for.parameter_tensors not in (None, base.parameter_tensors):
+        raise FormatError(
+            f"the adapter was made for a {made_for.shown} of {made_for.parameter_tensors} parameter tensors besides "
+            f"the head; this {base.architecture or class_name(base.model)} has {base.parameter_tensors}, so its depth "
+            "or its parts are others"
+        )
+    names = _names(stored, base)
+    if check_base:
+        _check_weights(stored, base, tuple(p.path for p in projections))
+    return Fitted(projections, names)
+
+
+def _names(stored: Stored, base: Base) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for name, t in stored.base.items():
+        held = base.held.get(name)
+        if held is not None and (held.shape == t.shape or _other_classes(base.model, name, held, t)):
+            names[name] = name
+    taken = set(names.values())
+    for name, t in stored.base.items():
+        if name in names:
+            continue
+        same = {other: _common_end(name, other) for other, o in base.held.items() if o.shape == t.shape} if (
+            name not in base.held
+        ) else {}  # fmt: skip
+        longest = max(same.values(), default=0)
+        best = [other for other, length in same.items() if length == longest and other not in taken]
+        if longest < 2 or len(best) != 1:
+            here = f"has shape {tuple(base.held[name].shape)}" if name in base.held else "does not exist"
+            raise FormatError(
+                f"the adapter holds a trained {name} of shape {tuple(t.shape)}, which in this model {here}. Create the "
+                "model with the same number of classes (num_classes=...)."
+            )
+        names[name] = best[0]
+        taken.add(best[0])
+    return names
+
+
+def _other_classes(model: nn.Module, name: str, held: Tensor, t: Tensor) -> bool:
+    """Whether a trained part is a head for another number of classes, on a model that has adapters already: there each
+    has its own, and no code outside has yet been told how many classes there are."""
+    path, _, key = name.rpartition(".")
+    if LIBRARY not in model.__dict__ or key not in ("weight", "bias") or held.shape[1:] != t.shape[1:]:
+        return False
+    in_head = any(f"{path}.".startswith(f"{head}.") for head in head_names(model))
+    return in_head and isinstance(model.get_submodule(path), nn.Linear)
+
+
+def _common_end(one: str, two: str) -> int:
+    """How many parts of two dotted names are the same, from the end."""
+    count = 0
+    for a, b in zip(reversed(one.split(".")), reversed(two.split(".")), strict=False):
+        if a != b:
+            break
+        count += 1
+    return count
+
+
+def _check_weights(stored: Stored, base: Base, paths: tuple[str, ...]) -> None:
+    made_for = stored.identity
+    if made_for.fingerprint is None and made_for.sketch is None:
+        return
+    error = FormatError(
+        f"the adapter was made for other weights than this {class_name(base.model)} has: for {made_for.shown}, "
+        f"fingerprint {made_for.fingerprint}. Load it into that base, or, if you know that this one will do, with "
+        "check_base=False."
+    )
+    here = base.fingerprint(paths)
+    if here is not None and made_for.fingerprint is not None:
+        if here != made_for.fingerprint:
+            raise error
+        return
+    try:
+        sketch = base.sketch(paths)
+    except (StateError, ImportError, RuntimeError) as reason:
+        warnings.warn(
+            f"whether this is the base that the adapter was made for could not be told: {reason}", stacklevel=4
+        )
+        return
+    if sketch is not None and made_for.sketch is not None and distance(sketch, made_for.sketch) > CLOSE:
+        raise error

@@ -1,0 +1,111 @@
+"""Out of a model into a folder, and back: b, d, the trained parts of the base, and the log that rebuilds A and B.
+
+`docs/format.md` describes the folder.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import FormatError
+from ..lifecycle.apply import apply_plan, bank_for
+from ..lifecycle.library import DEFAULT, check_room, check_switch, check_whole
+from ..structure.planning import Plan
+from ..weights.sharded import writes
+from .base import Base
+from .fit import Fitted, fit
+from .folder import read, write
+from .hub import is_repository, local_copy
+from .snapshot import collect, rebuilt
+from .stored import SaveBanks, Stored
+
+
+def save(model: nn.Module, folder: str | os.PathLike[str], *, save_banks: SaveBanks | None = None) -> Path:
+    """Write the active adapter and the trained parts of the base into a folder.
+
+    At any moment, also after a kill or on a full disk, the folder holds an adapter that loads: the last one or this.
+
+    Of a model that `fully_shard` spreads over processes, all of them must call this: their shards are gathered, and the
+    first process alone writes.
+
+    Args:
+        save_banks: put rows of A and B into the file too, so that loading need not rebuild them from seed and log:
+            `changed`, those that were re-drawn; `all`, which loads where torch draws other matrices from the seed, and
+            is the default for matrices that were given, as by an adapter of PEFT's.
+
+    Returns:
+        The folder.
+
+    Raises:
+        StateError: the model is not injected.
+        FormatError: a trained value is NaN or infinite.
+        OSError: the folder cannot be written to.
+    """
+    adapter = collect(model, save_banks=save_banks)
+    return write(adapter, folder) if writes(list(model.parameters())) else Path(folder)
+
+
+def load(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    name: str = DEFAULT,
+    activate: bool = True,
+    base: Base | None = None,
+    check_base: bool = True,
+    revision: str | None = None,
+) -> nn.Module:
+    """Put a saved adapter into a model, in place; everything is checked before the model is touched.
+
+    Args:
+        model: a plain base, or one with adapters of other names.
+        folder: that `save` wrote; or a repository on the Hugging Face hub, `user/name`.
+        name: of the adapter in the model.
+        activate: whether the model computes with it from now on.
+        base: what was found out about the model, to load many adapters fast: make `Base(model)` once.
+        check_base: whether to refuse an adapter that was trained on other weights than this model has.
+        revision: of the repository: a branch, tag or commit.
+
+    Returns:
+        The same model, with the trained parts of the base (the head) restored too.
+
+    Raises:
+        StateError: the model has an adapter of that name, or is spread over processes.
+        FormatError: a file is missing, damaged, of a newer version, or does not fit this model.
+        HubError: the repository cannot be had.
+    """
+    library = check_room(model, name)
+    if library is None:
+        check_whole(model)
+    elif activate:
+        check_switch(model, library)
+    if is_repository(folder):
+        folder = local_copy(os.fspath(folder), revision)
+    stored = read(folder)
+    base = base or Base(model)
+    try:
+        fitted = fit(stored, base, check_base)
+        what = Plan(stored.config, fitted.projections, ())
+        bank = bank_for(model, what, stored.first())
+        state = rebuilt(stored, bank)
+        parts = _parts(stored, fitted, base)
+    except FormatError as error:
+        raise FormatError(f"{os.fspath(folder)}: {error}") from error
+    apply_plan(model, what, name, stored.vector.to(torch.float32, copy=True), parts, state, activate, bank)
+    return model
+
+
+def _parts(stored: Stored, fitted: Fitted, base: Base) -> dict[str, Tensor]:
+    """The trained parts of the base, as the model has to hold them."""
+    parts: dict[str, Tensor] = {}
+    for saved, value in stored.base.items():
+        held = base.held[fitted.names[saved]]
+        if held.is_floating_point() != value.is_floating_point():
+            raise FormatError(f"{saved} is of {value.dtype}, in this model of {held.dtype}")
+        copy = value.to(device=held.device, dtype=held.dtype, copy=True)
+        parts[fitted.names[saved]] = nn.Parameter(copy) if isinstance(held, nn.Parameter) else copy
+    return parts

@@ -1,0 +1,128 @@
+"""An adapter out of a model as a value, and the value put back into a model."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import FormatError, OptionError
+from ..lifecycle.library import adapters, bank_of, check_whole
+from ..lifecycle.trained_parts import trained_base
+from ..maths.bank import Bank
+from ..maths.redraw_log import BankState
+from ..version import __version__
+from ..weights.sharded import is_sharded, whole
+from .base import Base
+from .fingerprint import bank_digest
+from .stored import Identity, SaveBanks, Stored, StoredProjection, shared_matrices
+
+_IDENTITY = "_uora_identity"
+
+
+def collect(model: nn.Module, *, save_banks: SaveBanks | None = None) -> Stored:
+    """The active adapter of a model, as it would be saved. Arguments and errors are those of `save`."""
+    if save_banks not in (None, *get_args(SaveBanks)):
+        raise OptionError(f"save_banks must be one of {', '.join(get_args(SaveBanks))} or None, got {save_banks!r}")
+
+    found, bank, base = adapters(model), bank_of(model), Base(model)
+    if save_banks is None and bank.given:
+        save_banks = "all"
+    projections = tuple(
+        StoredProjection(path, adapter.origin, adapter.width, base.findings[path].block, adapter.roles)
+        for path, adapter in found.items()
+    )
+    state = bank.state()
+    names = sorted(shared_matrices(bank.config, projections))
+    first = {name: bank._first[name] for name in names if name in bank._first}
+    changed = {name: rows for name, (_, rows) in state.rows.items()} | state.own
+    return Stored(
+        bank.config,
+        projections,
+        torch.cat([whole(t).detach().flatten().cpu() for a in found.values() for t in (a.b, a.d)]),
+        {name: whole(t).detach().cpu().clone() for name, t in trained_base(model).items()},
+        list(state.log),
+        _identity(base, bank, tuple(found)),
+        bank_digest(first, state) if first else None,
+        _flat([changed[name] for name in sorted(changed)]) if save_banks else None,
+        _flat([first[name] for name in names]) if save_banks == "all" else None,
+        {"torch": torch.__version__, "uora_vision": __version__},
+    )
+
+
+def rebuilt(stored: Stored, bank: Bank) -> BankState:
+    """What redraws made of the matrices of a saved adapter: as the file has it, or by its log. Leaves the bank alone.
+
+    Args:
+        bank: one that serves it.
+
+    Raises:
+        FormatError: these are not the matrices that the adapter was trained with.
+    """
+    state = stored.bank_state()
+    if state is None and stored.log:
+        widths_in = {p.width for p in stored.projections}
+        widths_out = {role.rows for p in stored.projections for role in p.roles}
+        scratch = Bank(stored.config, widths_in, widths_out, first=bank._first)
+        scratch.replay(stored.log, stored.own)
+        state = scratch.state()
+    state = state or BankState()
+    first = {name: bank._first[name] for name in stored.matrices if name in bank._first}
+    wanted, here = stored.bank_fingerprint, bank_digest(first, state) if first else None
+    if wanted is not None and here is not None and wanted != here:
+        raise FormatError(
+            "A and B come out other than where the adapter was trained, by a few last bits or more, as another torch "
+            f"({stored.versions.get('torch')} there, {torch.__version__} here) or processor can do. Load it there and "
+            "save it with save_banks='all'; that file loads everywhere."
+        )
+    return state
+
+
+def put_back(model: nn.Module, stored: Stored) -> None:
+    """Give a model that has an adapter already the values of a saved one with the same options, in place.
+
+    Raises:
+        StateError: the model is not injected, or is spread over processes.
+        FormatError: it is another adapter, of which nothing was taken.
+    """
+    check_whole(model)
+    found, bank, held = adapters(model), bank_of(model), trained_base(model)
+    here = {path: (adapter.width, adapter.roles) for path, adapter in found.items()}
+    there = {p.path: (p.width, p.roles) for p in stored.projections}
+    shapes, wanted = ({name: t.shape for name, t in tensors.items()} for tensors in (held, stored.base))
+    odd = _differing(here, there) + _differing(shapes, wanted)
+    if odd or bank.config != stored.config:
+        raise FormatError(
+            f"this is another adapter than the model has: {odd[0] if odd else 'the options'} differ. Inject with the "
+            "options of the run that is continued."
+        )
+    state = rebuilt(stored, bank)
+    vectors = {p.path: vectors for p, vectors in zip(stored.projections, stored.vectors, strict=True)}
+    bank.swap(state)
+    with torch.no_grad():
+        for path, adapter in found.items():
+            adapter.b.copy_(vectors[path][0])
+            adapter.d.copy_(vectors[path][1])
+        for name, value in stored.base.items():
+            held[name].copy_(value)
+    for adapter in found.values():
+        adapter.take_own()
+
+
+def _identity(base: Base, bank: Bank, paths: tuple[str, ...]) -> Identity:
+    if not any(map(is_sharded, base.held.values())):
+        return base.identity(paths)
+    # A value of a sharded weight costs an exchange of all of it, and the frozen base stays what it is.
+    known: dict[tuple[str, ...], Identity] = bank.__dict__.setdefault(_IDENTITY, {})
+    if paths not in known:
+        known[paths] = base.identity(paths)
+    return known[paths]
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([torch.zeros(0), *(t.flatten() for t in tensors)])
+
+
+def _differing(one: dict[str, Any], two: dict[str, Any]) -> list[str]:
+    return sorted(name for name in one.keys() | two.keys() if one.get(name) != two.get(name))

@@ -1,0 +1,174 @@
+"""A saved adapter in memory, and everything that can be checked of it without a model.
+
+`docs/format.md` describes the format; `folder.py` reads and writes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+from torch import Tensor
+
+from ..config import UoraConfig
+from ..maths.redraw_log import BankState, Redraw, draw_counts
+from ..weights.role import Role
+
+SaveBanks = Literal["changed", "all"]
+
+
+@dataclass(frozen=True)
+class StoredProjection:
+    """An adapted weight as the file has it.
+
+    Args:
+        path: of the module, and the tensor's name if that is not `weight`, in the model that it was saved from.
+        origin: the path under which its own matrices were first drawn; another than `path` once modules were renamed.
+        width: input width.
+        block: number of its block in the model, None outside of blocks or if it is not known.
+        roles: by ascending first row.
+    """
+
+    path: str
+    origin: str
+    width: int
+    block: int | None
+    roles: tuple[Role, ...]
+
+    @property
+    def rows(self) -> int:
+        """How many rows the weight has at least."""
+        return max(role.span.end for role in self.roles)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Of its roles: block and role, such as `3/attn.q`. They survive renamed modules."""
+        where = "" if self.block is None else f"{self.block}/"
+        return tuple(f"{where}{role.label}" for role in self.roles)
+
+    def length(self, rank: int) -> int:
+        """Of its b and d together."""
+        return sum(role.rows + rank for role in self.roles)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which base an adapter was made for.
+
+    Args:
+        class_name: of the model.
+        architecture: its name in timm, if it is timm's.
+        name: under which its weights were published, such as `timm/vit_base_patch16_224.augreg_in21k`.
+        parameter_tensors: how many parameters it has besides its head.
+        fingerprint: of the adapted weights, see `fingerprint.py`; None if they were quantised or in float16.
+        sketch: some of their values in bfloat16, (n,), by which a quantised copy is known; None if unknown.
+    """
+
+    class_name: str
+    architecture: str | None = None
+    name: str | None = None
+    parameter_tensors: int | None = None
+    fingerprint: str | None = None
+    sketch: tuple[float, ...] | None = None
+
+    @property
+    def shown(self) -> str:
+        return self.name or self.architecture or self.class_name
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A saved adapter.
+
+    Args:
+        config: its options.
+        projections: the adapted weights.
+        vector: b and d of the first projection, role after role, then of the next one, (n,).
+        base: trained parts of the base by name.
+        log: the redraws of its banks.
+        identity: of its base.
+        bank_fingerprint: of A and B after the log; None if unknown.
+        rows: every re-drawn row, matrix after matrix by name, (n,) float32; None if it is not in the file.
+        shared: the shared matrices, by name, (n,) float32; None if they are not in the file.
+        versions: of the libraries that wrote it.
+    """
+
+    config: UoraConfig
+    projections: tuple[StoredProjection, ...]
+    vector: Tensor
+    base: dict[str, Tensor]
+    log: list[Redraw]
+    identity: Identity
+    bank_fingerprint: str | None = None
+    rows: Tensor | None = None
+    shared: Tensor | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def vectors(self) -> list[tuple[Tensor, Tensor]]:
+        """b (rows,) and d (roles, rank) of every projection: views."""
+        rank, out, start = self.config.rank, [], 0
+        for p in self.projections:
+            middle, end = start + sum(role.rows for role in p.roles), start + p.length(rank)
+            out.append((self.vector[start:middle], self.vector[middle:end].view(-1, rank)))
+            start = end
+        return out
+
+    @property
+    def matrices(self) -> dict[str, int]:
+        """Widths of the shared matrices, by name."""
+        return shared_matrices(self.config, self.projections)
+
+    @property
+    def own(self) -> dict[str, tuple[str, int]]:
+        """For every matrix that a layer may have of its own: the shared one that it starts from, and its width."""
+        return own_matrices(self.config, self.projections)
+
+    def bank_state(self) -> BankState | None:
+        """What redraws made of the banks, as far as the file holds it; None if the log must be replayed."""
+        if self.rows is None:
+            return None
+        state, start, widths = BankState(list(self.log)), 0, self._widths()
+        for name, draws in sorted(draw_counts(self.log, self.config.rank).items()):
+            indices = draws.nonzero().squeeze(1)
+            end = start + len(indices) * widths[name]
+            rows, start = self.rows[start:end].view(len(indices), -1), end
+            state.draws[name] = draws
+            if name in self.matrices:
+                state.rows[name] = indices, rows
+            else:
+                state.own[name] = rows
+        return state
+
+    def first(self) -> dict[str, Tensor] | None:
+        """The shared matrices as the file holds them, each (r, width)."""
+        if self.shared is None:
+            return None
+        widths = dict(sorted(self.matrices.items()))
+        parts = self.shared.split([self.config.rank * width for width in widths.values()])
+        return {name: part.view(self.config.rank, -1) for name, part in zip(widths, parts, strict=True)}
+
+    def _widths(self) -> dict[str, int]:
+        return self.matrices | {name: width for name, (_, width) in self.own.items()}
+
+
+def shared_matrices(config: UoraConfig, projections: tuple[StoredProjection, ...]) -> dict[str, int]:
+    """Widths of the shared matrices of an adapter, by name."""
+    widths = {"A": {p.width for p in projections}, "B": {role.rows for p in projections for role in p.roles}}
+    if config.layout == "slice":
+        widths = {side: {max(of)} for side, of in widths.items()}
+    return {f"{side}{width}": width for side, of in widths.items() for width in of}
+
+
+def own_matrices(config: UoraConfig, projections: tuple[StoredProjection, ...]) -> dict[str, tuple[str, int]]:
+    """See `Stored.own`."""
+    largest_in = max(p.width for p in projections)
+    largest_out = max(role.rows for p in projections for role in p.roles)
+    slices = config.layout == "slice"
+    out = {}
+    for p in projections:
+        for role in p.roles:
+            out[f"{p.origin}.{role.name}/A"] = f"A{largest_in if slices else p.width}", p.width
+            out[f"{p.origin}.{role.name}/B"] = f"B{largest_out if slices else role.rows}", role.rows
+    return out

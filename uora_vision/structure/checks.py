@@ -1,0 +1,212 @@
+"""What a model and its weights must be for an adapter to go in.
+
+A weight can be hidden: parametrized, quantised in an unknown way, behind a wrapper, in a compiled module. Whether that
+matters depends on whether it would be adapted. So the rules look at a stand-in in which nothing is hidden, and only
+what they choose there is held against the model.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ..errors import ConfigError, StateError, TargetError
+from ..weights.matrix import Form
+from ..weights.quantised import is_quantised
+from ..weights.role import CONV, OTHER
+from .candidates import Site, Unit, find_sites
+from .heads import head_names
+from .hidden import find_hidden, leave_out, odd_kind, shown_path, stand_in
+from .rules import registered
+from .targets import GROUPS, Projection
+from .walk import Finding, walk
+
+_DIMENSIONS: dict[Form, tuple[int, int]] = {
+    "matrix": (2, 2), "transposed": (2, 2), "kernel": (3, 5), "stack": (3, 3), "stack_transposed": (3, 3),
+}  # fmt: skip
+
+_FIT = (
+    "Adapters go on weights of Linear layers (out, in) and of convolutions that mix channels, on the bare weights of "
+    "nn.MultiheadAttention and recurrent layers, and on stacks of experts (n, out, in). Name one of these."
+)
+
+
+def plain(model: nn.Module, targets: Iterable[str] = ()) -> nn.Module:
+    """The model as the rules can look at it: itself or, where something is hidden, a stand-in on the meta device that
+    has the same paths and classes and shows it. Touches nothing.
+
+    Args:
+        targets: terms of `UoraConfig.targets`; those that are paths are checked.
+
+    Raises:
+        StateError: the model as a whole is not in a state in which it can be adapted.
+        TargetError: a term is the path of something that is never adapted, or a registered rule names such a thing.
+    """
+    _check_whole(model)
+    hidden = list(find_hidden(model))
+    for weight in hidden:
+        if weight.deep and not weight.path:
+            raise weight.error
+    scripted = any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
+    shown = stand_in(model, {}) if hidden or scripted else model
+    _check_registered(shown)
+    _check_paths(shown, targets)
+    return shown
+
+
+def check_weights(model: nn.Module, projections: Iterable[Projection]) -> None:
+    """Whether the weights that a plan has chosen can be adapted.
+
+    Raises:
+        StateError: one is hidden, shared with another module, or on another device than the others.
+        TargetError: one is of a kind that cannot be adapted.
+    """
+    hidden, modules, held = list(find_hidden(model)), dict(model.named_modules()), _by_memory(model)
+    first = None
+    for p in projections:
+        for obstacle in hidden:
+            if obstacle.hides(p):
+                raise obstacle.error
+        weight = modules[p.module_path]._parameters[p.tensor]
+        assert weight is not None
+        if p.read and is_quantised(weight):
+            raise TargetError(
+                f"{p.path} ({type(weight).__name__}) is quantised, and the model reads this weight itself rather than "
+                f"call its layer: there W + dW would have to be formed. Load it unquantised. {leave_out(p.path)}"
+            )
+        low, high = _DIMENSIONS[p.form]
+        if not low <= weight.dim() <= high:
+            raise TargetError(
+                f"{p.path} ({type(modules[p.module_path]).__name__}) has the shape {tuple(weight.shape)}, which is no "
+                f"{p.form}: that has {low if low == high else f'{low} to {high}'} dimensions. {leave_out(p.path)}"
+            )
+        first = first or (p.path, weight.device)
+        if weight.device != first[1]:
+            raise StateError(
+                f"{p.path} is on {weight.device}, {first[0]} on {first[1]}: the adapters of a model share matrices on "
+                "one device. Move the model to one device first, or inject into its parts."
+            )
+        for name, other in held.get(_memory(weight), ()):
+            if name != f"{p.module_path}.{p.tensor}".lstrip(".") and _overlap(weight, other):
+                raise StateError(
+                    f"the weight of {p.path} is shared with {name}, which adapting or merging it would change too. "
+                    "Give it a weight of its own, nn.Parameter(weight.detach().clone()), or adapt neither: "
+                    f"exclude={p.path!r}."
+                )
+
+
+def _check_whole(model: nn.Module) -> None:
+    heads = head_names(model)
+    meta = real = ""
+    for path, module in model.named_modules():
+        where, name = shown_path(path, module), type(module).__name__
+        if any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__):
+            raise StateError(
+                f"{where} is a {name} of PEFT. Take PEFT's adapter out first, with merge_and_unload() or unload(), or "
+                "inject into a part of the model that has none."
+            )
+        in_head = any(f"{path}.".startswith(f"{head}.") for head in heads)
+        if isinstance(module, torch.jit.ScriptModule) and not in_head and any(p.dim() > 1 for p in module.parameters()):
+            raise StateError(
+                f"{where} is a scripted or traced {module.original_name}, which cannot be looked into. Inject into the "
+                "Python model, merge(), and script or trace that."
+            )
+        for name, p in module.named_parameters(recurse=False):
+            if is_lazy(p):
+                raise StateError(f"{name} of {where} has no shape yet (a lazy module). Run the model on a batch first.")
+            meta, real = (meta or f"{path}.{name}", real) if p.is_meta else (meta, real or f"{path}.{name}")
+    if meta and real:
+        raise StateError(
+            f"{meta.lstrip('.')} is on the meta device, without values, and {real.lstrip('.')} is not. Load the "
+            "weights of the whole model first (to_empty() and load_state_dict()), or inject while all of it is on meta."
+        )
+
+
+def _by_memory(model: nn.Module) -> dict[int, list[tuple[str, Tensor]]]:
+    """Every parameter under each of its names, by its storage."""
+    held: dict[int, list[tuple[str, Tensor]]] = defaultdict(list)
+    for path, module in model.named_modules():
+        for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
+            held[_memory(p)].append((f"{path}.{name}".lstrip("."), p))
+    return held
+
+
+def _memory(p: Tensor) -> int:
+    """The same number for tensors in one storage, also on the meta device."""
+    if odd_kind(p):
+        return id(p)
+    try:
+        return p.untyped_storage()._cdata
+    except RuntimeError:  # devices without storages
+        return id(p)
+
+
+def _overlap(one: Tensor, two: Tensor) -> bool:
+    """Whether two tensors in one storage share bytes; cuDNN keeps all weights of an LSTM in one, side by side."""
+
+    def bounds(t: Tensor) -> tuple[int, int]:
+        length = 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
+        return int(t.storage_offset()) * t.element_size(), int(t.storage_offset() + length) * t.element_size()
+
+    (start, end), (other_start, other_end) = bounds(one), bounds(two)
+    return start < other_end and other_start < end
+
+
+def _check_registered(model: nn.Module) -> None:
+    """Let every registered rule see all modules that it is for. The walk shows it only those that own a weight which
+    can be adapted, so a rule for another kind of weight would be passed over."""
+    members: dict[str, dict[str, Site]] = defaultdict(dict)
+    for site in find_sites(model) if registered else ():
+        parts = site.path.split(".")
+        for i in range(len(parts)):
+            members[".".join(parts[:i])][".".join(parts[i:])] = site
+    for _, rule in registered:
+        for path, module in model.named_modules():
+            try:
+                rule(Unit(path, module, members[path]))
+            except ConfigError as error:
+                if all(p.dim() < 2 or name in members[path] for name, p in module.named_parameters(recurse=False)):
+                    raise
+                raise TargetError(f"{error}. {shown_path(path, module)} {_holds(module)}. {_FIT}") from error
+
+
+def _check_paths(model: nn.Module, targets: Iterable[str]) -> None:
+    """Say of a target that is a path, but of no projection, what is there instead."""
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters(remove_duplicate=False))
+    paths = [t for t in targets if t not in GROUPS and t not in ("all", "qv") and (t in modules or t in parameters)]
+    findings = list(walk(model)) if paths else []
+    for path in paths:
+        named = any(
+            path in (f.site.path, f"{f.site.path}.{role.name}")
+            or (role.group not in (CONV, OTHER) and path in (role.name, role.label))
+            for f in findings
+            for role in f.roles
+        )
+        if not named:
+            raise TargetError(f"{path!r} {_what_is(path, modules, parameters, findings)}")
+
+
+def _what_is(
+    path: str, modules: dict[str, nn.Module], parameters: dict[str, nn.Parameter], findings: list[Finding]
+) -> str:
+    for f in findings:
+        site, weight = f.site, f"{f.site.module_path}.{f.site.tensor}"
+        if path in (site.path, weight) and not f.roles:
+            return f"({type(site.module).__name__}, {site.shape[0]} x {site.shape[1]}) is never adapted: {f.rule}"
+        if path == weight and f.roles:
+            return f"is the weight of a projection that goes by {site.path!r}"
+    if any(f.roles and f.site.path.startswith(f"{path}.") for f in findings):
+        return f"is a {type(modules[path]).__name__}, not a weight; {path + '.*'!r} adapts all that is in it"
+    if path in modules:
+        return f"{_holds(modules[path])}. {_FIT}"
+    holder, _, name = path.rpartition(".")
+    return f"is {name} of a {type(modules[holder]).__name__}, of shape {tuple(parameters[path].shape)}. {_FIT}"
+
+
+def _holds(module: nn.Module) -> str:
+    own = [f"{name} {tuple(p.shape)}" for name, p in module.named_parameters(recurse=False)]
+    return f"is a {type(module).__name__} with {', '.join(own) or 'no parameter of its own'}"

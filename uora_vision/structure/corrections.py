@@ -1,0 +1,142 @@
+"""What a trace says about the rules: where it corrects them, and where plan and trace differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ..weights.matrix import Span
+from ..weights.role import ATTENTION, CONV, OTHER, Role
+from .candidates import Site
+from .rules import COORDINATES
+from .trace import Trace
+from .walk import Finding
+
+TRACED = "seen in the trace"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Something that a trace shows otherwise than a plan has it.
+
+    Args:
+        path: of the weight.
+        kind: `unused`: the example does not reach it; `reach`: it is read where the rules have it called; `rows`: the
+            rules divide its rows otherwise than the model does; `names`: attention takes as q, k or v what the rules,
+            following the model's own names, call otherwise (DaViT's attention over channels).
+        message: what the trace shows.
+    """
+
+    path: str
+    kind: Literal["unused", "reach", "rows", "names"]
+    message: str
+
+
+def corrected(finding: Finding, trace: Trace) -> Finding:
+    """A finding as the trace shows it: tensors that are read are so marked, and rows divided as the model divides them.
+
+    Where the rules were wrong or knew nothing, what attention took as q, k and v is called so.
+    """
+    site, name = finding.site, parameter_name(finding.site)
+    if not site.read and _is_read(site, trace):
+        finding = replace(finding, site=replace(site, read=True))
+    flows = trace.flows.get(name, {})
+    unknown = bool(finding.roles) and finding.roles[0].group in (CONV, OTHER)
+    if site.groups > 1 or site.form.startswith("stack") or not finding.roles:
+        return finding
+    rows = site.shape[0]
+    packed = len(finding.roles) == 1 and len(flows) > 1
+    if not _rows_message(finding.roles, trace.rows.get(name), rows) and not packed and not (unknown and flows):
+        return finding
+    if unknown and site.shape[1] <= COORDINATES:
+        return finding
+    seen = sorted(flows.items(), key=lambda item: item[1])
+    spans = [(role, span_of(span_rows)) for role, span_rows in seen]
+    group = ATTENTION if unknown else finding.roles[0].group
+    apart = sum(len(span_rows) for _, span_rows in seen) == len({row for _, span_rows in seen for row in span_rows})
+    if seen and apart and all(span is not None for _, span in spans):
+        roles = tuple(Role(role, group, *span) for role, span in spans if span is not None)
+        return replace(finding, roles=roles, rule=TRACED)
+    if unknown:
+        return finding
+    return replace(finding, roles=(Role(finding.roles[0].name, group, 0, rows),), rule=TRACED)
+
+
+def differences(findings: Iterable[Finding], trace: Trace) -> tuple[Difference, ...]:
+    """Where a trace shows weights otherwise than the rules have them."""
+    out: list[Difference] = []
+    for finding in findings:
+        site, roles = finding.site, finding.roles
+        name = parameter_name(site)
+        if name in trace.unused or name not in trace.uses:
+            out.append(Difference(site.path, "unused", "nothing consumes it on this input"))
+            continue
+        if not site.read and (reader := _is_read(site, trace)):
+            out.append(Difference(site.path, "reach", f"read at {reader}"))
+        within = roles
+        if site.form.startswith("stack"):
+            per = site.shape[0] // site.weight.shape[0]
+            within = tuple(role for role in roles if role.span.end <= per)
+        if site.groups == 1:
+            flows = trace.flows.get(name, {})
+            if message := _rows_message(within, trace.rows.get(name), site.shape[0]):
+                out.append(Difference(site.path, "rows", message))
+            elif message := _names_message(within, flows):
+                out.append(Difference(site.path, "names", message))
+    return tuple(out)
+
+
+def uses_of(site: Site, trace: Trace) -> tuple[str, ...]:
+    """What consumes a weight, such as `linear at eva.py:262`."""
+    uses = trace.uses.get(parameter_name(site), ())
+    return tuple(dict.fromkeys(use.op if use.called else f"{use.op} at {use.where}" for use in uses))
+
+
+def parameter_name(site: Site) -> str:
+    """Name of a site's tensor among the model's parameters."""
+    return f"{site.module_path}.{site.tensor}".lstrip(".")
+
+
+def span_of(rows: tuple[int, ...]) -> Span | None:
+    """Ascending rows as a span; None if they are not runs of one length at one distance."""
+    breaks = [i for i in range(1, len(rows)) if rows[i] != rows[i - 1] + 1]
+    if not breaks:
+        return Span(rows[0], len(rows))
+    block, stride = breaks[0], rows[breaks[0]] - rows[0]
+    if len(rows) % block:
+        return None
+    span = Span(rows[0], len(rows), block, stride)
+    return span if tuple(span.indices()) == rows else None
+
+
+def _is_read(site: Site, trace: Trace) -> str:
+    """Where a tensor is read past its module, "" if nowhere."""
+    uses = trace.uses.get(parameter_name(site), ())
+    return next((use.where for use in uses if not use.called and not use.op.endswith(":input")), "")
+
+
+def _rows_message(roles: tuple[Role, ...], groups: tuple[tuple[int, ...], ...] | None, rows: int) -> str:
+    """Which rows that go one way are of two roles; "" if none. Rows of one role may well go several ways."""
+    owner = {row: role.name for role in roles for row in role.span.indices()}
+    for group in groups or ():
+        names = {owner[row] for row in group if row in owner}
+        if len(names) > 1:
+            return f"rows {_short(group)} of {rows} go one way, but are of {' and '.join(sorted(names))}"
+    return ""
+
+
+def _names_message(roles: tuple[Role, ...], flows: dict[str, tuple[int, ...]]) -> str:
+    for role in roles:
+        mine = set(role.span.indices())
+        for name, rows in flows.items():
+            if role.name != name and role.name in ("q", "k", "v") and mine <= set(rows):
+                return f"rows {_short(rows)} are taken as {name}, and called {role.name}"
+    return ""
+
+
+def _short(rows: tuple[int, ...]) -> str:
+    span = span_of(rows)
+    if span is None or (span.block and span.block < len(rows)):
+        return f"{rows[0]}, {rows[1]}, ... {rows[-1]}" if len(rows) > 2 else str(list(rows))
+    return f"{rows[0]}-{rows[-1]}"

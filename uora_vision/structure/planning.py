@@ -1,0 +1,186 @@
+"""What would be adapted, decided before anything is touched."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from ..config import UoraConfig
+from ..errors import ConfigError, TargetError
+from ..tables import render
+from ..weights.quantised import is_quantised
+from ..weights.role import ATTENTION, CONV, MLP, OTHER, Role
+from .checks import check_weights, plain
+from .corrections import Difference, corrected, differences, uses_of
+from .targets import GROUPS, Projection, Skipped
+from .trace import trace
+from .walk import UNKNOWN, Finding, walk
+
+
+@dataclass(frozen=True, repr=False)
+class Plan:
+    """What `inject` would adapt, and what it would leave. `print(plan)` shows a table.
+
+    Args:
+        config: the options.
+        projections: weights to adapt.
+        skipped: weights that are left.
+        differences: where a trace showed the weights to adapt otherwise than the rules have them; the plan follows the
+            trace. None if there was no example input to trace.
+    """
+
+    config: UoraConfig
+    projections: tuple[Projection, ...]
+    skipped: tuple[Skipped, ...]
+    differences: tuple[Difference, ...] | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters that the adapters would train."""
+        return sum(p.parameters(self.config.rank) for p in self.projections)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "config": self.config.to_dict(),
+            "parameters": self.parameters,
+            "projections": [{"path": p.path, **asdict(p)} for p in self.projections],
+            "skipped": [asdict(s) for s in self.skipped],
+            "differences": None if self.differences is None else [asdict(d) for d in self.differences],
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __repr__(self) -> str:
+        rank = self.config.rank
+        rows: Counter[tuple[str, str, str, str]] = Counter()
+        counts: Counter[tuple[str, str, str, str]] = Counter()
+        for p in self.projections:
+            for role in p.roles:
+                reach = "read" if p.read else "called"
+                key = (role.kind, f"{role.rows} x {p.shape[1]}", ", ".join(p.seen) or reach, p.rule)
+                rows[key] += 1
+                counts[key] += role.rows + rank
+        for s in self.skipped:
+            rows["", f"{s.shape[0]} x {s.shape[1]}", "left", s.reason] += 1
+        table = [(label, n, shape, what, why, f"{counts[key]:,}" if counts[key] else "")
+                 for key, n in rows.items() for label, shape, what, why in [key]]  # fmt: skip
+        title = f"{len(self.projections)} weights to adapt at rank {rank}: {self.parameters:,} parameters"
+        text = render(title, ("role", "count", "out x in", "reached", "rule or reason", "parameters"), table)
+        if self.differences is None:
+            return text
+        if not self.differences:
+            return f"{text}\nThe trace confirms it."
+        rows_ = [(d.path, d.kind, d.message) for d in self.differences]
+        return text + render("What the trace shows otherwise", ("weight", "", "trace"), rows_)
+
+
+def plan(model: nn.Module, config: UoraConfig | None = None, *, example_input: Any = None, **options: Any) -> Plan:
+    """What `inject` would do with the same arguments. Touches nothing.
+
+    Args:
+        example_input: if given, the model is run on it once, and what is seen corrects the rules: how each weight is
+            reached, how the rows of a packed one are divided, and which of them attention uses as q, k and v.
+
+    Raises:
+        ConfigError, OptionError: an option is wrong.
+        TargetError: nothing in the model matches a term.
+    """
+    config = (config or UoraConfig()).replace(**options)
+    findings = list(walk(plain(model, config.targets)))
+    seen = None
+    if example_input is not None:
+        seen = trace(model, example_input)
+        ruled, findings = findings, [corrected(finding, seen) for finding in findings]
+    found = [(f, role) for f in findings for role in f.roles]
+    if not found:
+        raise TargetError(f"{type(model).__name__} has no Linear and no convolution outside its head: nothing to adapt")
+    if config.targets == UoraConfig().targets and not any(role.group in (ATTENTION, MLP) for _, role in found):
+        raise TargetError(
+            f"{type(model).__name__} has no attention or MLP projection that the rules know, but {_inventory(found)}. "
+            "targets='conv' adapts convolutions as flattened matrices, targets='other' other Linear layers; for a "
+            "transformer of your own see uora_vision.register_rule."
+        )
+    chosen = _match(found, config.targets) - _match(found, config.exclude)
+    chosen &= _in_blocks(found, config.blocks)
+    if not chosen:
+        raise TargetError(
+            f"targets {'+'.join(config.targets)!r}, exclude {'+'.join(config.exclude)!r} and blocks {config.blocks} "
+            f"together leave nothing; this model has: {_inventory(found)}"
+        )
+    projections, skipped, number = [], [], 0
+    for finding in findings:
+        site = finding.site
+        mine = range(number, number := number + len(finding.roles))
+        roles = tuple(role for i, role in zip(mine, finding.roles, strict=True) if i in chosen)
+        if roles:
+            projections.append(
+                Projection(
+                    site.module_path,
+                    site.tensor,
+                    site.form,
+                    site.shape,
+                    roles,
+                    finding.rule,
+                    finding.block,
+                    site.read,
+                    () if seen is None else uses_of(site, seen),
+                )
+            )
+        else:
+            outside = finding.roles and finding.rule == UNKNOWN
+            reason = f"{UNKNOWN}; targets={finding.roles[0].group!r} adapts it" if outside else finding.rule
+            skipped.append(Skipped(site.path, site.shape, "not asked for" if finding.roles and not outside else reason))
+    check_weights(model, projections)
+    adapted = {p.path for p in projections}
+    differing = None
+    if seen is not None:
+        ruled = [f for f in ruled if f.site.path in adapted]
+        # Kernels take the codes of a quantised weight out of sight.
+        hidden = {f.site.path for f in ruled if is_quantised(f.site.weight)}
+        differing = tuple(d for d in differences(ruled, seen) if d.kind != "unused" or d.path not in hidden)
+    return Plan(config, tuple(projections), tuple(skipped), differing)
+
+
+def _match(found: list[tuple[Finding, Role]], terms: Any) -> set[int]:
+    chosen: set[int] = set()
+    for term in terms:
+        parts = ("q", "v") if term == "qv" else (term,)
+        for part in parts:
+            hits = {i for i, (finding, role) in enumerate(found) if _is(part, finding, role)}
+            if not hits and part not in GROUPS:
+                raise TargetError(f"no projection matched {part!r}; this model has: {_inventory(found)}")
+            chosen |= hits
+    return chosen
+
+
+def _is(term: str, finding: Finding, role: Role) -> bool:
+    if GROUPS.get(term) == role.group or (term == "all" and role.group in (ATTENTION, MLP)):
+        return True
+    path = finding.site.path
+    if role.group in (CONV, OTHER) and term == role.name:
+        return False  # names of roles are for what the rules know
+    return term in (role.name, role.label, role.kind, role.kind.partition(".")[2], path) or any(
+        fnmatch.fnmatchcase(p, term) for p in (path, f"{path}.{role.name}")
+    )
+
+
+def _in_blocks(found: list[tuple[Finding, Role]], blocks: Any) -> set[int]:
+    if blocks is None:
+        return set(range(len(found)))
+    total = 1 + max((f.block for f, _ in found if f.block is not None), default=-1)
+    if wrong := [b for b in blocks if not -total <= b < total]:
+        raise ConfigError(f"blocks {wrong} do not exist; this model has {total}, numbered 0 to {total - 1}")
+    wanted = {b % total for b in blocks}
+    return {i for i, (finding, _) in enumerate(found) if finding.block in wanted}
+
+
+def _inventory(found: list[tuple[Finding, Role]]) -> str:
+    known = Counter(role.label for _, role in found if role.group not in (CONV, OTHER))
+    known.update(role.group for _, role in found if role.group in (CONV, OTHER))
+    return ", ".join(f"{label} ({n})" for label, n in known.items())

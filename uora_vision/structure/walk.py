@@ -1,0 +1,77 @@
+"""One walk over a model: every weight that could be adapted, and what the rules say of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..weights.role import CONV, OTHER, Role
+from .candidates import Site, Unit, find_sites, units
+from .heads import head_names, lies_within, output_names
+from .rules import POSITION, ROUTERS, TALKING_HEADS, apply_rules
+
+UNKNOWN = "no rule knows it"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the walk says of one weight: its roles, or why it has none.
+
+    Args:
+        site: where it is.
+        roles: the projections in it, empty if it is never adapted.
+        rule: name of the rule that decided, or the reason for leaving it.
+        block: number of its block through the model, None outside of blocks.
+    """
+
+    site: Site
+    roles: tuple[Role, ...]
+    rule: str
+    block: int | None
+
+
+def walk(model: nn.Module) -> Iterator[Finding]:
+    """Every weight that could be adapted, in the model's order, with what the rules say of it."""
+    sites = find_sites(model)
+    heads, outputs = head_names(model), output_names(model)
+    decided: dict[str, tuple[Unit, str, tuple[Role, ...]]] = {}
+    for unit in units(model, sites):
+        known = apply_rules(unit)
+        for name, site in unit.members.items():
+            if lies_within(site.path, heads):
+                decided[site.path] = unit, "part of the head", ()
+            elif lies_within(site.path, outputs):
+                decided[site.path] = unit, "output embedding", ()
+            else:
+                decided[site.path] = unit, *known.get(name, _left(site))
+    blocks: dict[str, int] = {}
+    for site in sites:
+        unit, rule, roles = decided[site.path]
+        projects = any(role.group not in (CONV, OTHER) for role in roles)
+        path = _block(f"{unit.path}.") if projects else None
+        yield Finding(site, roles, rule, None if path is None else blocks.setdefault(path, len(blocks)))
+
+
+def _left(site: Site) -> tuple[str, tuple[Role, ...]]:
+    """Of a weight that no rule knows: adapted on request only, or never."""
+    if ROUTERS.search(site.module_path):
+        return "routes to experts", ()
+    if POSITION.search(site.path):
+        return "position bias", ()
+    if TALKING_HEADS.search(site.module_path):
+        return "mixes heads", ()
+    kernel = site.form == "kernel"
+    name, rows = re.sub(r"\W", "_", site.module_path.rpartition(".")[2]) or "weight", site.shape[0] // site.groups
+    group = CONV if kernel else OTHER
+    if site.groups == 1:
+        return UNKNOWN, (Role(name, group, 0, rows),)
+    return UNKNOWN, tuple(Role(f"{name}_{g}", group, g * rows, rows) for g in range(site.groups))
+
+
+def _block(path: str) -> str | None:
+    """The innermost numbered module: `blocks.3.attn.` lies in `blocks.3`."""
+    match = re.match(r"(.*\.\d+|\d+)\.", path)
+    return match[1] if match else None

@@ -1,0 +1,53 @@
+"""What kind of module holds a weight, under its adapter if it has one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from .matrix import Form
+from .quantised import is_quantised_linear
+
+
+class Adapted:
+    """Mixed in before the class of a module that has adapters; made by `adapted_class`."""
+
+    _parameters: dict[str, Any]
+    __dict__: dict[str, Any]
+
+
+def raw(module: Any, name: str) -> Any:
+    """A parameter of a module as it is stored. Replicas of DataParallel keep theirs among the plain attributes."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else module.__dict__[name]
+
+
+def call_form(module: nn.Module) -> Form | None:
+    """The form of the weight of a module that can be called adapted; None if its forward is its own."""
+    return "matrix" if is_quantised_linear(module) else class_call_form(base_class(module))
+
+
+def class_call_form(cls: type[nn.Module]) -> Form | None:
+    forward = cls.forward
+    if forward is nn.Linear.forward:
+        return "matrix"
+    if issubclass(cls, nn.Conv1d | nn.Conv2d | nn.Conv3d) and forward in _CONVOLUTIONS:
+        return "kernel"
+    if cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils":
+        return "transposed"
+    return None
+
+
+_CONVOLUTIONS: tuple[Callable[..., Any], ...] = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+
+
+def base_class(module: Any) -> Any:
+    """The class of a module; of an adapted one, the class that it had before."""
+    classes = type(module).__mro__  # fully_shard may have put classes of its own in front
+    return classes[classes.index(Adapted) + 1] if Adapted in classes else classes[0]
+
+
+def is_adapted(module: nn.Module) -> bool:
+    return isinstance(module, Adapted)
