@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from ..errors import ExportError
+from ..private import tree_leaves, tree_map
 from ..structure.example import call, float_tensors
 
 EXTERNAL = 1_500_000_000
@@ -63,7 +63,7 @@ def to_onnx(model: nn.Module, example_input: Any, path: Path) -> float | None:
     more = tree_map(lambda t: torch.cat([t, t[:1].flip(-1)]) if isinstance(t, Tensor) else t, example_input)
     want = list(float_tensors(call(copy.deepcopy(model), more)))
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    given = [t for t in torch.utils._pytree.tree_leaves(more) if isinstance(t, Tensor)]
+    given = [t for t in tree_leaves(more) if isinstance(t, Tensor)]
     names = [i.name for i in session.get_inputs()]
     got = session.run(None, {name: t.numpy() for name, t in zip(names, given, strict=False)})
     got = [torch.from_numpy(g) for g in got if g.dtype.kind == "f"]

@@ -163,7 +163,7 @@ def _attention_reason(path: str, modules: Mapping[str, nn.Module]) -> str | None
         return f"in {base_class(module).__name__}, of which PEFT adapts only the layers that are called"
     if not path:
         return "the model itself is this layer"
-    if not module._qkv_same_embed_dim:
+    if module._parameters["in_proj_weight"] is None:
         return "PEFT adapts nn.MultiheadAttention only where q, k and v have one width"
     above = path
     while above:

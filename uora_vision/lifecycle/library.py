@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import StateError
 from ..maths.bank import Bank
 from ..maths.redraw_log import BankState
+from ..private import TORCH_UNSENT
 from ..weights.kinds import is_adapted
 from ..weights.sharded import is_sharded
 from .adapter import CHILD, Adapter, child
@@ -103,9 +104,6 @@ MERGED = "_uora_merged"
 
 DEFAULT = "default"
 """Name of an adapter that was given none."""
-
-TORCH_UNSENT = "_ddp_params_and_buffers_to_ignore"
-"""Where DistributedDataParallel looks for names of tensors that it shall not send."""
 
 
 class Library:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..maths.convolution import Geometry
+from ..private import ComputedFlatWeights, forget_flat_weights, pads, renew_flat_weights
 from ..weights.kinds import Adapted, base_class, call_form, class_call_form, is_adapted, raw
 from ..weights.quantised import is_quantised, own_forward
 from ..weights.sharded import is_sharded
@@ -46,7 +47,7 @@ class CalledConv(Surgical):
         padding = self.padding
         if self.padding_mode != "zeros" or isinstance(padding, str):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            x = nn.functional.pad(x, self._reversed_padding_repeated_twice, mode=mode)
+            x = nn.functional.pad(x, pads(self), mode=mode)
             padding = (0,) * len(self.stride)
         geometry = Geometry(self.stride, padding, self.dilation, self.groups)
         return getattr(self, CHILD).convolve(x, raw(self, "weight"), raw(self, "bias"), geometry)
@@ -66,20 +67,8 @@ class ReadWithin(Surgical):
             self.__dict__.pop(_FOLDS, None)
 
 
-class ReadRecurrent(ReadWithin):
-    """torch's LSTM and GRU read their tensors from a list that they keep."""
-
-    @property
-    def _flat_weights(self: Any) -> list[Tensor | None]:
-        there = self._parameters.keys() | self.__dict__.keys()  # a replica gets its tensors one by one
-        return [getattr(self, name) if name in there else None for name in self._flat_weights_names]
-
-    @_flat_weights.setter
-    def _flat_weights(self, value: Any) -> None:
-        """torch renews the list when the module is moved; it is made from the parameters here."""
-
-    def __setattr__(self: Any, name: str, value: Any) -> None:
-        nn.Module.__setattr__(self, name, value)  # torch's own would keep the list up to date
+class ReadRecurrent(ReadWithin, ComputedFlatWeights):
+    """torch's LSTM and GRU."""
 
     def flatten_parameters(self) -> None:
         """Nothing: cuDNN's layout would be that of W + dW, which every forward makes anew."""
@@ -150,8 +139,7 @@ def attach(module: nn.Module, tensor: str, adapter: Adapter, read: bool) -> None
     names = (cls.read if adapted else ()) + ((tensor,) if read or not called else ())
     module.add_module(child(tensor), adapter)
     module.__class__ = adapted_class(base_class(module), called, names)
-    if isinstance(module, nn.RNNBase):
-        module.__dict__.pop("_flat_weights", None)
+    forget_flat_weights(module)
 
 
 def detach(module: nn.Module) -> None:
@@ -161,8 +149,7 @@ def detach(module: nn.Module) -> None:
     for name in [name for name in module._modules if name == CHILD or name.startswith(f"{CHILD}_")]:
         delattr(module, name)
     module.__class__ = base_class(module)
-    if isinstance(module, nn.RNNBase):
-        module._init_flat_weights()
+    renew_flat_weights(module)
 
 
 def adapters_of(module: nn.Module) -> dict[str, Adapter]:

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map, tree_map_only
 
 from ..errors import StateError
+from ..private import tree_map, tree_map_only
 
 
 class Pattern(NamedTuple):

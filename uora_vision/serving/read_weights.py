@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.nn import functional as F
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from ..errors import StateError
+from ..private import is_wrapped, seen_through, tree_leaves, unwrapped
 
 AddUpdate = Callable[[Tensor, Tensor, tuple[int, int] | None], Tensor]
 """(x, y, (first row, rows) of the weight) -> y plus the update of x."""
@@ -37,7 +35,7 @@ class Reads(TorchFunctionMode):
         if not used:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
-        if name != "__get__" and any(map(is_functorch_wrapped_tensor, used)):
+        if name != "__get__" and any(map(is_wrapped, used)):
             raise StateError(f"{self._site(used[0])[0]} is taken inside torch.vmap, which cannot be routed")  # type: ignore[index]
         if func is F.multi_head_attention_forward:
             with self:
@@ -55,8 +53,7 @@ class Reads(TorchFunctionMode):
     def _site(self, t: Any) -> tuple[str, Tensor, AddUpdate] | None:
         if not isinstance(t, Tensor) or t.device.type == "meta":
             return None
-        while is_functorch_wrapped_tensor(t):  # inside torch.vmap
-            t = get_unwrapped(t)
+        t = unwrapped(t)  # inside torch.vmap
         return self.weights.get(t.untyped_storage().data_ptr()) if t.layout is torch.strided else None
 
     def _product(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -76,12 +73,4 @@ class Reads(TorchFunctionMode):
         return add_update(input, linear(input, weight, bias), (first, len(weight)))
 
 
-def _seen_through(function: Any) -> Any:
-    """A function of torch that runs its own code, rather than hand itself as a whole to an active mode."""
-    own = {**function.__globals__, "has_torch_function": lambda _: False}
-    copy = types.FunctionType(function.__code__, own, function.__name__, function.__defaults__, function.__closure__)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
-
-
-_attention = _seen_through(F.multi_head_attention_forward)
+_attention = seen_through(F.multi_head_attention_forward)

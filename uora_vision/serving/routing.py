@@ -23,6 +23,7 @@ from ..lifecycle.surgery import attach
 from ..maths.bank import Bank
 from ..maths.convolution import Geometry
 from ..maths.forms import autocasts, exact
+from ..private import unseen
 from ..structure.targets import Projection
 from ..weights.kinds import raw
 from ..weights.matrix import Form, to_matrix
@@ -86,7 +87,7 @@ class Routed(nn.Module):
         """What the bias of each adapter is more than the base's, (adapters, out)."""
 
     def project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        with torch._C.DisableTorchFunction():
+        with unseen():
             return self.add_update(x, linear(x, to_matrix(weight, self.form), bias))
 
     def add_update(self, x: Tensor, y: Tensor, rows: tuple[int, int] | None = None) -> Tensor:

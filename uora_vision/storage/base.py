@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import FormatError
 from ..lifecycle.adapter import Adapter
+from ..private import name_or_path
 from ..structure.candidates import Site, find_sites
 from ..structure.checks import check_weights, plain
 from ..structure.heads import head_names
@@ -120,8 +121,8 @@ def published_name(model: nn.Module) -> str | None:
         architecture, tag = found.get("architecture"), found.get("tag")
         if isinstance(architecture, str):
             return f"timm/{architecture}.{tag}" if tag else f"timm/{architecture}"
-    name = getattr(getattr(model, "config", None), "_name_or_path", None)
-    if not isinstance(name, str) or not name:
+    name = name_or_path(model)
+    if name is None:
         return None
     return os.path.basename(name.rstrip("/")) if os.path.isabs(name) else name
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ..private import tree_leaves, tree_map_only
 
 
 def words(text: str) -> frozenset[str]:

@@ -13,11 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import StateError
+from ..private import BITSANDBYTES_PACKS, packed_for_inference
 
 _PLAIN = (Tensor, nn.Parameter)
-
-_PACKS = "support_avx512bf16_for_cpu"
-"""Attribute by which a 4-bit layer of bitsandbytes knows that it may pack its weight."""
 
 
 def is_quantised(weight: object) -> bool:
@@ -51,19 +49,19 @@ def own_forward(module: Any, forward: Any, x: Tensor) -> Tensor:
     Raises:
         StateError: the weight was packed before it was adapted, and a gradient is asked for.
     """
-    if torch.is_grad_enabled() and _packed_for_inference(module._parameters["weight"]):
+    if torch.is_grad_enabled() and packed_for_inference(module._parameters["weight"]):
         raise StateError(
             "bitsandbytes has packed a 4-bit weight for inference on this CPU, which gives no gradient for the input. "
             "Inject the model before it is first called in eval mode, or load it again."
         )
-    packs = module.__dict__.get(_PACKS, False)
+    packs = module.__dict__.get(BITSANDBYTES_PACKS, False)
     if not packs:
         return cast(Tensor, forward(module, x))
-    setattr(module, _PACKS, False)
+    setattr(module, BITSANDBYTES_PACKS, False)
     try:
         return cast(Tensor, forward(module, x))
     finally:
-        setattr(module, _PACKS, packs)
+        setattr(module, BITSANDBYTES_PACKS, packs)
 
 
 def dequantised(module: Any) -> Tensor:
@@ -73,7 +71,7 @@ def dequantised(module: Any) -> Tensor:
         StateError: bitsandbytes has packed the weight for inference on a CPU.
     """
     weight: Any = module._parameters["weight"]
-    if _packed_for_inference(weight):
+    if packed_for_inference(weight):
         raise StateError("bitsandbytes has packed a 4-bit weight for inference; state_dict() of the model unpacks it.")
     kind = _kind(weight.__class__)
     if kind == "Params4bit":
@@ -91,10 +89,6 @@ def dequantised(module: Any) -> Tensor:
 def float_type(weight: Tensor, otherwise: torch.dtype) -> torch.dtype:
     """The type of the inputs that a quantised weight takes; bitsandbytes' take any, and get `otherwise`."""
     return weight.dtype if _kind(type(weight)) == "TorchAOBaseTensor" else otherwise
-
-
-def _packed_for_inference(weight: Any) -> bool:
-    return bool(getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False))
 
 
 @cache
