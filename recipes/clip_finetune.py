@@ -23,23 +23,23 @@ from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from common import cli
-from common.augment import Augment, Domain, DomainShift, ModelInput
-from common.contrastive import Matching, Naming, prompts, zero_shot
-from common.data import ImageSet, load_images, parse_classes
-from common.display import Display
-from common.dual import Dual, Tokens, load_dual
+from common.command import cli
+from common.command.display import Display
+from common.command.options import MethodChoice, RunChoice, TrainChoice
+from common.data.augment import Augment, Domain, DomainShift, ModelInput
+from common.data.images import ImageSet, load_images, parse_classes
+from common.data.loading import Images
 from common.errors import DataError
-from common.evaluation import sections
-from common.folder import CHECKPOINT, prepare_folder, record_config, write_json
-from common.loading import Images
-from common.machine import make_accelerator
-from common.options import MethodChoice, RunChoice, TrainChoice
-from common.pairs import PairImages, Pairs, load_pairs
-from common.report import Sheet
-from common.results import compare, finish
-from common.towers import DEFAULTS, Tower, Towers, adapt_towers, trains
-from common.training import TrainOptions, train
+from common.report.page import Sheet
+from common.report.results import compare, finish
+from common.training.folder import CHECKPOINT, prepare_folder, record_config, write_json
+from common.training.loop import TrainOptions, train
+from common.training.machine import make_accelerator
+from common.vision.evaluation import sections
+from common.vision_language.contrastive import Matching, Naming, prompts, zero_shot
+from common.vision_language.dual import Dual, Tokens, load_dual
+from common.vision_language.pairs import PairImages, Pairs, load_pairs
+from common.vision_language.towers import DEFAULTS, Tower, Towers, adapt_towers, trains
 from rich.console import Console
 from torch.utils.data import Dataset
 from torch.utils.tensorboard.writer import SummaryWriter
@@ -338,7 +338,7 @@ def sheet(before: dict[str, float], after: dict[str, float]) -> Sheet:
 
 def demo(options: Options) -> dict[str, Any] | None:
     """A tiny CLIP learns the digits 0 to 4 and is adapted to 5 to 9 by every method."""
-    from common.dual_demo import NEW, OLD, ROWS, SHOTS, TEMPLATE, WORDS, pretrain
+    from common.vision_language.demo import NEW, OLD, ROWS, SHOTS, TEMPLATE, WORDS, pretrain
 
     folder = prepare_folder(options.output, False, "clip-demo")
     display = Display(Console(), options.quiet)

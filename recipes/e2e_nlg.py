@@ -26,18 +26,19 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from common import cli, toy_restaurants
-from common.display import Display
+from common.command import cli
+from common.command.display import Display
+from common.command.options import MethodChoice, RunChoice, TrainChoice
+from common.data.tables import load_table, need_columns
 from common.errors import DataError, ModelError
-from common.folder import prepare_folder, record_config, write_json
-from common.generation_metrics import score_texts
-from common.language import load_model, load_tokenizer, longest
-from common.methods import Defaults, Method, apply_method
-from common.options import MethodChoice, RunChoice, TrainChoice
-from common.report import Sheet
-from common.results import compare, finish
-from common.tables import load_table, need_columns
-from common.trainer import arguments, careful, fit
+from common.language import toy_restaurants
+from common.language.generation_metrics import score_texts
+from common.language.models import load_model, load_tokenizer, longest
+from common.report.page import Sheet
+from common.report.results import compare, finish
+from common.training.folder import prepare_folder, record_config, write_json
+from common.training.methods import Defaults, Method, apply_method
+from common.training.trainer import arguments, careful, fit
 from datasets import Dataset
 from rich.console import Console
 from torch import Tensor

@@ -24,16 +24,17 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from common import cli, toy
-from common.display import Display
+from common.command import cli
+from common.command.display import Display
+from common.command.options import MethodChoice, RunChoice, TrainChoice
+from common.data.tables import hold_out, load_table, need_columns
 from common.errors import DataError
-from common.folder import prepare_folder, record_config
-from common.language import load_model, load_tokenizer, longest
-from common.methods import Defaults, Method, apply_method
-from common.options import MethodChoice, RunChoice, TrainChoice
-from common.results import compare, finish
-from common.tables import hold_out, load_table, need_columns
-from common.trainer import arguments, careful, fit
+from common.language import toy
+from common.language.models import load_model, load_tokenizer, longest
+from common.report.results import compare, finish
+from common.training.folder import prepare_folder, record_config
+from common.training.methods import Defaults, Method, apply_method
+from common.training.trainer import arguments, careful, fit
 from datasets import Dataset
 from rich.console import Console
 from torchmetrics.functional import accuracy, f1_score, matthews_corrcoef, pearson_corrcoef, spearman_corrcoef

@@ -23,9 +23,14 @@ from typing import Annotated, Any
 
 import torch
 from accelerate import PartialState
-from common import chat, cli, toy
-from common.answers import generate, held_out_loss, perplexity
-from common.dialogues import (
+from common.command import cli
+from common.command.display import Display
+from common.command.options import MethodChoice, RunChoice, TrainChoice
+from common.data.tables import hold_out, load_table
+from common.errors import MethodError, ModelError, OutputError
+from common.language import chat, toy
+from common.language.answers import generate, held_out_loss, perplexity
+from common.language.dialogues import (
     TEMPLATE_FILE,
     Messages,
     encode,
@@ -34,17 +39,13 @@ from common.dialogues import (
     question,
     read_dialogues,
 )
-from common.display import Display
-from common.errors import MethodError, ModelError, OutputError
-from common.folder import CONFIG, METRICS, prepare_folder, record_config, write_json, write_text
-from common.language import load_model, load_tokenizer, longest
-from common.methods import Adapted, Defaults, Method, apply_method
-from common.options import MethodChoice, RunChoice, TrainChoice
-from common.report import Sheet
-from common.results import compare, finish
-from common.sft import make_trainer
-from common.tables import hold_out, load_table
-from common.trainer import arguments, fit
+from common.language.models import load_model, load_tokenizer, longest
+from common.language.sft import make_trainer
+from common.report.page import Sheet
+from common.report.results import compare, finish
+from common.training.folder import CONFIG, METRICS, prepare_folder, record_config, write_json, write_text
+from common.training.methods import Adapted, Defaults, Method, apply_method
+from common.training.trainer import arguments, fit
 from datasets import Dataset
 from rich.console import Console
 from safetensors.torch import load_file

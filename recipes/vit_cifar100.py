@@ -17,16 +17,16 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
-from common import cli
-from common.augment import Augment, Domain, DomainShift, ModelInput
-from common.backbone import create_backbone, input_format
-from common.demo import NEW, OLD, ROWS, SHOTS, pretrain
-from common.display import Display
-from common.folder import prepare_folder
-from common.images import ImageChoice, load_sets, train_images
-from common.loading import Images
-from common.methods import DEFAULTS
-from common.results import compare
+from common.command import cli
+from common.command.display import Display
+from common.data.augment import Augment, Domain, DomainShift, ModelInput
+from common.data.loading import Images
+from common.report.results import compare
+from common.training.folder import prepare_folder
+from common.training.methods import DEFAULTS
+from common.vision.backbone import create_backbone, input_format
+from common.vision.classify import ImageChoice, load_sets, train_images
+from common.vision.demo import NEW, OLD, ROWS, SHOTS, pretrain
 from rich.console import Console
 from typer import Option
 

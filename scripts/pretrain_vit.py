@@ -24,7 +24,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
-from common.data import load_images, parse_classes
+from common.data.images import load_images, parse_classes
 
 
 def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -10,11 +10,11 @@ from typing import Annotated, Any
 
 import pytest
 import yaml
-from common import cli
+from common.command import cli
+from common.command.options import MethodChoice, RunChoice, TrainChoice
 from common.errors import RecipeError
-from common.folder import CONFIG, prepare_folder, record_config
-from common.methods import DEFAULTS, Method, Scope
-from common.options import MethodChoice, RunChoice, TrainChoice
+from common.training.folder import CONFIG, prepare_folder, record_config
+from common.training.methods import DEFAULTS, Method, Scope
 from typer import Option
 
 

@@ -13,14 +13,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from common import cli, dual_demo
-from common.contrastive import pair_loss, prompts, recalls
-from common.data import load_images
-from common.dual import load_dual
-from common.methods import Method, MethodOptions
-from common.pairs import load_pairs
-from common.towers import Tower, Towers, adapt_towers, trains
-from common.toy import word_tokenizer
+from common.command import cli
+from common.data.images import load_images
+from common.language.toy import word_tokenizer
+from common.training.methods import Method, MethodOptions
+from common.vision_language import demo as dual_demo
+from common.vision_language.contrastive import pair_loss, prompts, recalls
+from common.vision_language.dual import load_dual
+from common.vision_language.pairs import load_pairs
+from common.vision_language.towers import Tower, Towers, adapt_towers, trains
 from PIL import Image
 from safetensors.torch import load_file
 

@@ -11,8 +11,10 @@ from pathlib import Path
 import e2e_nlg
 import pytest
 import torch
-from common import cli, network, toy, toy_restaurants
-from common.methods import Method
+from common.command import cli
+from common.data import network
+from common.language import toy, toy_restaurants
+from common.training.methods import Method
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 

@@ -12,8 +12,9 @@ import glue
 import numpy as np
 import pytest
 import torch
-from common import cli, toy
-from common.methods import Method
+from common.command import cli
+from common.language import toy
+from common.training.methods import Method
 from safetensors.torch import load_file
 from sklearn.metrics import f1_score, matthews_corrcoef
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel

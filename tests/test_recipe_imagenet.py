@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import timm
 import torch
-from common import cli
-from common.augment import Augment, InputFormat, ModelInput
-from common.data import load_images
+from common.command import cli
+from common.data.augment import Augment, InputFormat, ModelInput
+from common.data.images import load_images
 from PIL import Image
 from safetensors.torch import load_file
 

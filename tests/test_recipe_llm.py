@@ -18,14 +18,15 @@ import llm_instruct
 import pytest
 import torch
 from aiohttp.test_utils import TestServer
-from common import chat, cli, toy
-from common.answers import held_out_loss
-from common.dialogues import encode, prepare_template, prompt_ids, read_dialogues
+from common.command import cli
+from common.data.tables import load_table
 from common.errors import DataError
-from common.language import load_model, load_tokenizer
-from common.methods import Method
-from common.sft import make_trainer
-from common.tables import load_table
+from common.language import chat, toy
+from common.language.answers import held_out_loss
+from common.language.dialogues import encode, prepare_template, prompt_ids, read_dialogues
+from common.language.models import load_model, load_tokenizer
+from common.language.sft import make_trainer
+from common.training.methods import Method
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig

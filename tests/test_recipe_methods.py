@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from common.methods import DEFAULTS, Method, MethodError, MethodOptions, Scope, apply_method
+from common.training.methods import DEFAULTS, Method, MethodError, MethodOptions, Scope, apply_method
 from torch import nn
 
 import uora_vision as uora

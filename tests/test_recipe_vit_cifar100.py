@@ -17,8 +17,9 @@ import pytest
 import timm
 import torch
 import vit_cifar100
-from common import checkpoint, cli
-from common.methods import Method
+from common.command import cli
+from common.training import checkpoint
+from common.training.methods import Method
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -100,10 +101,10 @@ def test_every_method_leaves_its_results(method: Method, recipe: Call, tmp_path:
 
 
 def test_the_saved_adapter_gives_the_measured_accuracy(recipe: Call, tiny: str, tmp_path: Path) -> None:
-    from common.augment import Domain, DomainShift, ModelInput
-    from common.backbone import create_backbone, input_format
-    from common.data import load_images
-    from common.loading import Images, eval_loader
+    from common.data.augment import Domain, DomainShift, ModelInput
+    from common.data.images import load_images
+    from common.data.loading import Images, eval_loader
+    from common.vision.backbone import create_backbone, input_format
 
     folder = tmp_path / "out"
     assert recipe(*SHORT, "--rank", 4, "--output", folder, "--domain", "invert", *FIRES)[0] == 0
@@ -176,7 +177,7 @@ def test_a_failed_write_leaves_a_checkpoint_to_resume_from(recipe: Call, tmp_pat
 def test_an_interrupt_leaves_a_checkpoint_and_says_how_to_go_on(
     sent: signal.Signals, recipe: Call, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
-    from common import training
+    from common.training import loop as training
 
     step = training.Run.step
 

@@ -1,0 +1,118 @@
+"""A recipe's command line, made from the fields of its options: one typed dataclass is arguments, YAML and record.
+
+python recipes/NAME.py --lr 1e-3 --output runs/a        # every field is an option
+python recipes/NAME.py --config runs/a/config.yaml      # as the last run resolved them; options on the line win
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+import yaml
+from rich.console import Console
+
+import uora_vision as uora
+
+from ..errors import RecipeError
+
+INTERRUPTED = 130
+
+
+def application(run: Callable[[Any], Any], options: type, doc: str | None) -> typer.Typer:
+    """A command with an option for each field of the dataclass `options`, which calls `run` with an instance.
+
+    Fields are annotated as typer's parameters are: `rank: Annotated[int, typer.Option(help=...)] = 8`.
+    """
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+    def command(context: typer.Context, **values: Any) -> None:
+        values.pop("config")
+        run(options(**values))
+
+    def read(context: typer.Context, path: Path | None) -> Path | None:
+        context.default_map = {} if path is None else read_yaml(path, {f.name for f in dataclasses.fields(options)})
+        return path
+
+    config = Annotated[
+        Path | None,
+        typer.Option(callback=read, is_eager=True, help="YAML file of these options; those on the line win"),
+    ]
+    hints = get_type_hints(options, include_extras=True)
+    kind = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter("context", kind, annotation=typer.Context),
+        *(
+            inspect.Parameter(f.name, kind, default=f.default, annotation=hints[f.name])
+            for f in dataclasses.fields(options)
+        ),
+        inspect.Parameter("config", kind, default=None, annotation=config),
+    ]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    app.command(help=doc)(command)
+    return app
+
+
+def main(app: typer.Typer) -> int:
+    """Run a recipe's command line: errors of use as one line on stderr and exit code 2."""
+    try:
+        return app(standalone_mode=False) or 0
+    except typer.TyperException as error:
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+    except (RecipeError, uora.UoraError) as error:
+        # A worker's error arrives with the worker's traceback; its last line is the message.
+        message = re.sub(r"^[\w.]+Error: ", "", str(error).strip().splitlines()[-1])
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def read_yaml(path: Path, known: set[str]) -> dict[str, Any]:
+    """Options from a YAML file, for the fields in `known`.
+
+    Raises:
+        RecipeError: it cannot be read, or names an option that does not exist.
+    """
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        raise RecipeError(f"--config {path} must hold lines such as `rank: 8`, it holds a {type(found).__name__}")
+    found = {str(key).replace("-", "_"): value for key, value in found.items()}
+    if unknown := sorted(found.keys() - known):
+        raise RecipeError(f"--config {path} has options that this recipe does not know: {', '.join(unknown)}")
+    return found
+
+
+def plain(options: Any) -> dict[str, Any]:
+    """The fields of an options dataclass as JSON and YAML can hold them."""
+    return {f.name: _plain(getattr(options, f.name)) for f in dataclasses.fields(options)}
+
+
+def stopped(console: Console, reason: str, step: int, folder: Path) -> typer.Exit:
+    """Say how an unfinished run is continued; to be raised."""
+    line = shlex.join(word for word in sys.argv if word != "--resume")
+    words = shlex.split(re.sub(r" --max-(steps|seconds)[ =]\S+", "", line))
+    if "--output" not in " ".join(words):
+        words += ["--output", str(folder)]
+    text = f"stopped after step {step} ({reason}). To go on: {shlex.join(['python', *words, '--resume'])}"
+    console.print(text, soft_wrap=True, highlight=False)
+    return typer.Exit(INTERRUPTED if reason == "interrupted" else 0)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Enum):
+        return value.value
+    return str(value) if isinstance(value, Path) else value

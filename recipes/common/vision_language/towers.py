@@ -1,0 +1,188 @@
+"""What trains in a model of two towers: for each of them nothing, an adapter, or all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+from torch import Tensor, nn
+
+import uora_vision as uora
+
+from ..errors import MethodError
+from ..training.methods import Adapted, Defaults, Method, MethodOptions, apply_method
+from .dual import PROJECTIONS, Dual
+
+DEFAULTS = {  # the second rate is for a tower that trains in full beside an adapter, and for the logit scale
+    Method.uora: Defaults(256, 4e-3, 1e-5),
+    Method.vera: Defaults(256, 4e-3, 1e-5),
+    Method.vera_peft: Defaults(256, 4e-3, 1e-5),
+    Method.lora: Defaults(8, 1e-3, 1e-5),
+    Method.linear: Defaults(None, 1e-3, 1e-3),
+    Method.full: Defaults(None, 1e-5, 1e-5),
+    Method.bitfit: Defaults(None, 1e-3, 1e-3),
+}
+ADAPTERS = (Method.uora, Method.vera, Method.lora)
+
+
+class Tower(StrEnum):
+    frozen = "frozen"
+    uora = "uora"
+    full = "full"
+
+
+@dataclass(frozen=True)
+class Towers:
+    """What trains where.
+
+    Args:
+        image, text: of each tower; None for what the method does.
+        last: only that many last blocks of each tower; None for all.
+        scale: whether the logit scale (and SigLIP's bias) trains.
+    """
+
+    image: Tower | None = None
+    text: Tower | None = None
+    last: int | None = None
+    scale: bool = False
+
+
+class DualAdapted(Adapted):
+    """Trains by way of `Dual`, and names parameters as the model in it does."""
+
+    def trained_tensors(self) -> dict[str, Tensor]:
+        return {name: p.detach().cpu().contiguous() for name, p in self.base.named_parameters() if p.requires_grad}
+
+
+def adapt_towers(dual: Dual, options: MethodOptions, towers: Towers) -> DualAdapted:
+    """Freeze and adapt a model, in place. One bank of random matrices serves both towers.
+
+    Raises:
+        MethodError: the method and what is asked of the towers do not go together, or nothing would train.
+        uora.UoraError: an option of the adapter is wrong, or nothing matches `targets`.
+    """
+    model, method = dual.model, options.method
+    modes = {"image": _mode(method, towers.image, "image"), "text": _mode(method, towers.text, "text")}
+    blocks = _last_blocks(dual, towers.last)
+    groups: list[dict[str, Any]] = []
+    whole = [name for name, _ in model.named_parameters() if _in_scope(name, blocks)]
+    model.requires_grad_(False)
+    if method in ADAPTERS:
+        chosen = replace(options, targets=_targets(dual, options, modes, blocks))
+        groups = apply_method(model, chosen).groups
+        if method is Method.lora:
+            _keep_base_exact(model)
+        full = [name for name in whole if modes.get(dual.tower(name) or "") is Tower.full]
+    else:
+        full = [name for name in whole if modes.get(dual.tower(name) or "", Tower.frozen) is not Tower.frozen]
+    if method is Method.linear:
+        full = [name for name in full if name.startswith(PROJECTIONS)]
+    elif method is Method.bitfit:
+        full = [name for name in full if name.endswith("bias")]
+    scale = ["logit_scale", *(["logit_bias"] if dual.sigmoid else [])] if towers.scale else []
+    parameters = dict(model.named_parameters())
+    if not groups and not full:
+        raise MethodError(f"--method {method} would train nothing in the towers: {_why(method)}")
+    rate = options.head_lr if method in ADAPTERS else options.lr
+    matrices = [parameters[name] for name in full if parameters[name].dim() > 1]
+    vectors = [parameters[name] for name in full if parameters[name].dim() <= 1]
+    groups = [
+        *groups,
+        _group("tower", matrices, rate, options.weight_decay),
+        _group("tower_vectors", vectors, rate),
+        _group("scale", [parameters[name] for name in scale], options.head_lr),
+    ]
+    groups = [group for group in groups if group["params"]]
+    for group in groups:
+        for p in group["params"]:
+            p.requires_grad_(True)
+    return DualAdapted(dual, model, groups, options)
+
+
+def trains(dual: Dual, side: str) -> bool:
+    """Whether anything in a tower, `image` or `text`, trains."""
+    return any(p.requires_grad and dual.tower(name) == side for name, p in dual.model.named_parameters())
+
+
+def _mode(method: Method, asked: Tower | None, side: str) -> Tower:
+    """What happens to a tower; `uora` stands for whatever the method adds."""
+    if method is Method.vera_peft:
+        raise MethodError("--method vera-peft wraps a whole model and knows no towers; use --method vera")
+    if asked is Tower.uora and method is not Method.uora:
+        raise MethodError(f"--{side}-tower uora goes with --method uora, not {method}; leave it out")
+    if asked is Tower.full and method not in (*ADAPTERS, Method.full):
+        raise MethodError(f"--{side}-tower full does not go with --method {method}, which trains less; leave it out")
+    return asked or (Tower.full if method is Method.full else Tower.uora)
+
+
+def _why(method: Method) -> str:
+    if method is Method.linear:
+        return "they have no projection into the common space, or are frozen. Use bitfit or uora"
+    return "both are frozen"
+
+
+def _targets(dual: Dual, options: MethodOptions, modes: dict[str, Tower], blocks: set[str] | None) -> str:
+    """`targets`, or the projections one by one where only some of them are to be adapted."""
+    found = uora.plan(dual.model, targets=options.targets).projections
+    kept = [
+        p for p in found if modes.get(dual.tower(p.path) or "") is Tower.uora and _in_scope(f"{p.module_path}.", blocks)
+    ]
+    if not kept:
+        raise MethodError(
+            f"no tower is left for --method {options.method}: "
+            f"image {modes['image']}, text {modes['text']}. Adapt one of them, or use --method full"
+        )
+    if len(kept) == len(found):
+        return options.targets
+    return "+".join(f"{p.path}.{role.name}" for p in kept for role in p.roles)
+
+
+def _last_blocks(dual: Dual, last: int | None) -> set[str] | None:
+    """Paths of the last blocks of each tower; None where all train."""
+    if last is None:
+        return None
+    kept: set[str] = set()
+    found = uora.plan(dual.model).projections
+    for side in ("image", "text"):
+        paths = dict.fromkeys(_block(p.module_path) for p in found if dual.tower(p.path) == side)
+        kept |= set([path for path in paths if path is not None][-last:])
+    return kept
+
+
+def _block(path: str) -> str | None:
+    """The innermost numbered module: `visual.transformer.resblocks.3` of `visual.transformer.resblocks.3.attn`."""
+    match = re.match(r"(.*\.\d+|\d+)\.", path)
+    return match[1] if match else None
+
+
+def _in_scope(name: str, blocks: set[str] | None) -> bool:
+    """Whether a parameter may train: with `last`, those of the last blocks and the projections behind them."""
+    if blocks is None or name.startswith(PROJECTIONS):
+        return True
+    return any(name.startswith(f"{path}.") for path in blocks)
+
+
+def _keep_base_exact(model: nn.Module) -> None:
+    """PEFT adds LoRA to the weights of an nn.MultiheadAttention in each forward and subtracts it again, in new
+    parameters: rounding moves the base at each step, and a resumed run would start from another. So the parameters
+    that were there before come back after each forward."""
+
+    def before(module: Any, args: Any) -> None:
+        base = module.get_base_layer()
+        module.__dict__["_exact"] = base.in_proj_weight, base.out_proj.get_base_layer().weight
+
+    def after(module: Any, args: Any, output: Any) -> None:
+        base = module.get_base_layer()
+        base.in_proj_weight, base.out_proj.get_base_layer().weight = module.__dict__.pop("_exact")
+
+    for module in model.modules():
+        if type(module).__name__ == "MultiheadAttention" and hasattr(module, "lora_A"):
+            module.register_forward_pre_hook(before)
+            module.register_forward_hook(after)
+
+
+def _group(name: str, params: Iterable[nn.Parameter], lr: float, decay: float = 0.0) -> dict[str, Any]:
+    return {"name": name, "params": list(params), "lr": lr, "weight_decay": decay}
