@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,12 +10,10 @@ import torch
 import typer
 
 pytest.importorskip("timm")
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-sys.path.insert(0, str(SCRIPTS))
 
-import benchmark_scale as scale  # noqa: E402
-import benchmark_step as bench  # noqa: E402
-from benchmark_subject import Dtype, Method, Settings, Subject, make_base, parse_methods  # noqa: E402
+import scale as scale
+import step as bench
+from subject import Dtype, Method, Settings, Subject, make_base, parse_methods
 
 BATCH = 4
 SETTINGS = Settings("test_vit", BATCH, "cpu", Dtype.fp32, img_size=None, threads=None, compile=False)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import mmap
-import sys
 from pathlib import Path
 
 import pytest
 import typer
 
 pytest.importorskip("timm")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
-import benchmark_inject as bench
+import inject as bench
 
 
 def test_a_run_writes_a_table_numbers_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

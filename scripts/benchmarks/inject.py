@@ -1,14 +1,14 @@
 """What injecting a model costs, in time by its size and in memory, and what a step of reinitialisation costs.
 
-    python scripts/benchmark_inject.py
-    python scripts/benchmark_inject.py --rank 64 --dtype fp32 --output runs/inject
+    python scripts/benchmarks/inject.py
+    python scripts/benchmarks/inject.py --rank 64 --dtype fp32 --output runs/inject
 
 - inject: models without values (on the `meta` device), so that it is the walk, the plan and the surgery that are timed;
   the median of some rounds, each over a new model.
 - memory: a Llama of 1.1B parameters with values, in a process of its own: the resident set before, the largest while
   `inject` runs, and by how much of the model's bytes that is more. A, B and their copies on the CPU are in it.
 - reinitialisation: `Reinitializer.step()` of a ViT without a firing, with one and with 16 directions that fire in the
-  same step, layer after layer, beside a training step (see `benchmark_step.py`).
+  same step, layer after layer, beside a training step (see `step.py`).
 
 Times are processor time on one thread.
 """
@@ -29,8 +29,8 @@ import matplotlib
 import timm
 import torch
 import typer
-from benchmark_step import machine, new_folder, seconds, versions
-from benchmark_subject import Dtype, Method, Settings, Subject, make_base
+from step import machine, new_folder, seconds, versions
+from subject import Dtype, Method, Settings, Subject, make_base
 from torch import nn
 
 import uora_vision as uora

@@ -1,13 +1,13 @@
 """How the cost of a UORA step grows with depth, width, tokens, rank and registered adapters: predicted and measured.
 
-    python scripts/benchmark_scale.py
-    python scripts/benchmark_scale.py --ranks 8,32,128 --widths 128,256 --rounds 3
-    python scripts/benchmark_scale.py --device cuda --depth 12 --width 768 --batch 64 --rank 256
+    python scripts/benchmarks/scale.py
+    python scripts/benchmarks/scale.py --ranks 8,32,128 --widths 128,256 --rounds 3
+    python scripts/benchmarks/scale.py --device cuda --depth 12 --width 768 --batch 64 --rank 256
 
 One of the five is varied at a time, the others stay at their middle values; the point that all variables have in common
 is measured once. The subject is a vision transformer with random weights in float32, patches of 16 pixels and heads
 of 64 columns (one head, where 64 does not divide the width). Steps of the frozen floor and of UORA, as in
-`benchmark_step.py`, alternate in rounds over all points, so that a busy moment does not fall on one point alone. The
+`step.py`, alternate in rounds over all points, so that a busy moment does not fall on one point alone. The
 table gives medians over the rounds and, in brackets, the smallest and the largest ratio within a round.
 
 The prediction is a ratio of operations, those of the matrix products, without any constant fitted to a machine. With t
@@ -35,11 +35,11 @@ from typing import Annotated
 
 import torch
 import typer
-from benchmark_routing import register
-from benchmark_step import machine, new_folder, ratios, seconds, versions
-from benchmark_subject import CLASSES, TARGETS, Dtype, Method, Settings, Subject, make_base
 from rich.console import Console
 from rich.progress import Progress
+from routing import register
+from step import machine, new_folder, ratios, seconds, versions
+from subject import CLASSES, TARGETS, Dtype, Method, Settings, Subject, make_base
 from torch import Tensor, nn
 
 import uora_vision as uora

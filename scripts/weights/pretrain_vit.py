@@ -1,6 +1,6 @@
 """Pretrain the small ViT that the CIFAR-100 study adapts.
 
-    python scripts/pretrain_vit.py --data DATA --classes 0-59 --epochs 16 --output weights/vit_cifar60
+    python scripts/weights/pretrain_vit.py --data DATA --classes 0-59 --epochs 16 --output weights/vit_cifar60
 
 The result is a folder in timm's own form: `timm.create_model("local-dir:weights/vit_cifar60")`.
 Half of the patches are dropped while training (timm's `patch_drop_rate`), except in the last
@@ -23,7 +23,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
 from common.data.images import load_images, parse_classes
 
 

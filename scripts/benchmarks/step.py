@@ -1,8 +1,8 @@
 """What a training step costs: time, saved activations, peak memory and parameters of UORA beside other methods.
 
-    python scripts/benchmark_step.py
-    python scripts/benchmark_step.py --model vit_small_patch16_224 --methods uora-64,uora-256/4,vera-256 --threads 1
-    python scripts/benchmark_step.py --batch 64 --device cuda --dtype bf16 --rounds 20
+    python scripts/benchmarks/step.py
+    python scripts/benchmarks/step.py --model vit_small_patch16_224 --methods uora-64,uora-256/4,vera-256 --threads 1
+    python scripts/benchmarks/step.py --batch 64 --device cuda --dtype bf16 --rounds 20
 
 Adapters sit on the attention and MLP projections (qkv, proj, fc1, fc2) and train the head besides. Everything is
 measured against the frozen floor: the same model with the same loss, in which the head trains, every other weight is
@@ -45,9 +45,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from benchmark_subject import PEFT, Dtype, Method, Settings, Subject, make_base, parse_methods
 from rich.console import Console
 from rich.progress import Progress
+from subject import PEFT, Dtype, Method, Settings, Subject, make_base, parse_methods
 from torch import Tensor, nn
 
 import uora_vision as uora

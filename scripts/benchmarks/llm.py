@@ -1,12 +1,12 @@
-"""What a training step costs on a Llama-shaped language model: `benchmark_step.py` with tokens in place of images.
+"""What a training step costs on a Llama-shaped language model: `step.py` with tokens in place of images.
 
-    python scripts/benchmark_llm.py --threads 1
-    python scripts/benchmark_llm.py --device cuda --dtype bf16 --batch 4 --hidden 2048 --intermediate 5632 --layers 22 \
---heads 32 --kv-heads 4 --rounds 20
+    python scripts/benchmarks/llm.py --threads 1
+    python scripts/benchmarks/llm.py --device cuda --dtype bf16 --batch 4 --hidden 2048 --intermediate 5632 \
+        --layers 22 --heads 32 --kv-heads 4 --rounds 20
 
 The second is a model of 1.1B parameters. Weights are random. Adapters sit on q, k, v, o, gate, up and down of every
 layer. The frozen floor and every method train the last norm besides, so that there is something to train; the embedding
-and the output layer are frozen. What is measured, and how, is said at the head of `benchmark_step.py`.
+and the output layer are frozen. What is measured, and how, is said at the head of `step.py`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Annotated
 
 import torch
 import typer
-from benchmark_step import default_device, new_folder, run
-from benchmark_subject import Dtype, Settings
+from step import default_device, new_folder, run
+from subject import Dtype, Settings
 from torch import Tensor, nn
 
 

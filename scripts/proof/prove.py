@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from zoo import Entry, call
 
 import uora_vision as uora
 from uora_vision.layers import adapters_of
 from uora_vision.verify import float_tensors
+
+from .zoo import Entry, call
 
 RANK = 4
 MERGED, HALF = 1e-3, 0.1

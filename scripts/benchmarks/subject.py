@@ -1,4 +1,4 @@
-"""What `benchmark_step.py` and `benchmark_llm.py` measure: one model under one method, with a batch to train on."""
+"""What `step.py` and `llm.py` measure: one model under one method, with a batch to train on."""
 
 from __future__ import annotations
 

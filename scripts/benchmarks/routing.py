@@ -1,7 +1,7 @@
 """What a mixed batch costs: every sample with its own adapter, of as many as are registered.
 
-    python scripts/benchmark_routing.py --threads 1
-    python scripts/benchmark_routing.py --device cuda --dtype bf16 --registered 1,10,100,1000,10000
+    python scripts/benchmarks/routing.py --threads 1
+    python scripts/benchmarks/routing.py --device cuda --dtype bf16 --registered 1,10,100,1000,10000
 
 Of a timm model without training: the base; one UORA adapter for the whole batch, in the form that the library chooses
 and in the factored form; batches in which all samples have different adapters, by how many are registered; and PEFT's
@@ -25,8 +25,8 @@ import psutil
 import timm
 import torch
 import typer
-from benchmark_step import default_device, has, new_folder, versions
 from rich.console import Console
+from step import default_device, has, new_folder, versions
 from torch import Tensor, nn
 
 import uora_vision as uora
