@@ -11,63 +11,11 @@ and the output layer are frozen. What is measured, and how, is said at the head 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from step import default_device, new_folder, run
-from subject import Dtype, Settings
-from torch import Tensor, nn
-
-
-@dataclass(frozen=True)
-class LlamaSettings(Settings):
-    """A Llama with random weights, and sequences of random tokens.
-
-    Args:
-        sequence: tokens of a sample.
-        hidden: width of the stream; the others as in transformers' LlamaConfig.
-    """
-
-    sequence: int = 512
-    hidden: int = 768
-    intermediate: int = 2048
-    layers: int = 12
-    heads: int = 12
-    kv_heads: int = 12
-    vocabulary: int = 32_000
-
-    @property
-    def packages(self) -> list[str]:
-        return ["transformers", "uora_vision", "peft"]
-
-    def make(self) -> nn.Module:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        config = LlamaConfig(
-            hidden_size=self.hidden,
-            intermediate_size=self.intermediate,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            vocab_size=self.vocabulary,
-            max_position_embeddings=self.sequence,
-            use_cache=False,
-        )
-        return LlamaForCausalLM(config)
-
-    def head(self, model: nn.Module) -> list[nn.Parameter]:
-        return list(model.get_submodule("model.norm").parameters())
-
-    def data(self, model: nn.Module) -> tuple[Tensor, Tensor]:
-        shape = (self.batch, self.sequence)
-        return torch.randint(self.vocabulary, shape), torch.randint(self.vocabulary, shape)
-
-    def logits(self, model: nn.Module, inputs: Tensor) -> Tensor:
-        logits: Tensor = model(input_ids=inputs).logits
-        return logits
+from measure.choices import Dtype, parse_methods
 
 
 def main(
@@ -88,6 +36,12 @@ def main(
     compile: Annotated[bool, typer.Option("--compile", help="with torch.compile")] = False,
     output: Annotated[Path | None, typer.Option(help="folder; by default a new one in runs/")] = None,
 ) -> None:
+    chosen = parse_methods(methods)
+
+    import torch
+    from measure.llm import LlamaSettings
+    from measure.step import default_device, new_folder, run
+
     settings = LlamaSettings(
         "llama", batch, device or default_device(), dtype, None, threads, compile, sequence, hidden, intermediate,
         layers, heads, kv_heads or heads, vocabulary,
@@ -95,7 +49,7 @@ def main(
     with torch.device("meta"):
         size = sum(p.numel() for p in settings.make().parameters())
     parts = [f"Llama shape of {size / 1e6:,.0f}M", f"batch {batch} x {sequence}"]
-    run(settings, methods, rounds, minutes, parts, output or new_folder("benchmark_llm"))
+    run(settings, chosen, rounds, minutes, parts, output or new_folder("benchmark_llm"))
 
 
 if __name__ == "__main__":

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 import torch
@@ -17,25 +15,10 @@ from torch import Tensor, nn
 
 import uora_vision as uora
 
+from .choices import Dtype, Method
+
 TARGETS = "attention+mlp"
-LABELS = {
-    "floor": "frozen floor",
-    "linear": "linear head",
-    "uora": "UORA r{}",
-    "lora": "PEFT LoRA r{}",
-    "vera": "PEFT VeRA r{}",
-    "full": "full fine-tuning",
-}
-RANKED, PEFT = ("uora", "lora", "vera"), ("lora", "vera")
 CLASSES = 100
-
-
-class Dtype(StrEnum):
-    """Types of weights and products."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-    autocast = "autocast-bf16"
 
 
 @dataclass(frozen=True)
@@ -104,43 +87,6 @@ class Settings:
         """(..., classes)."""
         logits: Tensor = model(inputs)
         return logits
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to train: its kind (a key of `LABELS`), the rank, for those that have one, and UORA's token sampling."""
-
-    kind: str
-    rank: int | None = None
-    sampling: int = 1
-
-    @property
-    def name(self) -> str:
-        name = self.kind if self.rank is None else f"{self.kind}-{self.rank}"
-        return name if self.sampling == 1 else f"{name}/{self.sampling}"
-
-    @property
-    def label(self) -> str:
-        return LABELS[self.kind].format(self.rank) + ("" if self.sampling == 1 else f", 1 token of {self.sampling}")
-
-
-def parse_methods(text: str) -> list[Method]:
-    """Methods by their names, the floor before all others.
-
-    Raises:
-        typer.BadParameter: a name is unknown, or its rank is missing.
-    """
-    methods = [Method("floor")]
-    for name in filter(None, (part.strip() for part in text.split(","))):
-        match = re.fullmatch(r"([a-z]+)(?:-([1-9]\d*))?(?:/([1-9]\d*))?", name)
-        known = match is not None and match[1] in LABELS and (match[1] in RANKED) == (match[2] is not None)
-        if match is None or not known or (match[3] and match[1] != "uora"):
-            raise typer.BadParameter(
-                f"no method {name!r}; there are floor, linear, full, and uora-R, lora-R, vera-R of any rank R, such as "
-                "uora-256; uora-256/4 takes the gradients from one token of 4"
-            )
-        methods.append(Method(match[1], int(match[2]) if match[2] else None, int(match[3] or 1)))
-    return list(dict.fromkeys(methods))
 
 
 class Subject:
