@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from common.data.augment import Augment, Domain, DomainShift, InputFormat, ModelInput
+from common.command.choices import Augment, Domain
+from common.data.augment import DomainShift, InputFormat, ModelInput
 from common.data.images import DataError, ImageSet
 from common.data.loading import Batches, Images, eval_loader, train_loader
 

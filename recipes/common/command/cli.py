@@ -2,6 +2,8 @@
 
 python recipes/NAME.py --lr 1e-3 --output runs/a        # every field is an option
 python recipes/NAME.py --config runs/a/config.yaml      # as the last run resolved them; options on the line win
+
+A recipe parses before it imports what takes seconds, so that help and mistakes are answered at once.
 """
 
 from __future__ import annotations
@@ -11,71 +13,68 @@ import inspect
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
 import yaml
-from rich.console import Console
-
-import uora_vision as uora
 
 from ..errors import RecipeError
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 INTERRUPTED = 130
+Options = TypeVar("Options")
 
 
-def application(run: Callable[[Any], Any], options: type, doc: str | None) -> typer.Typer:
-    """A command with an option for each field of the dataclass `options`, which calls `run` with an instance.
+def parse(kind: type[Options], doc: str | None = None, words: Sequence[str] | None = None) -> Options:
+    """The options that the command line gives. The process ends where it gives none: after --help, and, with one line
+    on stderr and exit code 2, after a mistake.
 
-    Fields are annotated as typer's parameters are: `rank: Annotated[int, typer.Option(help=...)] = 8`.
+    Args:
+        kind: a dataclass, whose fields are annotated as typer's parameters are:
+            `rank: Annotated[int, typer.Option(help=...)] = 8`.
+        doc: what --help says before the options.
+        words: of the command line; None for the process's own.
     """
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-    def command(context: typer.Context, **values: Any) -> None:
-        values.pop("config")
-        run(options(**values))
-
-    def read(context: typer.Context, path: Path | None) -> Path | None:
-        context.default_map = {} if path is None else read_yaml(path, {f.name for f in dataclasses.fields(options)})
-        return path
-
-    config = Annotated[
-        Path | None,
-        typer.Option(callback=read, is_eager=True, help="YAML file of these options; those on the line win"),
-    ]
-    hints = get_type_hints(options, include_extras=True)
-    kind = inspect.Parameter.KEYWORD_ONLY
-    parameters = [
-        inspect.Parameter("context", kind, annotation=typer.Context),
-        *(
-            inspect.Parameter(f.name, kind, default=f.default, annotation=hints[f.name])
-            for f in dataclasses.fields(options)
-        ),
-        inspect.Parameter("config", kind, default=None, annotation=config),
-    ]
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
-    app.command(help=doc)(command)
-    return app
-
-
-def main(app: typer.Typer) -> int:
-    """Run a recipe's command line: errors of use as one line on stderr and exit code 2."""
     try:
-        return app(standalone_mode=False) or 0
+        return read(kind, words, doc)
+    except RecipeError as error:
+        sys.exit(_told(str(error)))
+
+
+def read(kind: type[Options], words: Sequence[str] | None, doc: str | None = None) -> Options:
+    """As `parse`, within a program.
+
+    Raises:
+        RecipeError: an option is wrong.
+        SystemExit: help was asked for.
+    """
+    try:
+        found = _application(kind, doc)(words, standalone_mode=False)
     except typer.TyperException as error:
-        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        raise RecipeError(error.format_message() if hasattr(error, "format_message") else str(error)) from error
+    return found if isinstance(found, kind) else sys.exit(found)
+
+
+def main(run: Callable[[Any], Any], options: Any) -> int:
+    """Run a recipe; gives the exit code. What is wrong with its use is told as one line on stderr, with code 2."""
+    import uora_vision as uora
+
+    try:
+        run(options)
+    except typer.Exit as leaving:
+        return leaving.exit_code
     except (RecipeError, uora.UoraError) as error:
         # A worker's error arrives with the worker's traceback; its last line is the message.
-        message = re.sub(r"^[\w.]+Error: ", "", str(error).strip().splitlines()[-1])
-    except (KeyboardInterrupt, typer.Abort):
+        return _told(re.sub(r"^[\w.]+Error: ", "", str(error).strip().splitlines()[-1]))
+    except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    return 0
 
 
 def read_yaml(path: Path, known: set[str]) -> dict[str, Any]:
@@ -110,6 +109,43 @@ def stopped(console: Console, reason: str, step: int, folder: Path) -> typer.Exi
     text = f"stopped after step {step} ({reason}). To go on: {shlex.join(['python', *words, '--resume'])}"
     console.print(text, soft_wrap=True, highlight=False)
     return typer.Exit(INTERRUPTED if reason == "interrupted" else 0)
+
+
+def _application(options: type, doc: str | None) -> typer.Typer:
+    """A command with an option for each field of the dataclass, which gives an instance."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+    def command(context: typer.Context, **values: Any) -> Any:
+        values.pop("config")
+        return options(**values)
+
+    def read(context: typer.Context, path: Path | None) -> Path | None:
+        context.default_map = {} if path is None else read_yaml(path, {f.name for f in dataclasses.fields(options)})
+        return path
+
+    config = Annotated[
+        Path | None,
+        typer.Option(callback=read, is_eager=True, help="YAML file of these options; those on the line win"),
+    ]
+    hints = get_type_hints(options, include_extras=True)
+    kind = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter("context", kind, annotation=typer.Context),
+        *(
+            inspect.Parameter(f.name, kind, default=f.default, annotation=hints[f.name])
+            for f in dataclasses.fields(options)
+        ),
+        inspect.Parameter("config", kind, default=None, annotation=config),
+    ]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    app.command(help=doc)(command)
+    return app
+
+
+def _told(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
 
 
 def _plain(value: object) -> object:

@@ -10,7 +10,6 @@ import os
 import random
 import zlib
 from dataclasses import dataclass
-from enum import StrEnum
 
 import cv2
 import numpy as np
@@ -19,27 +18,11 @@ import torch
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else it asks the network for its newest version at import
 import albumentations as A
 
+from ..command.choices import Augment, Domain
+
 cv2.setNumThreads(0)  # the data loader's workers are the threads
 
 INTERPOLATION = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC, "lanczos": cv2.INTER_LANCZOS4}
-
-
-class Augment(StrEnum):
-    """What varies in the training images: nothing, the position, the position and left-right, or also the size."""
-
-    none = "none"
-    crop = "crop"
-    flip = "crop+flip"
-    resized = "resized-crop+flip"
-
-
-class Domain(StrEnum):
-    """A fixed change of every image, training and test, that makes another domain of a data set."""
-
-    none = "none"
-    invert = "invert"
-    rotate = "rotate"
-    noise = "noise"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ..training.methods import Defaults, Method
+from ..command.choices import Method
+from ..command.options import Defaults
 
 GOOD = ["superb", "brilliant", "charming", "delightful", "moving", "clever", "graceful", "thrilling", "warm", "funny"]
 BAD = ["dreadful", "dull", "clumsy", "tedious", "hollow", "silly", "lifeless", "boring", "cold", "tiresome"]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from ..training.methods import Defaults, Method
+from ..command.choices import Method
+from ..command.options import Defaults
 from .toy import _learn, word_tokenizer
 
 FIRST = ["Blue", "Golden", "Green", "Old", "Silver", "Red", "Royal", "Quiet"]

@@ -16,10 +16,12 @@ from safetensors.torch import save as to_bytes
 
 import uora_vision as uora
 
+from ..command.choices import Method
 from ..command.display import Display
+from ..command.options import Defaults
 from ..training.folder import CHECKPOINT, CHECKPOINTS, METRICS, write_json
 from ..training.loop import Outcome
-from ..training.methods import Adapted, Defaults, Method
+from ..training.methods import Adapted
 from .page import RunReport, show, write_report
 
 LIBRARIES = (

@@ -58,7 +58,6 @@ class TrainOptions:
         epochs: passes over the training data.
         batch: examples per optimizer step, over all processes.
         warmup: share of all steps in which the learning rate rises linearly; it falls along a cosine after that.
-        optimizer: a name that timm knows.
         clip: largest norm of the gradient; 0 for none.
         precision: `no`, `bf16` or `fp16`.
         workers: processes that read data.
@@ -71,7 +70,6 @@ class TrainOptions:
     epochs: int = 10
     batch: int = 64
     warmup: float = 0.1
-    optimizer: str = "adamw"
     clip: float = 1.0
     precision: str = "no"
     workers: int = 0
@@ -81,6 +79,21 @@ class TrainOptions:
     checkpoint_seconds: float = 600.0
     max_steps: int | None = None
     max_seconds: float | None = None
+
+    @classmethod
+    def of(cls, options: Any) -> TrainOptions:
+        """From a recipe's options: those of `RunChoice`, `TrainChoice` and `MethodChoice`.
+
+        Raises:
+            RecipeError: `--checkpoint-every` is neither steps nor minutes.
+        """
+        steps, seconds = options.cadence
+        same = ("epochs", "batch", "warmup", "clip", "precision", "workers", "seed", "eval_every", "max_steps",
+                "max_seconds")  # fmt: skip
+        return cls(
+            **{name: getattr(options, name) for name in same},
+            checkpoint_steps=steps, checkpoint_seconds=seconds,
+        )  # fmt: skip
 
 
 @dataclass
@@ -122,6 +135,8 @@ class Outcome:
 
 def train(
     adapted: Adapted,
+    optimizer: torch.optim.Optimizer,
+    reinit: uora.Reinitializer | None,
     data: Dataset,
     task: Task,
     options: TrainOptions,
@@ -134,6 +149,8 @@ def train(
     """Train what `adapted` trains.
 
     Args:
+        optimizer: of the parameters of `adapted`; see `make_optimizer`.
+        reinit: steps after the optimizer; None to re-draw nothing.
         data: sized; gives an example for (epoch, index).
         display: shows progress.
         log: called with (step, numbers) after every step and every evaluation.
@@ -145,7 +162,7 @@ def train(
         CheckpointError: there is nothing to resume, or it does not fit.
     """
     accelerator = make_accelerator(options.precision)
-    run = Run(adapted, options, accelerator, len(data), checkpoint_path)
+    run = Run(adapted, optimizer, reinit, options, accelerator, len(data), checkpoint_path)
     if resume:
         run.load()
     display = display or Display(quiet=True)
@@ -167,25 +184,25 @@ class Run:
     def __init__(
         self,
         adapted: Adapted,
+        optimizer: torch.optim.Optimizer,
+        reinit: uora.Reinitializer | None,
         options: TrainOptions,
         accelerator: Accelerator,
         examples: int,
         path: Path | None,
     ) -> None:
-        self.adapted, self.options, self.accelerator = adapted, options, accelerator
+        self.adapted, self.reinit, self.options, self.accelerator = adapted, reinit, options, accelerator
         self.path = path
         self.examples = examples
         self.progress = Progress()
         self.per_epoch = self.batches().per_epoch
         self.total = self.per_epoch * options.epochs
         adapted.model.to(accelerator.device)
-        raw = make_optimizer(adapted, options.optimizer)
-        self.reinit = adapted.reinitializer(raw)
         warmup = round(options.warmup * self.total)
         self.scheduler = CosineLRScheduler(
-            raw, t_initial=self.total - warmup + 1, warmup_t=warmup, warmup_prefix=True, t_in_epochs=False
+            optimizer, t_initial=self.total - warmup + 1, warmup_t=warmup, warmup_prefix=True, t_in_epochs=False
         )
-        self.model, self.optimizer = accelerator.prepare(adapted.model, raw)
+        self.model, self.optimizer = accelerator.prepare(adapted.model, optimizer)
         self.parameters = [p for group in adapted.groups for p in group["params"]]
 
     def batches(self) -> Batches:
@@ -360,7 +377,7 @@ class Run:
         checkpoint.set_random_state(state["random"][self.accelerator.process_index])
 
 
-def make_optimizer(adapted: Adapted, name: str) -> torch.optim.Optimizer:
+def make_optimizer(adapted: Adapted, name: str = "adamw") -> torch.optim.Optimizer:
     """One of timm's optimizers over what trains.
 
     Raises:

@@ -4,45 +4,16 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import uora_vision as uora
 from uora_vision.walker import head_names
 
+from ..command.choices import Method
+from ..command.options import Defaults, MethodOptions
 from ..errors import MethodError
-
-
-class Method(StrEnum):
-    uora = "uora"
-    vera = "vera"
-    vera_peft = "vera-peft"
-    lora = "lora"
-    linear = "linear"
-    full = "full"
-    bitfit = "bitfit"
-
-
-class Scope(StrEnum):
-    """Which layers a re-drawn direction changes; `never` re-draws none."""
-
-    never = "never"
-    shared = "shared"
-    quorum = "quorum"
-    layer = "layer"
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """What a method uses where nothing is asked for: rank (None: it has none) and AdamW learning rates."""
-
-    rank: int | None
-    lr: float
-    head_lr: float
-
 
 DEFAULTS = {
     Method.uora: Defaults(256, 4e-3, 4e-3),
@@ -53,37 +24,6 @@ DEFAULTS = {
     Method.full: Defaults(None, 3e-4, 4e-3),
     Method.bitfit: Defaults(None, 2e-3, 4e-3),
 }
-
-
-@dataclass(frozen=True)
-class MethodOptions:
-    """What to train.
-
-    Args:
-        rank: of the adapter, for the methods that have one.
-        targets: which projections to adapt, in the words of `uora.inject`. LoRA and PEFT's VeRA adapt whole weights, so
-            for them any role of a fused weight selects all of it.
-        lr: of what the method adds or unfreezes.
-        head_lr: of the head.
-        weight_decay: of matrices.
-        seed: of the adapter's random matrices.
-        scope, threshold, relative, alpha, every: of UORA's reinitialisation; see `uora.Reinitializer`.
-        token_sampling: see `uora.UoraConfig`; for UORA and its VeRA.
-    """
-
-    method: Method = Method.uora
-    rank: int | None = 256
-    targets: str = "attention+mlp"
-    lr: float = 4e-3
-    head_lr: float = 4e-3
-    weight_decay: float = 0.0
-    seed: int = 0
-    scope: Scope = Scope.shared
-    threshold: float = 1e-5
-    relative: bool = False
-    alpha: float = 0.5
-    every: int = 1
-    token_sampling: int = 1
 
 
 @dataclass
@@ -129,27 +69,11 @@ class Adapted:
         """What was trained, by the name it has in the model."""
         return {name: p.detach().cpu().contiguous() for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def reinit_options(self) -> dict[str, Any] | None:
-        """Options of a `uora.Reinitializer`; None for the methods that never re-draw."""
-        options = self.options
-        if options.method is not Method.uora or options.scope is Scope.never:
-            return None
-        return {
-            "threshold": options.threshold,
-            "relative": options.relative,
-            "alpha": options.alpha,
-            "every": options.every,
-            "scope": options.scope.value,
-        }
-
-    def reinitializer(self, optimizer: torch.optim.Optimizer) -> uora.Reinitializer | None:
-        """Re-draws the directions that fell asleep; None for the methods that never do."""
-        options = self.reinit_options()
-        return None if options is None else uora.Reinitializer(self.base, optimizer=optimizer, **options)
-
 
 def apply_method(model: nn.Module, options: MethodOptions) -> Adapted:
-    """Freeze and adapt a model, in place. Its head trains by every method, where it has one.
+    """Freeze and adapt a model, in place, by a method that UORA is compared with: for UORA itself, recipes show how.
+
+    The head trains by every method, where there is one.
 
     Raises:
         MethodError: the method cannot be applied to this model, or needs a package that is missing, or trains nothing.
@@ -159,10 +83,11 @@ def apply_method(model: nn.Module, options: MethodOptions) -> Adapted:
         raise MethodError(f"rank must be at least 1, got {options.rank}")
     base = model
     match options.method:
-        case Method.uora | Method.vera:
-            law = {"init": "kaiming", "layout": "slice"} if options.method is Method.vera else {}
+        case Method.uora:
+            raise ValueError("a recipe calls uora.inject itself")
+        case Method.vera:
             same = {name: getattr(options, name) for name in ("rank", "targets", "seed", "token_sampling")}
-            uora.inject(model, **same, **law)
+            uora.inject(model, **same, init="kaiming", layout="slice")
         case Method.lora:
             model = _with_lora(model, options)
         case Method.vera_peft:
@@ -194,7 +119,7 @@ def head_ids(model: nn.Module) -> set[int]:
 
 def _groups(model: nn.Module, base: nn.Module, options: MethodOptions) -> list[dict[str, Any]]:
     """Matrices decay and vectors do not, as the field does it; UORA's vectors never, or a decaying d would fire."""
-    if options.method in (Method.uora, Method.vera):
+    if options.method is Method.vera:
         return uora.param_groups(base, lr=options.lr, head_lr=options.head_lr, weight_decay=options.weight_decay)
     head, vectors = head_ids(base), options.method is Method.vera_peft
     groups: dict[str, dict[str, Any]] = {}

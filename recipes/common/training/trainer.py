@@ -25,12 +25,13 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
+import uora_vision as uora
 from uora_vision.integrations.transformers import UoraCallback, adapter_only
 
 from ..command.display import Display
 from ..errors import CheckpointError, TrainingError
 from .folder import CHECKPOINTS
-from .loop import Outcome, Progress, make_optimizer
+from .loop import Outcome, Progress
 from .machine import StopRequest, peak_memory
 from .methods import Adapted
 
@@ -125,6 +126,8 @@ def _trained_only(base: type[Trainer], adapted: Adapted) -> type[Trainer]:
 
 def fit(
     adapted: Adapted,
+    optimizer: torch.optim.Optimizer,
+    reinit: uora.Reinitializer | None,
     options: Any,
     folder: Path,
     make: Callable[..., Trainer],
@@ -134,6 +137,8 @@ def fit(
     """Train what `adapted` trains.
 
     Args:
+        optimizer: of the parameters of `adapted`; see `make_optimizer`.
+        reinit: steps after the optimizer; None to re-draw nothing.
         options: a recipe's options: those of `RunChoice` and `TrainChoice`.
         folder: of the run; checkpoints go to a folder inside.
         make: makes the Trainer, given `model`, `optimizers` and `callbacks`.
@@ -144,12 +149,13 @@ def fit(
         CheckpointError: there is nothing to resume.
     """
     transformers.utils.logging.disable_progress_bar()
-    optimizer = make_optimizer(adapted, options.opt)
     watch = Watch(options, folder, display)
     writer = SummaryWriter(str(folder / "tensorboard")) if PartialState().is_main_process else None
-    redraw = adapted.reinit_options()
-    keeper = UoraCallback(**redraw) if redraw is not None else None
-    callbacks: list[TrainerCallback] = [*([keeper] if keeper else []), watch]  # the first adds to what others log
+    callbacks: list[TrainerCallback] = [watch]
+    if reinit is not None:
+        keeper = UoraCallback()
+        keeper.reinit = reinit
+        callbacks.insert(0, keeper)  # it adds to what others log
     if writer:
         callbacks.append(TensorBoardCallback(writer))
     trainer = make(model=adapted.model, optimizers=(optimizer, None), callbacks=callbacks)
@@ -164,7 +170,6 @@ def fit(
         trainer.train(resume_from_checkpoint=last)
     evaluation = None if watch.stopped else watch.evaluation or watch.measure()
     device = trainer.accelerator.device
-    reinit = keeper.reinit if keeper is not None else None
     return Outcome(watch.stopped, watch.progress, reinit, evaluation, peak_memory(device), str(device))
 
 

@@ -1,43 +1,27 @@
-"""What the recipes that classify images have in common, from their options to the report."""
+"""What the recipes that classify images have in common: reading the images, and what comes after adapting a model."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
+import torch
 from accelerate import PartialState
 from rich.console import Console
-from torch import nn
-from torch.utils.tensorboard.writer import SummaryWriter
-from typer import Option
 
 import uora_vision as uora
 
 from ..command import cli
 from ..command.display import Display
-from ..command.options import MethodChoice, RunChoice, TrainChoice
+from ..command.options import ImageChoice
 from ..data.images import ImageSet, load_images, parse_classes
 from ..data.loading import Images
 from ..report.results import finish
 from ..training.folder import CHECKPOINT, record_config
 from ..training.loop import TrainOptions, train
-from ..training.methods import MethodOptions, apply_method
+from ..training.methods import Adapted
+from ..training.tensorboard import tensorboard
 from .evaluation import Classification, sections
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageChoice(RunChoice, TrainChoice, MethodChoice):
-    """Which images, and which model learns them."""
-
-    data: Annotated[str, Option(help="cifar100, digits, a folder, or a data set on the Hugging Face hub")] = "cifar100"
-    model: Annotated[str, Option(help="a timm model, or local-dir:FOLDER")] = "vit_small_patch16_224"
-    classes: Annotated[str | None, Option(help="only these classes: 60-99 or apple,bear")] = None
-    shots: Annotated[int | None, Option(min=1, help="training images per class; all by default")] = None
-    validation: Annotated[
-        float, Option(min=0, max=0.9, help="evaluate on this share of the training images, held out")
-    ] = 0
-    keep_head: Annotated[bool, Option("--keep-head", help="train on from the model's own head")] = False
 
 
 def load_sets(options: ImageChoice) -> tuple[ImageSet, ImageSet]:
@@ -59,18 +43,19 @@ def load_sets(options: ImageChoice) -> tuple[ImageSet, ImageSet]:
 
 def train_images(
     options: ImageChoice,
-    chosen: MethodOptions,
-    backbone: nn.Module,
+    adapted: Adapted,
+    optimizer: torch.optim.Optimizer,
+    reinit: uora.Reinitializer | None,
     data: Images,
     tests: Images,
     folder: Path,
     config: dict[str, Any],
     comparison: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any] | None:
-    """Adapt a model to images by the chosen method, measure it, and write the results.
+    """Train on images, measure, and write the results.
 
     Args:
-        chosen: the method with its rank and rates.
+        adapted, optimizer, reinit: what trains, and how; see `train`.
         data, tests: to train on, and to measure.
         folder, config: as `prepare_folder` made the one and took the other.
         comparison: see `finish`.
@@ -80,14 +65,9 @@ def train_images(
 
     Raises:
         typer.Exit: the run was stopped; it left a checkpoint.
-        MethodError, TrainingError, CheckpointError, PrecisionError, DataError: see there.
+        TrainingError, CheckpointError, PrecisionError, DataError: see there.
     """
-    steps, seconds = options.cadence
     train_set, test_set = data.data, tests.data
-    adapted = apply_method(backbone, chosen)
-    if adapted.is_uora:
-        uora.verify(backbone, data[0, 0][0][None])
-
     console, main_process = Console(), PartialState().is_main_process
     display = Display(console, options.quiet or not main_process)
     display.say(
@@ -97,38 +77,12 @@ def train_images(
     )
     if main_process:
         record_config(folder, config)
-    writer = SummaryWriter(str(folder / "tensorboard")) if main_process else None
-
-    def log(step: int, numbers: dict[str, float]) -> None:
-        for name, value in numbers.items() if writer else ():
-            writer.add_scalar(name, value, step)
-
-    outcome = train(
-        adapted,
-        data,
-        Classification(tests, options.batch, options.workers),
-        TrainOptions(
-            epochs=options.epochs,
-            batch=options.batch,
-            warmup=options.warmup,
-            optimizer=options.opt,
-            clip=options.clip,
-            precision=options.precision,
-            workers=options.workers,
-            seed=options.seed,
-            eval_every=options.eval_every,
-            checkpoint_steps=steps,
-            checkpoint_seconds=seconds,
-            max_steps=options.max_steps,
-            max_seconds=options.max_seconds,
-        ),
-        display=display,
-        log=log,
-        checkpoint_path=folder / CHECKPOINT,
-        resume=options.resume,
-    )
-    if writer:
-        writer.close()
+    task = Classification(tests, options.batch, options.workers)
+    with tensorboard(folder) as log:
+        outcome = train(
+            adapted, optimizer, reinit, data, task, TrainOptions.of(options), display=display, log=log,
+            checkpoint_path=folder / CHECKPOINT, resume=options.resume,
+        )  # fmt: skip
     if not main_process:
         return None
     if outcome.stopped:

@@ -7,12 +7,14 @@ from pathlib import Path
 import timm
 import torch
 
+from ..command.choices import Domain, Method
 from ..command.display import Display
-from ..data.augment import Domain, DomainShift, InputFormat, ModelInput
+from ..command.options import Defaults, MethodOptions
+from ..data.augment import DomainShift, InputFormat, ModelInput
 from ..data.images import load_images
 from ..data.loading import Images
-from ..training.loop import TrainOptions, train
-from ..training.methods import Defaults, Method, MethodOptions, apply_method
+from ..training.loop import TrainOptions, make_optimizer, train
+from ..training.methods import apply_method
 from .evaluation import Classification
 
 FORM = InputFormat((8, 8), (0.3, 0.3, 0.3), (0.35, 0.35, 0.35))
@@ -47,7 +49,8 @@ def pretrain(folder: Path, seed: int, display: Display) -> str:
         for split in ("train", "test")
     )
     shown = Display(display.console, display.quiet, "pretraining, epoch")
-    train(adapted, data, Classification(tests), TrainOptions(epochs=24, batch=32, eval_every=8), display=shown)
+    how = TrainOptions(epochs=24, batch=32, eval_every=8)
+    train(adapted, make_optimizer(adapted), None, data, Classification(tests), how, display=shown)
     model.pretrained_cfg.update(mean=FORM.mean, std=FORM.std, input_size=(3, *FORM.size), crop_pct=1.0)
     timm.models.save_for_hf(model, folder, model_config={"model_args": MODEL}, safe_serialization=True)
     return f"local-dir:{folder}"

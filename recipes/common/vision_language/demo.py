@@ -8,17 +8,18 @@ import open_clip
 import torch
 from open_clip.push_to_hf_hub import save_for_hf
 
+from ..command.choices import Domain, Method
 from ..command.display import Display
-from ..data.augment import Domain, DomainShift, ModelInput
+from ..command.options import Defaults, MethodOptions
+from ..data.augment import DomainShift, ModelInput
 from ..data.images import load_images
 from ..data.loading import Images
 from ..language.toy import word_tokenizer
-from ..training.loop import TrainOptions, train
-from ..training.methods import Defaults, Method, MethodOptions
+from ..training.loop import TrainOptions, make_optimizer, train
 from ..vision.demo import FORM
 from .contrastive import Naming, prompts
 from .dual import load_dual
-from .towers import Towers, adapt_towers
+from .towers import Towers, adapt_towers, plan_towers
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATE = "the digit {}"
@@ -67,14 +68,15 @@ def pretrain(folder: Path, seed: int, display: Display) -> str:
     save_untrained(folder, seed)
     dual = load_dual(str(folder))
     rates = MethodOptions(Method.full, None, lr=3e-3, head_lr=3e-3, weight_decay=0.05)
-    adapted = adapt_towers(dual, rates, Towers(scale=True))
+    adapted = adapt_towers(dual, rates, plan_towers(dual, rates, Towers(scale=True)))
     data, tests = (
         Images(load_images("digits", split, range(5)), DomainShift(Domain.none), ModelInput(FORM), seed)
         for split in ("train", "test")
     )
     task = Naming(dual, tests, dual.tokenize(prompts(TEMPLATE, WORDS[:5])), False, 64, 0)
     shown = Display(display.console, display.quiet, "pretraining, epoch")
-    train(adapted, data, task, TrainOptions(epochs=24, batch=32, eval_every=8), display=shown)
+    how = TrainOptions(epochs=24, batch=32, eval_every=8)
+    train(adapted, make_optimizer(adapted), None, data, task, how, display=shown)
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     save(dual.model.cpu(), tokenizer, folder)
     return f"local-dir:{folder}"

@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from typing import Any
 
 from torch import Tensor, nn
 
 import uora_vision as uora
 
+from ..command.choices import Method, Tower
+from ..command.options import Defaults, MethodOptions
 from ..errors import MethodError
-from ..training.methods import Adapted, Defaults, Method, MethodOptions, apply_method
+from ..training.methods import Adapted, apply_method
 from .dual import PROJECTIONS, Dual
 
 DEFAULTS = {  # the second rate is for a tower that trains in full beside an adapter, and for the logit scale
@@ -26,12 +27,6 @@ DEFAULTS = {  # the second rate is for a tower that trains in full beside an ada
     Method.bitfit: Defaults(None, 1e-3, 1e-3),
 }
 ADAPTERS = (Method.uora, Method.vera, Method.lora)
-
-
-class Tower(StrEnum):
-    frozen = "frozen"
-    uora = "uora"
-    full = "full"
 
 
 @dataclass(frozen=True)
@@ -50,6 +45,21 @@ class Towers:
     scale: bool = False
 
 
+@dataclass(frozen=True)
+class TowerPlan:
+    """What of a model trains where, by name.
+
+    Args:
+        targets: the projections to adapt, in the words of `uora.inject`; None for the methods that adapt none.
+        whole: the parameters of the towers that train as they are.
+        scale: the logit scale and SigLIP's bias, where they train.
+    """
+
+    targets: str | None
+    whole: list[str]
+    scale: list[str]
+
+
 class DualAdapted(Adapted):
     """Trains by way of `Dual`, and names parameters as the model in it does."""
 
@@ -57,49 +67,69 @@ class DualAdapted(Adapted):
         return {name: p.detach().cpu().contiguous() for name, p in self.base.named_parameters() if p.requires_grad}
 
 
-def adapt_towers(dual: Dual, options: MethodOptions, towers: Towers) -> DualAdapted:
-    """Freeze and adapt a model, in place. One bank of random matrices serves both towers.
+def plan_towers(dual: Dual, options: MethodOptions, towers: Towers) -> TowerPlan:
+    """What a method would train; the model stays as it is.
 
     Raises:
         MethodError: the method and what is asked of the towers do not go together, or nothing would train.
-        uora.UoraError: an option of the adapter is wrong, or nothing matches `targets`.
+        uora.UoraError: nothing matches `targets`.
     """
     model, method = dual.model, options.method
     modes = {"image": _mode(method, towers.image, "image"), "text": _mode(method, towers.text, "text")}
     blocks = _last_blocks(dual, towers.last)
-    groups: list[dict[str, Any]] = []
-    whole = [name for name, _ in model.named_parameters() if _in_scope(name, blocks)]
-    model.requires_grad_(False)
+    names = [name for name, _ in model.named_parameters() if _in_scope(name, blocks)]
+    targets = None
     if method in ADAPTERS:
-        chosen = replace(options, targets=_targets(dual, options, modes, blocks))
-        groups = apply_method(model, chosen).groups
-        if method is Method.lora:
-            _keep_base_exact(model)
-        full = [name for name in whole if modes.get(dual.tower(name) or "") is Tower.full]
+        targets = _targets(dual, options, modes, blocks)
+        whole = [name for name in names if modes.get(dual.tower(name) or "") is Tower.full]
     else:
-        full = [name for name in whole if modes.get(dual.tower(name) or "", Tower.frozen) is not Tower.frozen]
+        whole = [name for name in names if modes.get(dual.tower(name) or "", Tower.frozen) is not Tower.frozen]
     if method is Method.linear:
-        full = [name for name in full if name.startswith(PROJECTIONS)]
+        whole = [name for name in whole if name.startswith(PROJECTIONS)]
     elif method is Method.bitfit:
-        full = [name for name in full if name.endswith("bias")]
-    scale = ["logit_scale", *(["logit_bias"] if dual.sigmoid else [])] if towers.scale else []
-    parameters = dict(model.named_parameters())
-    if not groups and not full:
+        whole = [name for name in whole if name.endswith("bias")]
+    if targets is None and not whole:
         raise MethodError(f"--method {method} would train nothing in the towers: {_why(method)}")
-    rate = options.head_lr if method in ADAPTERS else options.lr
-    matrices = [parameters[name] for name in full if parameters[name].dim() > 1]
-    vectors = [parameters[name] for name in full if parameters[name].dim() <= 1]
+    scale = ["logit_scale", *(["logit_bias"] if dual.sigmoid else [])] if towers.scale else []
+    return TowerPlan(targets, whole, scale)
+
+
+def adapt_towers(dual: Dual, options: MethodOptions, plan: TowerPlan) -> DualAdapted:
+    """Freeze and adapt a model, in place, by a method that UORA is compared with: for UORA itself, recipes show how.
+
+    Raises:
+        MethodError: see `apply_method`.
+        uora.UoraError: an option of the adapter is wrong.
+    """
+    dual.model.requires_grad_(False)
+    if plan.targets is None:
+        return with_whole_parts(dual, options, plan, [])
+    groups = apply_method(dual.model, replace(options, targets=plan.targets)).groups
+    if options.method is Method.lora:
+        _keep_base_exact(dual.model)
+    return with_whole_parts(dual, options, plan, groups)
+
+
+def with_whole_parts(dual: Dual, options: MethodOptions, plan: TowerPlan, groups: list[dict[str, Any]]) -> DualAdapted:
+    """A model ready to train, in which those parts of the base train that the plan says.
+
+    Args:
+        groups: parameter groups of what the method adds.
+    """
+    parameters = dict(dual.model.named_parameters())
+    rate = options.head_lr if plan.targets is not None else options.lr
+    whole = [parameters[name] for name in plan.whole]
     groups = [
         *groups,
-        _group("tower", matrices, rate, options.weight_decay),
-        _group("tower_vectors", vectors, rate),
-        _group("scale", [parameters[name] for name in scale], options.head_lr),
+        _group("tower", [p for p in whole if p.dim() > 1], rate, options.weight_decay),
+        _group("tower_vectors", [p for p in whole if p.dim() <= 1], rate),
+        _group("scale", [parameters[name] for name in plan.scale], options.head_lr),
     ]
     groups = [group for group in groups if group["params"]]
     for group in groups:
         for p in group["params"]:
             p.requires_grad_(True)
-    return DualAdapted(dual, model, groups, options)
+    return DualAdapted(dual, dual.model, groups, options)
 
 
 def trains(dual: Dual, side: str) -> bool:
