@@ -1,6 +1,7 @@
 """The command `uora`: what an adapter would be, what a saved one is, and what can be made of it.
 
-Exit codes: 0 all is well, 1 a check failed, 2 bad input.
+Exit codes: 0 all is well, 1 a check failed, 2 bad input. Commands import what they need themselves, so that help and a
+mistake are answered without waiting for torch.
 """
 
 from __future__ import annotations
@@ -10,29 +11,20 @@ import sys
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
-from torch import nn
 
-from . import UoraConfig, UoraError, load, merge
 from . import __version__ as version
-from .bank import Bank
-from .describe import describe, facts, plot
-from .errors import ConfigError, FormatError
-from .export import to_peft_lora, to_peft_vera
-from .files import rebuilt
-from .fit import Base, fit
-from .folder import TENSOR_FILE, is_old, read
-from .hub import is_repository, local_copy
-from .inject import base_parameters
-from .named import FORMS, on_meta, with_weights
-from .onnx import to_onnx
-from .plan import plan as plan_of
-from .stored import FORMAT_VERSION, Stored
-from .upgrade import upgrade as upgrade_folder
-from .verify import call, float_tensors
+from .config import UoraConfig
+from .errors import ConfigError, FormatError, UoraError
+from .named import FORMS
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .bank import Bank
+    from .stored import Stored
 
 app = typer.Typer(
     help="Adapters of uora_vision: plan, inspect, merge, export, verify, upgrade.",
@@ -101,6 +93,10 @@ def plan(
     diff: Annotated[bool, typer.Option("--diff", help="Trace a run and compare it with the rules.")] = False,
 ) -> None:
     """What would be adapted in a model, and how large the adapter would be. Builds no weights."""
+    from .inject import base_parameters
+    from .named import on_meta
+    from .plan import plan as plan_of
+
     made, example = on_meta(model)
     what = plan_of(made, rank=rank, targets=targets, exclude=exclude or (), example_input=example if diff else None)
     if as_json:
@@ -120,6 +116,9 @@ def inspect(
     revision: Revision = None,
 ) -> None:
     """What a saved adapter is: base, options, parameters, redraws, |b| and |d| by layer."""
+    from .describe import describe, facts, plot
+    from .folder import read
+
     there = _local(folder, revision)
     stored = read(there)
     size = sum(p.stat().st_size for p in there.iterdir() if p.is_file())
@@ -139,6 +138,8 @@ def merge_into(
     overwrite: Overwrite = False,
 ) -> None:
     """Add an adapter to the weights of its base, and write the plain model."""
+    from .merge import merge
+
     _check_free(output / "model.safetensors", overwrite)
     made, example = _loaded(_local(folder, revision), model, checkpoint)
     merge(made, example)
@@ -167,6 +168,12 @@ def export(
     """Write an adapter for PEFT, or the merged model as ONNX."""
     if rank is not None and to != Kind.lora:
         raise ConfigError(f"--rank goes with --to peft-lora, not with {to.value}")
+
+    from .export import to_peft_lora, to_peft_vera
+    from .folder import TENSOR_FILE
+    from .merge import merge
+    from .onnx import to_onnx
+
     _check_free(output if to == Kind.onnx else output / TENSOR_FILE, overwrite)
     if to == Kind.onnx:
         _needs("onnx", "onnxscript")
@@ -190,6 +197,12 @@ def verify(
     revision: Revision = None,
 ) -> None:
     """Check a saved adapter: its files, whether A and B come out as they were, and whether it fits a base."""
+    from .files import rebuilt
+    from .fit import Base, fit
+    from .folder import is_old, read
+    from .named import with_weights
+    from .stored import FORMAT_VERSION
+
     there = _local(folder, revision)
     checks: list[tuple[bool, str]] = []
     stored = _checked(checks, "files are whole, of a known version, without NaN", lambda: read(there))
@@ -216,6 +229,10 @@ def upgrade(folder: Annotated[Path, typer.Argument(help="Folder of an adapter.")
     """Rewrite an adapter of an earlier format version, in place."""
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder")
+
+    from .stored import FORMAT_VERSION
+    from .upgrade import upgrade as upgrade_folder
+
     done = upgrade_folder(folder)
     print(f"{folder} is of format version {FORMAT_VERSION} now" if done else f"{folder} needs no upgrade")
 
@@ -226,6 +243,8 @@ def _local(folder: str, revision: str | None) -> Path:
     Raises:
         ConfigError: there is none.
     """
+    from .hub import is_repository, local_copy
+
     if is_repository(folder):
         return local_copy(folder, revision)
     if not Path(folder).is_dir():
@@ -235,18 +254,29 @@ def _local(folder: str, revision: str | None) -> Path:
 
 def _loaded(there: Path, model: str, checkpoint: str | None) -> tuple[nn.Module, Any]:
     """A model with an adapter in it, and an input."""
+    from .files import load
+    from .folder import read
+    from .named import with_weights
+
     stored = read(there)
     made, example = with_weights(model, stored, checkpoint)
     return load(made, there), example
 
 
 def _bank(stored: Stored) -> Bank:
+    from .bank import Bank
+
     widths_in = {p.width for p in stored.projections}
     widths_out = {role.rows for p in stored.projections for role in p.roles}
     return Bank(stored.config, widths_in, widths_out, first=stored.first())
 
 
 def _run(made: nn.Module, there: Path, example: Any) -> None:
+    import torch
+
+    from .files import load
+    from .verify import call, float_tensors
+
     with torch.no_grad():
         outputs = list(float_tensors(call(load(made, there), example)))
     if not all(t.isfinite().all() for t in outputs):
