@@ -21,31 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
-from accelerate import Accelerator, PartialState
-from common import cli
-from common.augment import Augment, Domain, DomainShift, ModelInput
-from common.contrastive import Matching, Naming, prompts, zero_shot
-from common.data import ImageSet, load_images, parse_classes
-from common.display import Display
-from common.dual import Dual, Tokens, load_dual
+from common.command import cli
+from common.command.choices import Augment, Domain, Method, Tower
+from common.command.display import Display
+from common.command.options import MethodChoice, MethodOptions, RunChoice, TrainChoice
 from common.errors import DataError
-from common.evaluation import sections
-from common.folder import CHECKPOINT, prepare_folder, record_config, write_json
-from common.loading import Images
-from common.machine import make_accelerator
-from common.options import MethodChoice, RunChoice, TrainChoice
-from common.pairs import PairImages, Pairs, load_pairs
-from common.report import Sheet
-from common.results import compare, finish
-from common.towers import DEFAULTS, Tower, Towers, adapt_towers, trains
-from common.training import TrainOptions, train
-from rich.console import Console
-from torch.utils.data import Dataset
-from torch.utils.tensorboard.writer import SummaryWriter
 from typer import Option
-
-import uora_vision as uora
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +61,31 @@ class Options(RunChoice, TrainChoice, MethodChoice):
         float | None, Option(min=0, help="of a tower that trains in full beside an adapter, and of the logit scale")
     ] = None
 
+
+if __name__ == "__main__":
+    options = cli.parse(Options, __doc__)  # first of all: what is imported below takes seconds
+
+import torch
+from accelerate import Accelerator, PartialState
+from common.data.augment import DomainShift, ModelInput
+from common.data.images import ImageSet, load_images, parse_classes
+from common.data.loading import Images
+from common.report.page import Sheet
+from common.report.results import compare, finish
+from common.training.folder import CHECKPOINT, prepare_folder, record_config, write_json
+from common.training.loop import TrainOptions, make_optimizer, train
+from common.training.machine import make_accelerator
+from common.training.methods import Adapted
+from common.training.tensorboard import tensorboard
+from common.vision.evaluation import sections
+from common.vision_language.contrastive import Matching, Naming, prompts, zero_shot
+from common.vision_language.dual import Dual, Tokens, load_dual
+from common.vision_language.pairs import PairImages, Pairs, load_pairs
+from common.vision_language.towers import DEFAULTS, Towers, adapt_towers, plan_towers, trains, with_whole_parts
+from rich.console import Console
+from torch.utils.data import Dataset
+
+import uora_vision as uora
 
 WAYS = {"": "", "image_to_text_": "image to text, ", "text_to_image_": "text to image, "}
 
@@ -123,7 +129,6 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
         return demo(options)
     console = Console()
     chosen = options.method_options(DEFAULTS)
-    steps, seconds = options.cadence
     config = cli.plain(options) | {"rank": chosen.rank, "lr": chosen.lr, "head_lr": chosen.head_lr}
     folder = prepare_folder(options.output, options.resume, f"clip-{options.method}", config)
     main_process = PartialState().is_main_process
@@ -137,10 +142,18 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
     torch.manual_seed(options.seed)
     dual = load_dual(options.model, options.pretrained)
     towers = Towers(options.image_tower, options.text_tower, options.last, options.train_logit_scale)
-    adapted = adapt_towers(dual, chosen, towers)
+    adapted = adapt(dual, chosen, towers)
     work = class_work(options, data, dual) if isinstance(data, Classes) else pair_work(options, *data, dual)
     if adapted.is_uora:
         uora.verify(dual.model, dual.example(*work.example))
+    adapted.model.to(PartialState().device)
+    optimizer = make_optimizer(adapted, options.opt)
+    reinit = None
+    if chosen.redraws:
+        reinit = uora.Reinitializer(
+            dual.model, optimizer=optimizer, scope=chosen.scope.value, threshold=chosen.threshold,
+            relative=chosen.relative, alpha=chosen.alpha, every=chosen.every,
+        )  # fmt: skip
     display.say(
         f"{options.method} on {options.model}: {adapted.trained:,} parameters train. {work.about} Results go to "
         f"{folder}."
@@ -151,38 +164,11 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
     accelerator = make_accelerator(options.precision)
     before = measure(work, dual, accelerator, options)
     display.say("before: " + told(before))
-    writer = SummaryWriter(str(folder / "tensorboard")) if main_process else None
-
-    def log(step: int, numbers: dict[str, float]) -> None:
-        for name, value in numbers.items() if writer else ():
-            writer.add_scalar(name, value, step)
-
-    outcome = train(
-        adapted,
-        work.train,
-        work.task,
-        TrainOptions(
-            epochs=options.epochs,
-            batch=options.batch,
-            warmup=options.warmup,
-            optimizer=options.opt,
-            clip=options.clip,
-            precision=options.precision,
-            workers=options.workers,
-            seed=options.seed,
-            eval_every=options.eval_every,
-            checkpoint_steps=steps,
-            checkpoint_seconds=seconds,
-            max_steps=options.max_steps,
-            max_seconds=options.max_seconds,
-        ),
-        display=display,
-        log=log,
-        checkpoint_path=folder / CHECKPOINT,
-        resume=options.resume,
-    )
-    if writer:
-        writer.close()
+    with tensorboard(folder) as log:
+        outcome = train(
+            adapted, optimizer, reinit, work.train, work.task, TrainOptions.of(options), display=display, log=log,
+            checkpoint_path=folder / CHECKPOINT, resume=options.resume,
+        )  # fmt: skip
     if outcome.stopped:
         if not main_process:
             return None
@@ -209,6 +195,23 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
     )
     display.say(f"after: {told(after)}. Report: {folder / 'report.html'}")
     return metrics
+
+
+def adapt(dual: Dual, chosen: MethodOptions, towers: Towers) -> Adapted:
+    """Adapt the towers by UORA, with one bank of random matrices for both, or by a method to compare it with.
+
+    Raises:
+        MethodError: the method and what is asked of the towers do not go together, or nothing would train.
+        uora.UoraError: an option of the adapter is wrong, or nothing matches `targets`.
+    """
+    plan = plan_towers(dual, chosen, towers)
+    if chosen.method is not Method.uora:
+        return adapt_towers(dual, chosen, plan)
+    uora.inject(
+        dual.model, rank=chosen.rank, targets=plan.targets, seed=chosen.seed, token_sampling=chosen.token_sampling
+    )
+    groups = uora.param_groups(dual.model, lr=chosen.lr, head_lr=chosen.head_lr, weight_decay=chosen.weight_decay)
+    return with_whole_parts(dual, chosen, plan, groups)
 
 
 def read_classes(options: Options) -> Classes:
@@ -338,7 +341,7 @@ def sheet(before: dict[str, float], after: dict[str, float]) -> Sheet:
 
 def demo(options: Options) -> dict[str, Any] | None:
     """A tiny CLIP learns the digits 0 to 4 and is adapted to 5 to 9 by every method."""
-    from common.dual_demo import NEW, OLD, ROWS, SHOTS, TEMPLATE, WORDS, pretrain
+    from common.vision_language.demo import NEW, OLD, ROWS, SHOTS, TEMPLATE, WORDS, pretrain
 
     folder = prepare_folder(options.output, False, "clip-demo")
     display = Display(Console(), options.quiet)
@@ -352,7 +355,5 @@ def demo(options: Options) -> dict[str, Any] | None:
     return compare(run, base, ROWS, folder, display)
 
 
-app = cli.application(run, Options, __doc__)
-
 if __name__ == "__main__":
-    sys.exit(cli.main(app))
+    sys.exit(cli.main(run, options))

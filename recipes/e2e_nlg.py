@@ -22,36 +22,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
-import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
-from common import cli, toy_restaurants
-from common.display import Display
+from common.command import cli
+from common.command.choices import Method
+from common.command.display import Display
+from common.command.options import Defaults, MethodChoice, RunChoice, TrainChoice
 from common.errors import DataError, ModelError
-from common.folder import prepare_folder, record_config, write_json
-from common.generation_metrics import score_texts
-from common.language import load_model, load_tokenizer, longest
-from common.methods import Defaults, Method, apply_method
-from common.options import MethodChoice, RunChoice, TrainChoice
-from common.report import Sheet
-from common.results import compare, finish
-from common.tables import load_table, need_columns
-from common.trainer import arguments, careful, fit
-from datasets import Dataset
-from rich.console import Console
-from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    DataCollatorForSeq2Seq,
-    LogitsProcessorList,
-    NoRepeatNGramLogitsProcessor,
-    Trainer,
-    TrainingArguments,
-)
 from typer import Option
-
-import uora_vision as uora
 
 DEFAULTS = {
     Method.uora: Defaults(1024, 2e-2, 2e-2),
@@ -109,6 +85,38 @@ class Meaning:
     references: list[str]
 
 
+if __name__ == "__main__":
+    options = cli.parse(Options, __doc__)  # first of all: what is imported below takes seconds
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from common.data.tables import load_table, need_columns
+from common.language import toy_restaurants
+from common.language.generation_metrics import score_texts
+from common.language.models import load_model, load_tokenizer, longest
+from common.report.page import Sheet
+from common.report.results import compare, finish
+from common.training.folder import prepare_folder, record_config, write_json
+from common.training.loop import make_optimizer
+from common.training.methods import Adapted, apply_method
+from common.training.trainer import arguments, careful, fit
+from datasets import Dataset
+from rich.console import Console
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorForSeq2Seq,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    Trainer,
+    TrainingArguments,
+)
+
+import uora_vision as uora
+
+
 def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dict[str, Any] | None:
     """Train and measure; returns the metrics, or None where there are none to tell."""
     if options.demo:
@@ -125,7 +133,7 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
     pairs = draw(pairs, options.examples, options.seed)
     meanings = draw(meanings, options.meanings, options.seed)
 
-    # The model, and what of it trains.
+    # The model, and the data as it reads them.
     torch.manual_seed(options.seed)
     tokenizer = load_tokenizer(options.model)
     if tokenizer.eos_token is None:
@@ -138,10 +146,26 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
     train_set, left_out = encode(pairs, tokenizer, length, options.data)
     told = [(m.text, ref) for m in meanings for ref in m.references]
     test_set, _ = encode(told, tokenizer, length, options.data)
-    adapted = apply_method(model, chosen)
+
+    # What of it trains: by UORA, or by a method to compare it with.
+    if chosen.method is Method.uora:
+        uora.inject(
+            model, rank=chosen.rank, targets=chosen.targets, seed=chosen.seed, token_sampling=chosen.token_sampling
+        )
+        groups = uora.param_groups(model, lr=chosen.lr, head_lr=chosen.head_lr, weight_decay=chosen.weight_decay)
+        adapted = Adapted(model, model, groups, chosen)
+    else:
+        adapted = apply_method(model, chosen)
     collate = DataCollatorForSeq2Seq(tokenizer)
     if adapted.is_uora:
         uora.verify(model, dict(collate([features(train_set, 0)])))
+    optimizer = make_optimizer(adapted, options.opt)
+    reinit = None
+    if chosen.redraws:
+        reinit = uora.Reinitializer(
+            model, optimizer=optimizer, scope=chosen.scope.value, threshold=chosen.threshold,
+            relative=chosen.relative, alpha=chosen.alpha, every=chosen.every,
+        )  # fmt: skip
     display.say(
         f"{options.method} on {options.model}: {adapted.trained:,} parameters train. {len(train_set):,} texts to train "
         f"on, {len(meanings):,} meanings with {len(told):,} references to measure"
@@ -161,7 +185,7 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
             processing_class=tokenizer, **parts,
         )  # fmt: skip
 
-    outcome = fit(adapted, options, folder, make, lambda m: {"loss": m["loss"]}, display)
+    outcome = fit(adapted, optimizer, reinit, options, folder, make, lambda m: {"loss": m["loss"]}, display)
     if outcome.stopped:
         if main_process:
             raise cli.stopped(console, outcome.stopped, outcome.progress.step, folder)
@@ -356,7 +380,5 @@ def demo(options: Options) -> dict[str, Any] | None:
     return compare(run, base, toy_restaurants.ROWS, folder, display, "bleu")
 
 
-app = cli.application(run, Options, __doc__)
-
 if __name__ == "__main__":
-    sys.exit(cli.main(app))
+    sys.exit(cli.main(run, options))

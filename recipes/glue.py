@@ -21,26 +21,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
-import torch
-from accelerate import PartialState
-from common import cli, toy
-from common.display import Display
+from common.command import cli
+from common.command.choices import Method
+from common.command.display import Display
+from common.command.options import Defaults, MethodChoice, RunChoice, TrainChoice
 from common.errors import DataError
-from common.folder import prepare_folder, record_config
-from common.language import load_model, load_tokenizer, longest
-from common.methods import Defaults, Method, apply_method
-from common.options import MethodChoice, RunChoice, TrainChoice
-from common.results import compare, finish
-from common.tables import hold_out, load_table, need_columns
-from common.trainer import arguments, careful, fit
-from datasets import Dataset
-from rich.console import Console
-from torchmetrics.functional import accuracy, f1_score, matthews_corrcoef, pearson_corrcoef, spearman_corrcoef
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, TrainingArguments
 from typer import Option
-
-import uora_vision as uora
 
 
 class Task(StrEnum):
@@ -92,6 +78,28 @@ class Options(RunChoice, TrainChoice, MethodChoice):
     batch: Annotated[int, Option(min=1, help="examples per step, over all processes")] = 32
 
 
+if __name__ == "__main__":
+    options = cli.parse(Options, __doc__)  # first of all: what is imported below takes seconds
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from common.data.tables import hold_out, load_table, need_columns
+from common.language import toy
+from common.language.models import load_model, load_tokenizer, longest
+from common.report.results import compare, finish
+from common.training.folder import prepare_folder, record_config
+from common.training.loop import make_optimizer
+from common.training.methods import Adapted, apply_method
+from common.training.trainer import arguments, careful, fit
+from datasets import Dataset
+from rich.console import Console
+from torchmetrics.functional import accuracy, f1_score, matthews_corrcoef, pearson_corrcoef, spearman_corrcoef
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, TrainingArguments
+
+import uora_vision as uora
+
+
 def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dict[str, Any] | None:
     """Train and measure; returns the metrics, or None where there are none to tell."""
     if options.demo:
@@ -114,7 +122,7 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
     regression = options.task is Task.stsb
     classes = 1 if regression else check_classes(train_set, test_set, options.data)
 
-    # The model, and what of it trains.
+    # The model, and the data as it reads them.
     torch.manual_seed(options.seed)
     tokenizer = load_tokenizer(options.model)
     model = load_model(
@@ -124,10 +132,26 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
     length = longest(model, options.max_length, 128)
     train_set, cut = tokenize(train_set, tokenizer, COLUMNS[options.task], length)
     test_set, _ = tokenize(test_set, tokenizer, COLUMNS[options.task], length)
-    adapted = apply_method(model, chosen)
+
+    # What of it trains: by UORA, or by a method to compare it with.
+    if chosen.method is Method.uora:
+        uora.inject(
+            model, rank=chosen.rank, targets=chosen.targets, seed=chosen.seed, token_sampling=chosen.token_sampling
+        )
+        groups = uora.param_groups(model, lr=chosen.lr, head_lr=chosen.head_lr, weight_decay=chosen.weight_decay)
+        adapted = Adapted(model, model, groups, chosen)
+    else:
+        adapted = apply_method(model, chosen)
     collate = DataCollatorWithPadding(tokenizer)
     if adapted.is_uora:
         uora.verify(model, dict(collate([train_set[0], train_set[1]])))
+    optimizer = make_optimizer(adapted, options.opt)
+    reinit = None
+    if chosen.redraws:
+        reinit = uora.Reinitializer(
+            model, optimizer=optimizer, scope=chosen.scope.value, threshold=chosen.threshold,
+            relative=chosen.relative, alpha=chosen.alpha, every=chosen.every,
+        )  # fmt: skip
     display.say(
         f"{options.method} on {options.model}: {adapted.trained:,} parameters train, {adapted.trained_without_head:,} "
         f"of them outside the head. {options.task}: {len(train_set):,} examples to train on, {len(test_set):,} to "
@@ -144,7 +168,11 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
         )  # fmt: skip
 
     names = SCORES.get(options.task, ("accuracy",))
-    outcome = fit(adapted, options, folder, make, lambda m: {key: m[key] for key in (*names, "loss")}, display)
+
+    def scores(found: dict[str, float]) -> dict[str, float]:
+        return {key: found[key] for key in (*names, "loss")}
+
+    outcome = fit(adapted, optimizer, reinit, options, folder, make, scores, display)
     if not main_process:
         return None
     if outcome.stopped:
@@ -237,7 +265,5 @@ def demo(options: Options) -> dict[str, Any] | None:
     return compare(run, base, toy.ENCODER_ROWS, folder, display, "accuracy")
 
 
-app = cli.application(run, Options, __doc__)
-
 if __name__ == "__main__":
-    sys.exit(cli.main(app))
+    sys.exit(cli.main(run, options))

@@ -30,22 +30,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import cv2
-import numpy as np
-import torch
-from common import cli
-from common.augment import Augment, Domain, DomainShift, ModelInput
-from common.backbone import create_backbone, crop_share, input_format
-from common.data import load_images
-from common.demo import NEW, OLD, ROWS, SHOTS, pretrain
-from common.display import Display
-from common.folder import prepare_folder
-from common.images import ImageChoice, load_sets, train_images
-from common.loading import Images
-from common.methods import DEFAULTS
-from common.results import compare
-from PIL import Image
-from rich.console import Console
+from common.command import cli
+from common.command.choices import Augment, Domain, Method
+from common.command.display import Display
+from common.command.options import ImageChoice
 from typer import Option
 
 SMALL = 64
@@ -69,6 +57,29 @@ class Options(ImageChoice):
     ] = None
 
 
+if __name__ == "__main__":
+    options = cli.parse(Options, __doc__)  # first of all: what is imported below takes seconds
+
+import cv2
+import numpy as np
+import torch
+from accelerate import PartialState
+from common.data.augment import DomainShift, ModelInput
+from common.data.images import load_images
+from common.data.loading import Images
+from common.report.results import compare
+from common.training.folder import prepare_folder
+from common.training.loop import make_optimizer
+from common.training.methods import DEFAULTS, Adapted, apply_method
+from common.vision.backbone import create_backbone, crop_share, input_format
+from common.vision.classify import load_sets, train_images
+from common.vision.demo import NEW, OLD, ROWS, SHOTS, pretrain
+from PIL import Image
+from rich.console import Console
+
+import uora_vision as uora
+
+
 def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dict[str, Any] | None:
     """Train and measure; returns the metrics, or None where there are none to tell."""
     if options.demo:
@@ -83,14 +94,34 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
 
     # The model, and how an image gets into it: photos by a random part in training, and by their centre in tests.
     torch.manual_seed(options.seed)
-    backbone = create_backbone(options.model, len(train_set.names), options.keep_head, options.img_size)
+    model = create_backbone(options.model, len(train_set.names), options.keep_head, options.img_size)
     photos = max(train_set.read(0).shape) > SMALL
-    form = dataclasses.replace(input_format(backbone), crop=crop_share(backbone) if photos else 1.0)
+    form = dataclasses.replace(input_format(model), crop=crop_share(model) if photos else 1.0)
     augment = options.augment or (Augment.resized if photos else Augment.flip)
     whole = DomainShift(Domain.none)
     data = Images(train_set, whole, ModelInput(form, augment), options.seed)
     tests = Images(test_set, whole, ModelInput(form))
-    return train_images(options, chosen, backbone, data, tests, folder, config, comparison)
+
+    # What of it trains: by UORA, or by a method to compare it with.
+    if chosen.method is Method.uora:
+        uora.inject(
+            model, rank=chosen.rank, targets=chosen.targets, seed=chosen.seed, token_sampling=chosen.token_sampling
+        )
+        groups = uora.param_groups(model, lr=chosen.lr, head_lr=chosen.head_lr, weight_decay=chosen.weight_decay)
+        adapted = Adapted(model, model, groups, chosen)
+    else:
+        adapted = apply_method(model, chosen)
+    if adapted.is_uora:
+        uora.verify(model, data[0, 0][0][None])
+    adapted.model.to(PartialState().device)
+    optimizer = make_optimizer(adapted, options.opt)
+    reinit = None
+    if chosen.redraws:
+        reinit = uora.Reinitializer(
+            model, optimizer=optimizer, scope=chosen.scope.value, threshold=chosen.threshold,
+            relative=chosen.relative, alpha=chosen.alpha, every=chosen.every,
+        )  # fmt: skip
+    return train_images(options, adapted, optimizer, reinit, data, tests, folder, config, comparison)
 
 
 def demo(options: Options) -> dict[str, Any] | None:
@@ -124,7 +155,5 @@ def write_photos(folder: Path, seed: int) -> Path:
     return folder
 
 
-app = cli.application(run, Options, __doc__)
-
 if __name__ == "__main__":
-    sys.exit(cli.main(app))
+    sys.exit(cli.main(run, options))

@@ -21,37 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
-from accelerate import PartialState
-from common import chat, cli, toy
-from common.answers import generate, held_out_loss, perplexity
-from common.dialogues import (
-    TEMPLATE_FILE,
-    Messages,
-    encode,
-    prepare_template,
-    prompt_ids,
-    question,
-    read_dialogues,
-)
-from common.display import Display
+from common.command import cli
+from common.command.choices import Method
+from common.command.display import Display
+from common.command.options import Defaults, MethodChoice, RunChoice, TrainChoice
 from common.errors import MethodError, ModelError, OutputError
-from common.folder import CONFIG, METRICS, prepare_folder, record_config, write_json, write_text
-from common.language import load_model, load_tokenizer, longest
-from common.methods import Adapted, Defaults, Method, apply_method
-from common.options import MethodChoice, RunChoice, TrainChoice
-from common.report import Sheet
-from common.results import compare, finish
-from common.sft import make_trainer
-from common.tables import hold_out, load_table
-from common.trainer import arguments, fit
-from datasets import Dataset
-from rich.console import Console
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from typer import Option
-
-import uora_vision as uora
 
 DEFAULTS = {
     Method.uora: Defaults(256, 4e-3, 4e-3),
@@ -93,6 +68,39 @@ class Options(RunChoice, TrainChoice, MethodChoice):
     batch: Annotated[int, Option(min=1, help="examples per step, over all processes")] = 16
 
 
+if __name__ == "__main__":
+    options = cli.parse(Options, __doc__)  # first of all: what is imported below takes seconds
+
+import torch
+from accelerate import PartialState
+from common.data.tables import hold_out, load_table
+from common.language import chat, toy
+from common.language.answers import generate, held_out_loss, perplexity
+from common.language.dialogues import (
+    TEMPLATE_FILE,
+    Messages,
+    encode,
+    prepare_template,
+    prompt_ids,
+    question,
+    read_dialogues,
+)
+from common.language.models import load_model, load_tokenizer, longest
+from common.language.sft import make_trainer
+from common.report.page import Sheet
+from common.report.results import compare, finish
+from common.training.folder import CONFIG, METRICS, prepare_folder, record_config, write_json, write_text
+from common.training.loop import make_optimizer
+from common.training.methods import Adapted, apply_method
+from common.training.trainer import arguments, fit
+from datasets import Dataset
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+import uora_vision as uora
+
+
 def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dict[str, Any] | None:
     """Train and measure; returns the metrics, or None where there are none to tell."""
     if options.serve:
@@ -113,7 +121,7 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
         [dialogues[n] for n in part["number"]] for part in hold_out(numbers, options.validation, options.seed)
     )
 
-    # The model, and what of it trains.
+    # The model, and the data as it reads them.
     torch.manual_seed(options.seed)
     tokenizer = load_tokenizer(options.model)
     template = prepare_template(tokenizer)
@@ -122,10 +130,26 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
     length = longest(model, options.max_length, 1024)
     train_set = encode(train_part, tokenizer, length, f"the training part of {options.data}")
     test_set = encode(test_part, tokenizer, length, f"the held-out part of {options.data}")
-    adapted = apply_method(model, chosen)
+
+    # What of it trains: by UORA, or by a method to compare it with.
+    if chosen.method is Method.uora:
+        uora.inject(
+            model, rank=chosen.rank, targets=chosen.targets, seed=chosen.seed, token_sampling=chosen.token_sampling
+        )
+        groups = uora.param_groups(model, lr=chosen.lr, head_lr=chosen.head_lr, weight_decay=chosen.weight_decay)
+        adapted = Adapted(model, model, groups, chosen)
+    else:
+        adapted = apply_method(model, chosen)
     if adapted.is_uora:
         example = torch.tensor([train_set.rows[0]["input_ids"]], device=model.device)
         uora.verify(model, {"input_ids": example, "use_cache": False})
+    optimizer = make_optimizer(adapted, options.opt)
+    reinit = None
+    if chosen.redraws:
+        reinit = uora.Reinitializer(
+            model, optimizer=optimizer, scope=chosen.scope.value, threshold=chosen.threshold,
+            relative=chosen.relative, alpha=chosen.alpha, every=chosen.every,
+        )  # fmt: skip
     left_out = incomplete + train_set.left_out + test_set.left_out
     display.say(
         f"{options.method} on {options.model}: {adapted.trained:,} parameters train. {len(train_set.rows):,} examples "
@@ -163,7 +187,7 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
     def scores(found: dict[str, float]) -> dict[str, float]:
         return {"loss": found["loss"], "perplexity": perplexity(found["loss"])}
 
-    outcome = fit(adapted, options, folder, make, scores, display)
+    outcome = fit(adapted, optimizer, reinit, options, folder, make, scores, display)
     if not main_process:
         return None
     if outcome.stopped:
@@ -292,7 +316,5 @@ def demo(options: Options) -> dict[str, Any] | None:
     return compare(run, base, toy.LM_ROWS, folder, display, "loss")
 
 
-app = cli.application(run, Options, __doc__)
-
 if __name__ == "__main__":
-    sys.exit(cli.main(app))
+    sys.exit(cli.main(run, options))

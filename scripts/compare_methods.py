@@ -69,10 +69,11 @@ def one_run(job: tuple[list[str], Path, int]) -> None:
 
     torch.set_num_threads(threads)
     sys.path.insert(0, str(RECIPES))
-    from vit_cifar100 import app
+    import vit_cifar100
+    from common.command import cli
 
     shutil.rmtree(folder, ignore_errors=True)
-    app([*arguments, "--output", str(folder), "--quiet"], standalone_mode=False)
+    vit_cifar100.run(cli.read(vit_cifar100.Options, [*arguments, "--output", str(folder), "--quiet"]))
 
 
 def run_all(jobs: list[tuple[list[str], Path, int]], workers: int, what: str) -> None:

@@ -33,7 +33,7 @@ def main(
     fresh: Annotated[bool, typer.Option(help="begin again instead of going on")] = False,
     structure_only: Annotated[bool, typer.Option(help="inject at full size on meta, run nothing: minutes")] = False,
 ) -> None:
-    from zoo import entries
+    from proof.zoo import entries
 
     if fresh:
         rows.unlink(missing_ok=True)
@@ -190,7 +190,7 @@ def _one_thread() -> None:
 def _prove(entry: Any, known: Any, structure_only: bool) -> dict[str, Any]:
     import warnings
 
-    from coverage_proof import prove
+    from proof.prove import prove
 
     warnings.filterwarnings("ignore")
     return prove(entry, known, structure_only)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,12 +10,13 @@ import torch
 import typer
 
 pytest.importorskip("timm")
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-sys.path.insert(0, str(SCRIPTS))
 
-import benchmark_scale as scale  # noqa: E402
-import benchmark_step as bench  # noqa: E402
-from benchmark_subject import Dtype, Method, Settings, Subject, make_base, parse_methods  # noqa: E402
+from benchmarks import scale as scale_command
+from benchmarks import step as command
+from measure import scale
+from measure import step as bench
+from measure.choices import Dtype, Method, numbers, parse_methods
+from measure.subject import Settings, Subject, make_base
 
 BATCH = 4
 SETTINGS = Settings("test_vit", BATCH, "cpu", Dtype.fp32, img_size=None, threads=None, compile=False)
@@ -74,6 +74,13 @@ def test_an_unknown_method_is_named(name: str):
         parse_methods(name)
 
 
+def test_numbers_and_what_is_none():
+    assert numbers("1, 10,100") == [1, 10, 100]
+    for wrong in ("", "1,", "0", "-1", "1.5", "many"):
+        with pytest.raises(typer.BadParameter, match="whole numbers above 0"):
+            numbers(wrong)
+
+
 def test_ratios_are_taken_within_each_round():
     assert bench.ratios([2.0, 6.0, 12.0], [1.0, 2.0, 8.0]) == (2.0, 1.5, 3.0)
 
@@ -91,8 +98,10 @@ def test_predicted_operations_of_a_block_counted_by_hand():
 
 
 def test_a_scale_run_writes_a_table_numbers_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    scale.main(depth=1, width=32, batch=1, rank=4, depths="1,2", widths="32", batches="1", ranks="4", registered="1,3",
-               img_size=32, threads=torch.get_num_threads(), rounds=2, output=tmp_path)  # fmt: skip
+    scale_command.main(
+        depth=1, width=32, batch=1, rank=4, depths="1,2", widths="32", batches="1", ranks="4", registered="1,3",
+        img_size=32, threads=torch.get_num_threads(), rounds=2, output=tmp_path,
+    )  # fmt: skip
     assert "to floor" in capsys.readouterr().out
     rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
     assert [(row["variable"], row["value"]) for row in rows] == [
@@ -116,7 +125,7 @@ def test_registering_adapters_leaves_the_first_active_and_the_head_in_training()
 
 @pytest.mark.slow
 def test_a_run_writes_a_table_numbers_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    bench.main("test_vit", batch=2, device="cpu", rounds=2, methods="linear,uora-8", output=tmp_path)
+    command.main("test_vit", batch=2, device="cpu", rounds=2, methods="linear,uora-8", output=tmp_path)
     assert "UORA r8" in capsys.readouterr().out
     result = json.loads((tmp_path / "benchmark.json").read_text())
     assert [row["name"] for row in result["rows"]] == ["floor", "linear", "uora-8"]

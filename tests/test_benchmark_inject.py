@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import mmap
-import sys
 from pathlib import Path
 
 import pytest
 import typer
 
 pytest.importorskip("timm")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
-import benchmark_inject as bench
+from benchmarks import inject as command
+from measure import inject as bench
 
 
 def test_a_run_writes_a_table_numbers_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bench.main("ViT-B/16", 16, "", "bf16", "test_vit", 2, 2, tmp_path)
+    command.main("ViT-B/16", 16, "", "bf16", "test_vit", 2, 2, tmp_path)
     result = json.loads((tmp_path / "benchmark.json").read_text())
     (row,) = result["injection"]
     assert row["parameters"] == 86_567_656 and row["weights"] == 48 and len(row["seconds"]) == 2
@@ -40,4 +39,4 @@ def test_resident_memory_counts_what_was_written() -> None:
 
 def test_an_unknown_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(typer.BadParameter, match="Llama 70B"):
-        bench.main("Llama 70B", 16, "", "bf16", "test_vit", 2, 1, tmp_path)
+        command.main("Llama 70B", 16, "", "bf16", "test_vit", 2, 1, tmp_path)

@@ -307,7 +307,7 @@ class TestVerify:
             asked.append((repository, revision))
             return Path(files["adapter"])
 
-        monkeypatch.setattr("uora_vision.cli.app.local_copy", local_copy)
+        monkeypatch.setattr("uora_vision.storage.hub.local_copy", local_copy)
         assert main(["verify", "someone/adapter", "--revision", "v1"]) == 0
         assert main(["inspect", "someone/adapter"]) == 0 and "timm/test_vit" in capsys.readouterr().out
         assert asked == [("someone/adapter", "v1"), ("someone/adapter", None)]

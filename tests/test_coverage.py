@@ -10,10 +10,10 @@ import coverage
 import pytest
 import torch
 from conftest import need_timm
-from coverage_proof import prove
+from proof.prove import prove
+from proof.zoo import Entry, entries
 from torch import Tensor, nn
 from typer.testing import CliRunner
-from zoo import Entry, entries
 
 DOCS = Path(__file__).parents[1] / "docs"
 # One for every way in which projections are held.

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import need_timm, wake
+from proof.zoo import call, entries
 from test_coverage import FAMILIES as HELD
 from test_families import FAMILIES as TIMM
 from test_families import small
 from torch import Tensor, nn
-from zoo import call, entries
 
 import uora_vision as uora
 from uora_vision.export import to_peft_lora, to_peft_vera

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from common import generation_metrics as gm
+from common.language import generation_metrics as gm
 from nltk.translate.nist_score import corpus_nist
 
 TEXTS = ["the cat sat on the mat today", "a dog ran in the big park now"]

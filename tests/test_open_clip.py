@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import wake
 from open_clip.transformer import AttentionalPooler, ResidualAttentionBlock, Transformer
+from proof.zoo import entries
 from torch import Tensor, nn
-from zoo import entries
 
 import uora_vision as uora
 

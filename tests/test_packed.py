@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import need_timm
+from proof.zoo import call, entries
 from torch import Tensor, nn
-from zoo import call, entries
 
 import uora_vision as uora
 from uora_vision.weights.role import Role

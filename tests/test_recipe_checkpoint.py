@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import checkpoint
-from common.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
+from common.training import checkpoint
+from common.training.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from torch import nn
 
 
@@ -70,12 +70,12 @@ def test_failure_while_writing_leaves_the_last_one(
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
 def test_kill_at_any_moment_of_writing_leaves_a_whole_file(tmp_path: Path) -> None:
-    path, recipes = tmp_path / "c.pt", Path(checkpoint.__file__).parent.parent
+    path, recipes = tmp_path / "c.pt", Path(checkpoint.__file__).parents[2]
     code = f"""
 import sys; sys.path.insert(0, {str(recipes)!r})
 import itertools, torch
 from pathlib import Path
-from common.checkpoint import write_checkpoint
+from common.training.checkpoint import write_checkpoint
 for step in itertools.count():
     write_checkpoint(Path({str(path)!r}), {{"step": step, "w": torch.full((1_000_000,), float(step))}})
 """

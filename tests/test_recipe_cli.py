@@ -10,11 +10,12 @@ from typing import Annotated, Any
 
 import pytest
 import yaml
-from common import cli
+from common.command import cli
+from common.command.choices import Method, Scope
+from common.command.options import MethodChoice, RunChoice, TrainChoice
 from common.errors import RecipeError
-from common.folder import CONFIG, prepare_folder, record_config
-from common.methods import DEFAULTS, Method, Scope
-from common.options import MethodChoice, RunChoice, TrainChoice
+from common.training.folder import CONFIG, prepare_folder, record_config
+from common.training.methods import DEFAULTS
 from typer import Option
 
 
@@ -32,7 +33,10 @@ class Recipe:
 
     def __call__(self, *words: object) -> tuple[int, str]:
         self.patch.setattr(sys, "argv", ["recipe.py", *map(str, words)])
-        code = cli.main(cli.application(self.got.append, Options, "A recipe."))
+        try:
+            code = cli.main(self.got.append, cli.parse(Options, "A recipe."))
+        except SystemExit as end:
+            code = int(end.code or 0)
         return code, self.capsys.readouterr().err
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import clip_finetune
@@ -13,20 +11,21 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from common import cli, dual_demo
-from common.contrastive import pair_loss, prompts, recalls
-from common.data import load_images
-from common.dual import load_dual
-from common.methods import Method, MethodOptions
-from common.pairs import load_pairs
-from common.towers import Tower, Towers, adapt_towers, trains
-from common.toy import word_tokenizer
+from common.command.choices import Method, Tower
+from common.command.options import MethodOptions
+from common.data.images import load_images
+from common.language.toy import word_tokenizer
+from common.vision_language import demo as dual_demo
+from common.vision_language.contrastive import pair_loss, prompts, recalls
+from common.vision_language.dual import load_dual
+from common.vision_language.pairs import load_pairs
+from common.vision_language.towers import Towers, trains
 from PIL import Image
+from recipe_runs import Call, run
 from safetensors.torch import load_file
 
 import uora_vision as uora
 
-Call = Callable[..., tuple[int, str]]
 TEXTS = prompts(dual_demo.TEMPLATE, dual_demo.WORDS)
 DIGITS = ("--data", "digits", "--template", dual_demo.TEMPLATE, "--names", ",".join(dual_demo.WORDS))
 SHORT = ("--epochs", "2", "--batch", "10", "--quiet")
@@ -64,9 +63,8 @@ def recipe(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     """Runs the recipe in this process; gives the exit code and all that it wrote."""
 
     def call(*words: object, model: object = None) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["clip_finetune.py", "--model", str(model or tiny), *map(str, words)])
         capsys.readouterr()
-        code = cli.main(clip_finetune.app)
+        code = run(clip_finetune, ("--model", model or tiny, *words), monkeypatch)
         return code, "".join(capsys.readouterr())
 
     return call
@@ -179,7 +177,7 @@ def test_towers_train_as_asked(sides: tuple[str, str], tiny: Path) -> None:
     dual, (image, text) = load_dual(str(tiny)), sides
     method = Method.uora if "uora" in sides else Method.full
     asked = Towers(Tower(image), Tower(text), last=1)
-    adapted = adapt_towers(dual, MethodOptions(method, 4, lr=0.1, head_lr=0.2), asked)
+    adapted = clip_finetune.adapt(dual, MethodOptions(method, 4, lr=0.1, head_lr=0.2), asked)
     assert [trains(dual, "image"), trains(dual, "text")] == [side != "frozen" for side in sides]
     names = [name for name, p in dual.model.named_parameters() if p.requires_grad]
     blocks = [name for name in names if "resblocks" in name]
@@ -193,7 +191,7 @@ def test_towers_train_as_asked(sides: tuple[str, str], tiny: Path) -> None:
 
 def test_one_bank_serves_both_towers(tiny: Path) -> None:
     dual = load_dual(str(tiny))
-    adapt_towers(dual, MethodOptions(Method.uora, 4), Towers())
+    clip_finetune.adapt(dual, MethodOptions(Method.uora, 4), Towers())
     assert {dual.tower(name) for name in uora.adapters(dual.model)} == {"image", "text"}
     banks = [name for name, module in dual.model.named_modules() if isinstance(module, uora.bank.Bank)]
     assert len(set(banks)) == 1

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import e2e_nlg
 import pytest
 import torch
-from common import cli, network, toy, toy_restaurants
-from common.methods import Method
-from safetensors.torch import load_file
+from common.command.choices import Method
+from common.data import network
+from common.language import toy, toy_restaurants
+from recipe_runs import Call, assert_it_redraws_by_uora_alone, assert_the_options_reach_uora, caller, trained
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import uora_vision as uora
 
-Call = Callable[..., tuple[int, str]]
 END = toy_restaurants.END
 
 
@@ -59,33 +57,23 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def recipe(backbone: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     """Runs the recipe in this process; gives the exit code and the last line on stderr."""
-
-    def call(*words: object, **changed: object) -> tuple[int, str]:
-        given = {"data": data, "model": backbone, **changed}
-        named = [str(w) for key, value in given.items() for w in (f"--{key}", value)]
-        monkeypatch.setattr(sys, "argv", ["e2e_nlg.py", *named, *map(str, words)])
-        capsys.readouterr()
-        try:
-            code = cli.main(e2e_nlg.app)
-        except SystemExit as end:
-            code = int(end.code or 0)
-        lines = capsys.readouterr().err.strip().splitlines()
-        return code, lines[-1] if lines else ""
-
-    return call
+    return caller(e2e_nlg, monkeypatch, capsys, data=data, model=backbone)
 
 
 SHORT = ("--epochs", 2, "--batch", 8, "--beams", 2, "--max-new-tokens", 6, "--quiet")  # 2 x 3 steps
 FIRES = ("--relative", "--threshold", "0.7", "--lr", "0.1", "--rank", 8)
 
 
-def trained(folder: Path) -> dict[str, torch.Tensor]:
-    (file,) = (folder / "adapter").glob("*.safetensors")
-    return load_file(file)
-
-
 def without_linear() -> list[Method]:
     return [method for method in Method if method is not Method.linear]
+
+
+def test_the_options_reach_the_adapter_and_its_reinitialisation(recipe: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_the_options_reach_uora(recipe, monkeypatch, *SHORT)
+
+
+def test_it_redraws_by_uora_alone(recipe: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert_it_redraws_by_uora_alone(recipe, monkeypatch, *SHORT)
 
 
 @pytest.mark.parametrize("method", without_linear())

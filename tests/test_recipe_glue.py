@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,15 +10,14 @@ import glue
 import numpy as np
 import pytest
 import torch
-from common import cli, toy
-from common.methods import Method
-from safetensors.torch import load_file
+from common.command.choices import Method
+from common.language import toy
+from recipe_runs import Call, assert_it_redraws_by_uora_alone, assert_the_options_reach_uora, caller, run, trained
 from sklearn.metrics import f1_score, matthews_corrcoef
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
 
 import uora_vision as uora
 
-Call = Callable[..., tuple[int, str]]
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "sst2"
 
 
@@ -51,29 +48,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def recipe(backbone: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     """Runs the recipe in this process; gives the exit code and the last line on stderr."""
-
-    def call(*words: object, **changed: object) -> tuple[int, str]:
-        given = {"data": data, "model": backbone, **changed}
-        named = [str(w) for key, value in given.items() for w in (f"--{key}", value)]
-        monkeypatch.setattr(sys, "argv", ["glue.py", *named, *map(str, words)])
-        capsys.readouterr()
-        try:
-            code = cli.main(glue.app)
-        except SystemExit as end:
-            code = int(end.code or 0)
-        lines = capsys.readouterr().err.strip().splitlines()
-        return code, lines[-1] if lines else ""
-
-    return call
+    return caller(glue, monkeypatch, capsys, data=data, model=backbone)
 
 
 SHORT = ("--epochs", 2, "--batch", 8, "--quiet")  # 2 x 3 steps
 FIRES = ("--relative", "--threshold", "0.7", "--lr", "0.1", "--rank", 8)
 
 
-def trained(folder: Path) -> dict[str, torch.Tensor]:
-    (file,) = (folder / "adapter").glob("*.safetensors")
-    return load_file(file)
+def test_the_options_reach_the_adapter_and_its_reinitialisation(recipe: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_the_options_reach_uora(recipe, monkeypatch, *SHORT)
+
+
+def test_it_redraws_by_uora_alone(recipe: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert_it_redraws_by_uora_alone(recipe, monkeypatch, *SHORT)
 
 
 @pytest.mark.parametrize("method", list(Method))
@@ -204,8 +191,7 @@ def test_files_without_header(recipe: Call, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_demo_compares_methods(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sys, "argv", ["glue.py", "--demo", "--quiet", "--output", str(tmp_path)])
-    assert cli.main(glue.app) == 0
+    assert run(glue, ("--demo", "--quiet", "--output", tmp_path), monkeypatch) == 0
     rows = {row["method"]: row for row in json.loads((tmp_path / "metrics.json").read_text())["comparison"]}
     assert rows.keys() == {method.value for method in Method}
     assert rows["uora"]["accuracy"] > rows["linear"]["accuracy"] + 0.05  # what the demo is there to show

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import socket
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +13,14 @@ import numpy as np
 import pytest
 import timm
 import torch
-from common import cli
-from common.augment import Augment, InputFormat, ModelInput
-from common.data import load_images
+from common.command.choices import Augment
+from common.data.augment import InputFormat, ModelInput
+from common.data.images import load_images
 from PIL import Image
-from safetensors.torch import load_file
+from recipe_runs import Call, assert_it_redraws_by_uora_alone, assert_the_options_reach_uora, run, trained
 
 import uora_vision as uora
 
-Call = Callable[..., tuple[int, str]]
 TINY: dict[str, Any] = {"img_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 FIRES = ("--relative", "--threshold", "0.2", "--lr", "0.05")
 SHORT = ("--img-size", 32, "--rank", 8, "--shots", 5, "--epochs", 2, "--batch", 4, "--quiet")  # 2 x 4 steps
@@ -60,16 +57,19 @@ def recipe(photos: Path, tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     """Runs the recipe in this process; gives the exit code and what stood on stderr."""
 
     def call(*words: object, data: object = photos, model: str = tiny) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["x.py", "--data", str(data), "--model", model, *map(str, words)])
         capsys.readouterr()
-        return cli.main(imagenet_subset.app), capsys.readouterr().err
+        code = run(imagenet_subset, ("--data", data, "--model", model, *words), monkeypatch)
+        return code, capsys.readouterr().err
 
     return call
 
 
-def trained(folder: Path) -> dict[str, torch.Tensor]:
-    (file,) = (folder / "adapter").glob("*.safetensors")
-    return load_file(file)
+def test_the_options_reach_the_adapter_and_its_reinitialisation(recipe: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_the_options_reach_uora(recipe, monkeypatch, *SHORT)
+
+
+def test_it_redraws_by_uora_alone(recipe: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_it_redraws_by_uora_alone(recipe, monkeypatch, *SHORT)
 
 
 @pytest.mark.slow
@@ -171,8 +171,7 @@ def test_data_of_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_the_demo_compares_the_methods(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sys, "argv", ["x.py", "--demo", "--quiet", "--output", str(tmp_path)])
-    assert cli.main(imagenet_subset.app) == 0
+    assert run(imagenet_subset, ("--demo", "--quiet", "--output", tmp_path), monkeypatch) == 0
     rows = {row["method"]: row["accuracy"] for row in json.loads((tmp_path / "metrics.json").read_text())["comparison"]}
     assert rows.keys() == {"linear", "bitfit", "lora", "vera", "uora", "full"}
     assert rows["uora"] > rows["linear"] + 0.05 and (tmp_path / "adapter").is_dir()

@@ -7,8 +7,6 @@ import importlib.util
 import json
 import math
 import socket
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,21 +16,22 @@ import llm_instruct
 import pytest
 import torch
 from aiohttp.test_utils import TestServer
-from common import chat, cli, toy
-from common.answers import held_out_loss
-from common.dialogues import encode, prepare_template, prompt_ids, read_dialogues
+from common.command.choices import Method
+from common.command.options import MethodOptions
+from common.data.tables import load_table
 from common.errors import DataError
-from common.language import load_model, load_tokenizer
-from common.methods import Method
-from common.sft import make_trainer
-from common.tables import load_table
+from common.language import chat, toy
+from common.language.answers import held_out_loss
+from common.language.dialogues import encode, prepare_template, prompt_ids, read_dialogues
+from common.language.models import load_model, load_tokenizer
+from common.language.sft import make_trainer
+from common.training.methods import Adapted
 from datasets import Dataset
-from safetensors.torch import load_file
+from recipe_runs import Call, assert_it_redraws_by_uora_alone, assert_the_options_reach_uora, caller, run, trained
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import uora_vision as uora
 
-Call = Callable[..., tuple[int, str]]
 SHARED = Path(__file__).parents[2] / "shared"
 CHAT = [
     {"role": "system", "content": "the fox"}, {"role": "user", "content": "the owl lives"},
@@ -69,20 +68,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def recipe(backbone: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     """Runs the recipe in this process; gives the exit code and the last line on stderr."""
-
-    def call(*words: object, **changed: object) -> tuple[int, str]:
-        given = {"data": data, "model": backbone, **changed}
-        named = [str(w) for key, value in given.items() for w in (f"--{key}", value)]
-        monkeypatch.setattr(sys, "argv", ["llm_instruct.py", *named, *map(str, words)])
-        capsys.readouterr()
-        try:
-            code = cli.main(llm_instruct.app)
-        except SystemExit as end:
-            code = int(end.code or 0)
-        lines = capsys.readouterr().err.strip().splitlines()
-        return code, lines[-1] if lines else ""
-
-    return call
+    return caller(llm_instruct, monkeypatch, capsys, data=data, model=backbone)
 
 
 SHORT = ("--epochs", 2, "--batch", 12, "--validation", 0.25, "--samples", 1, "--max-new-tokens", 4, "--quiet")  # 2 x 3
@@ -93,16 +79,19 @@ def told(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "metrics.json").read_text())
 
 
-def trained(folder: Path) -> dict[str, torch.Tensor]:
-    (file,) = (folder / "adapter").glob("*.safetensors")
-    return load_file(file)
-
-
 def loaded(folder: Path, dialogues: list[Any] | None = None) -> tuple[Any, Any, Any]:
     tokenizer = load_tokenizer(str(folder))
     prepare_template(tokenizer)
     rows = encode(dialogues or [CHAT], tokenizer, 64, "a test").rows
     return load_model(AutoModelForCausalLM, str(folder), tokenizer), tokenizer, rows
+
+
+def test_the_options_reach_the_adapter_and_its_reinitialisation(recipe: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_the_options_reach_uora(recipe, monkeypatch, *SHORT)
+
+
+def test_it_redraws_by_uora_alone(recipe: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert_it_redraws_by_uora_alone(recipe, monkeypatch, *SHORT)
 
 
 @pytest.mark.parametrize("method", [m for m in Method if m not in (Method.linear, Method.bitfit)])
@@ -211,9 +200,7 @@ def test_packed_examples_do_not_see_each_other(backbone: Path, tmp_path: Path) -
     texts = ["the owl lives in the city .", "likes bread .", "the bear is red ."]
     dialogues = [[{"role": "user", "content": "the fox"}, {"role": "assistant", "content": text}] for text in texts]
     rows = encode(dialogues, tokenizer, 64, "a test").rows
-    adapted = llm_instruct.apply_method(model, llm_instruct.Options(method=Method.uora, rank=4).method_options(
-        llm_instruct.DEFAULTS
-    ))  # fmt: skip
+    adapted = Adapted(uora.inject(model, rank=4), model, [], MethodOptions(Method.uora, 4))
     settings = {"output_dir": str(tmp_path), "max_length": 64, "packing": True, "eval_packing": False, "report_to": []}
     trainer = make_trainer(
         adapted, {**settings, "use_cpu": True, "bf16": False}, model=model, train_dataset=rows, eval_dataset=rows,
@@ -479,8 +466,7 @@ def test_a_real_model_on_real_instructions(recipe: Call, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_the_demo_compares_methods(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sys, "argv", ["llm_instruct.py", "--demo", "--quiet", "--output", str(tmp_path)])
-    assert cli.main(llm_instruct.app) == 0
+    assert run(llm_instruct, ("--demo", "--quiet", "--output", tmp_path), monkeypatch) == 0
     metrics = told(tmp_path)
     rows = {row["method"]: row for row in metrics["comparison"]}
     assert rows.keys() == {method.value for method in toy.LM_ROWS}

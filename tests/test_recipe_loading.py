@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from common.augment import Augment, Domain, DomainShift, InputFormat, ModelInput
-from common.data import DataError, ImageSet
-from common.loading import Batches, Images, eval_loader, train_loader
+from common.command.choices import Augment, Domain
+from common.data.augment import DomainShift, InputFormat, ModelInput
+from common.data.images import DataError, ImageSet
+from common.data.loading import Batches, Images, eval_loader, train_loader
 
 FORM = InputFormat((16, 16), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 

@@ -7,7 +7,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from common.methods import DEFAULTS, Method, MethodError, MethodOptions, Scope, apply_method
+from common.command.choices import Method, Scope
+from common.command.options import MethodOptions
+from common.training.methods import DEFAULTS, Adapted, MethodError, apply_method
 from torch import nn
 
 import uora_vision as uora
@@ -18,6 +20,15 @@ HEAD = 7 * 64 + 7
 def options(method: Method, **changes: object) -> MethodOptions:
     rank = None if DEFAULTS[method].rank is None else 4
     return MethodOptions(**{"method": method, "rank": rank, "lr": 0.1, "head_lr": 0.2, "weight_decay": 0.3, **changes})
+
+
+def adapt(model: nn.Module, options: MethodOptions) -> Adapted:
+    """By any method, as recipes do it."""
+    if options.method is not Method.uora:
+        return apply_method(model, options)
+    uora.inject(model, rank=options.rank, targets=options.targets)
+    groups = uora.param_groups(model, lr=options.lr, head_lr=options.head_lr, weight_decay=options.weight_decay)
+    return Adapted(model, model, groups, options)
 
 
 def expected_without_head(method: Method) -> int:
@@ -39,7 +50,7 @@ def expected_without_head(method: Method) -> int:
 def test_trains_what_it_should_and_nothing_else(method: Method, vit: nn.Module, images: torch.Tensor) -> None:
     total = sum(p.numel() for p in vit.parameters())
     before = vit(images)
-    adapted = apply_method(vit, options(method))
+    adapted = adapt(vit, options(method))
     torch.testing.assert_close(adapted.model(images), before, rtol=0, atol=1e-6)
     expected = total - HEAD if method is Method.full else expected_without_head(method)
     assert adapted.trained_without_head == expected
@@ -51,7 +62,7 @@ def test_trains_what_it_should_and_nothing_else(method: Method, vit: nn.Module, 
 
 @pytest.mark.parametrize("method", list(Method))
 def test_groups_carry_the_rates_and_decay_only_matrices(method: Method, vit: nn.Module) -> None:
-    adapted = apply_method(vit, options(method))
+    adapted = adapt(vit, options(method))
     head = {id(p) for p in adapted.base.get_classifier().parameters()}
     for group in adapted.groups:
         for p in group["params"]:
@@ -60,27 +71,27 @@ def test_groups_carry_the_rates_and_decay_only_matrices(method: Method, vit: nn.
             assert group["weight_decay"] == (0.3 if p.dim() > 1 and not trained_vectors else 0.0)
 
 
-@pytest.mark.parametrize("method", [Method.uora, Method.vera, Method.vera_peft, Method.lora])
+@pytest.mark.parametrize("method", [Method.vera, Method.vera_peft, Method.lora])
 @pytest.mark.parametrize("rank", [0, -1])
 def test_rank_below_one_is_an_error(method: Method, rank: int, vit: nn.Module) -> None:
     with pytest.raises(MethodError, match="rank must be at least 1"):
         apply_method(vit, options(method, rank=rank))
 
 
-def test_only_uora_reinitialises_and_not_when_told_never(make_vit: Callable[..., nn.Module]) -> None:
-    for method in Method:
-        for scope in Scope:
-            adapted = apply_method(make_vit(), options(method, scope=scope))
-            reinit = adapted.reinitializer(torch.optim.AdamW(adapted.groups))
-            assert (reinit is not None) == (method is Method.uora and scope is not Scope.never)
-            if reinit is not None:
-                assert reinit.scope == scope.value
+def test_uora_is_injected_by_the_recipes_themselves(vit: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"calls uora\.inject itself"):
+        apply_method(vit, options(Method.uora))
+
+
+def test_only_uora_redraws_and_not_when_told_never() -> None:
+    found = [(method, scope) for method in Method for scope in Scope if options(method, scope=scope).redraws]
+    assert found == [(Method.uora, scope) for scope in (Scope.shared, Scope.quorum, Scope.layer)]
 
 
 def test_lora_adapts_the_same_weights_as_uora(make_vit: Callable[..., nn.Module]) -> None:
     lora = apply_method(make_vit(), options(Method.lora, targets="mlp")).model
     with_lora = {name.removesuffix(".lora_A") for name, _ in lora.named_modules() if name.endswith(".lora_A")}
-    assert with_lora == set(uora.adapters(apply_method(make_vit(), options(Method.uora, targets="mlp")).model))
+    assert with_lora == set(uora.adapters(uora.inject(make_vit(), rank=4, targets="mlp")))
 
 
 def test_missing_peft_says_what_to_install(vit: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +105,6 @@ def test_a_model_without_a_head_is_an_error(make_vit: Callable[..., nn.Module]) 
         apply_method(make_vit(num_classes=0), options(Method.linear))
 
 
-@pytest.mark.parametrize("method", [Method.uora, Method.vera])
-def test_token_sampling_reaches_the_adapter(method: Method, vit: nn.Module) -> None:
-    apply_method(vit, options(method, token_sampling=4))
+def test_token_sampling_reaches_vera(vit: nn.Module) -> None:
+    apply_method(vit, options(Method.vera, token_sampling=4))
     assert {adapter.token_sampling for adapter in uora.adapters(vit).values()} == {4}

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ import pytest
 import timm
 import torch
 import vit_cifar100
-from common import checkpoint, cli
-from common.methods import Method
+from common.command.choices import Method
+from common.training import checkpoint
+from recipe_runs import Call, assert_it_redraws_by_uora_alone, assert_the_options_reach_uora, run, trained
 from rich.console import Console
-from safetensors.torch import load_file
 
 import uora_vision as uora
 
@@ -41,18 +40,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"local-dir:{folder}"
 
 
-Call = Callable[..., tuple[int, str]]
-
-
 @pytest.fixture
 def recipe(tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     """Runs the recipe in this process on the digits; gives the exit code and what stood on stderr."""
 
     def call(*words: object, data: str = "digits", model: str | None = None) -> tuple[int, str]:
-        line = ["vit_cifar100.py", "--data", data, "--model", model or tiny, *map(str, words)]
-        monkeypatch.setattr(sys, "argv", line)
         capsys.readouterr()
-        code = cli.main(vit_cifar100.app)
+        code = run(vit_cifar100, ("--data", data, "--model", model or tiny, *words), monkeypatch)
         return code, capsys.readouterr().err
 
     return call
@@ -61,9 +55,12 @@ def recipe(tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 SHORT = ("--classes", "5-9", "--shots", "6", "--epochs", "2", "--batch", "8", "--quiet")  # 2 x 4 steps
 
 
-def trained(folder: Path) -> dict[str, torch.Tensor]:
-    (file,) = (folder / "adapter").glob("*.safetensors")
-    return load_file(file)
+def test_the_options_reach_the_adapter_and_its_reinitialisation(recipe: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_the_options_reach_uora(recipe, monkeypatch, *SHORT)
+
+
+def test_it_redraws_by_uora_alone(recipe: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_it_redraws_by_uora_alone(recipe, monkeypatch, *SHORT)
 
 
 def assert_same_run(first: Path, second: Path) -> None:
@@ -100,10 +97,11 @@ def test_every_method_leaves_its_results(method: Method, recipe: Call, tmp_path:
 
 
 def test_the_saved_adapter_gives_the_measured_accuracy(recipe: Call, tiny: str, tmp_path: Path) -> None:
-    from common.augment import Domain, DomainShift, ModelInput
-    from common.backbone import create_backbone, input_format
-    from common.data import load_images
-    from common.loading import Images, eval_loader
+    from common.command.choices import Domain
+    from common.data.augment import DomainShift, ModelInput
+    from common.data.images import load_images
+    from common.data.loading import Images, eval_loader
+    from common.vision.backbone import create_backbone, input_format
 
     folder = tmp_path / "out"
     assert recipe(*SHORT, "--rank", 4, "--output", folder, "--domain", "invert", *FIRES)[0] == 0
@@ -176,7 +174,7 @@ def test_a_failed_write_leaves_a_checkpoint_to_resume_from(recipe: Call, tmp_pat
 def test_an_interrupt_leaves_a_checkpoint_and_says_how_to_go_on(
     sent: signal.Signals, recipe: Call, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
-    from common import training
+    from common.training import loop as training
 
     step = training.Run.step
 
@@ -249,7 +247,7 @@ def test_nan_stops_at_the_step_and_keeps_the_last_checkpoint(recipe: Call, tmp_p
 WRONG = {
     "unknown method": (("--method", "foo"), "'foo' is not one of 'uora', 'vera', 'vera-peft', 'lora'"),
     "class out of range": (("--classes", "5-12"), "no class 10; there are 10"),
-    "rank 0": (("--rank", 0), "rank must be at least 1, got 0"),
+    "rank 0": (("--rank", 0), "'--rank': Input should be greater than or equal to 1"),
     "kept head too small": (("--keep-head",), "the data has 10 classes but the head of"),
     "unknown projection": (("--targets", "q_porj"), "no projection matched 'q_porj'; this model has: attn.q (2)"),
     "unknown optimizer": (("--opt", "adamx"), "timm has no optimizer 'adamx'"),

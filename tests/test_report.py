@@ -11,8 +11,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from common import figures
-from common.report import RunReport, show, write_report
+from common.report import figures
+from common.report.page import RunReport, show, write_report
 
 LAYERS = [f"blocks.{block}.{role}" for block in range(2) for role in ("attn.q", "attn.v", "mlp.fc1")]
 HOSTILE = "</td><script>alert('$\\frac')</script>&\"\x00--> ]]> 猫 $x$ \ud800"

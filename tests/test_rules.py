@@ -116,7 +116,7 @@ class TestStructure:
         assert {r.rows for r in aggregate.roles} == {module.out_channels // module.groups}
 
     def test_experts_are_projections_of_their_own(self) -> None:
-        from zoo import entries
+        from proof.zoo import entries
 
         (entry,) = entries("transformers/gpt_oss")
         model, _ = entry.real()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +11,8 @@ from torch import Tensor
 timm = pytest.importorskip("timm")
 open_clip = pytest.importorskip("open_clip")
 pytest.importorskip("transformers")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
-from zoo import Entry, call, entries  # noqa: E402
+from proof.zoo import Entry, call, entries  # noqa: E402
 
 TRANSFORMERS = """
     llama mistral qwen2 qwen3 qwen3_moe gemma3 phi3 gpt2 gpt_neox opt bloom falcon falcon_multi_query falcon_new mpt

@@ -1,42 +1,11 @@
 """UORA for frozen vision, vision-language and language transformers.
 
-The public names are those below. Importing this imports torch and nothing heavy.
+The public names are those in `__init__.pyi`. Each imports its module, and torch, when it is first asked for: so the
+command `uora` answers help and mistakes without them, and nothing heavier than torch comes with this package.
 """
 
-from .config import UoraConfig
-from .errors import (
-    ConfigError,
-    DeadAdapterError,
-    ExportError,
-    FormatError,
-    HubError,
-    OptionError,
-    StateError,
-    TargetError,
-    UoraError,
-)  # fmt: skip
-from .lifecycle.counts import Summary, summary
-from .lifecycle.injection import inject, remove
-from .lifecycle.library import activate, active_adapter, adapter_names, adapters, delete, disabled
-from .lifecycle.merging import MergeReport, merge, unmerge
-from .lifecycle.reinit import AlphaDecay, Reinitializer, ThresholdWave
-from .lifecycle.trained_parts import param_groups
-from .lifecycle.verification import verify
-from .serving.routing import route
-from .storage.base import Base
-from .storage.folder import upgrade
-from .storage.hub import push_to_hub
-from .storage.save_load import load, save
-from .structure.planning import Plan, plan
-from .structure.row_order import Packed
-from .structure.rules import register_rule
-from .version import __version__
+import lazy_loader
 
-__all__ = [
-    "AlphaDecay", "Base", "ConfigError", "DeadAdapterError", "ExportError", "FormatError", "HubError", "MergeReport",
-    "OptionError", "Packed", "Plan", "Reinitializer", "StateError", "Summary", "TargetError", "ThresholdWave",
-    "UoraConfig", "UoraError", "__version__",
-    "activate", "active_adapter", "adapter_names", "adapters", "delete", "disabled", "inject", "load", "merge",
-    "param_groups", "plan", "push_to_hub", "register_rule", "remove", "route", "save", "summary", "unmerge",
-    "upgrade", "verify",
-]  # fmt: skip
+from .version import __version__ as __version__
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,6 +1,7 @@
 """The command `uora`: what an adapter would be, what a saved one is, and what can be made of it.
 
-Exit codes: 0 all is well, 1 a check failed, 2 bad input.
+Exit codes: 0 all is well, 1 a check failed, 2 bad input. Commands import what they need themselves, so that help and a
+mistake are answered without waiting for torch.
 """
 
 from __future__ import annotations
@@ -10,33 +11,20 @@ import sys
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
-from torch import nn
 
 from ..config import UoraConfig
 from ..errors import ConfigError, FormatError, UoraError
-from ..interop.onnx import to_onnx
-from ..interop.peft_write import to_peft_lora, to_peft_vera
-from ..lifecycle.merging import merge
-from ..lifecycle.trained_parts import base_parameters
-from ..maths.bank import Bank
-from ..storage.base import Base
-from ..storage.fit import fit
-from ..storage.folder import TENSOR_FILE, is_old, read
-from ..storage.folder import upgrade as upgrade_folder
-from ..storage.hub import is_repository, local_copy
-from ..storage.save_load import load
-from ..storage.schema import FORMAT_VERSION
-from ..storage.snapshot import rebuilt
-from ..storage.stored import Stored
-from ..structure.example import call, float_tensors
-from ..structure.planning import plan as plan_of
 from ..version import __version__ as version
-from .describe import describe, facts, plot
-from .models import FORMS, on_meta, with_weights
+from .models import FORMS
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..maths.bank import Bank
+    from ..storage.stored import Stored
 
 app = typer.Typer(
     help="Adapters of uora_vision: plan, inspect, merge, export, verify, upgrade.",
@@ -110,6 +98,10 @@ def plan(
     diff: Annotated[bool, typer.Option("--diff", help="Trace a run and compare it with the rules.")] = False,
 ) -> None:
     """What would be adapted in a model, and how large the adapter would be. Builds no weights."""
+    from ..lifecycle.trained_parts import base_parameters
+    from ..structure.planning import plan as plan_of
+    from .models import on_meta
+
     made, example = on_meta(model)
     what = plan_of(made, rank=rank, targets=targets, exclude=exclude or (), example_input=example if diff else None)
     if as_json:
@@ -129,6 +121,9 @@ def inspect(
     revision: Revision = None,
 ) -> None:
     """What a saved adapter is: base, options, parameters, redraws, |b| and |d| by layer."""
+    from ..storage.folder import read
+    from .describe import describe, facts, plot
+
     there = _local(folder, revision)
     stored = read(there)
     size = sum(p.stat().st_size for p in there.iterdir() if p.is_file())
@@ -148,6 +143,8 @@ def merge_into(
     overwrite: Overwrite = False,
 ) -> None:
     """Add an adapter to the weights of its base, and write the plain model."""
+    from ..lifecycle.merging import merge
+
     _check_free(output / "model.safetensors", overwrite)
     made, example = _loaded(_local(folder, revision), model, checkpoint)
     merge(made, example)
@@ -176,6 +173,12 @@ def export(
     """Write an adapter for PEFT, or the merged model as ONNX."""
     if rank is not None and to != Kind.lora:
         raise ConfigError(f"--rank goes with --to peft-lora, not with {to.value}")
+
+    from ..interop.onnx import to_onnx
+    from ..interop.peft_write import to_peft_lora, to_peft_vera
+    from ..lifecycle.merging import merge
+    from ..storage.folder import TENSOR_FILE
+
     _check_free(output if to == Kind.onnx else output / TENSOR_FILE, overwrite)
     if to == Kind.onnx:
         _needs("onnx", "onnxscript")
@@ -199,6 +202,13 @@ def verify(
     revision: Revision = None,
 ) -> None:
     """Check a saved adapter: its files, whether A and B come out as they were, and whether it fits a base."""
+    from ..storage.base import Base
+    from ..storage.fit import fit
+    from ..storage.folder import is_old, read
+    from ..storage.schema import FORMAT_VERSION
+    from ..storage.snapshot import rebuilt
+    from .models import with_weights
+
     there = _local(folder, revision)
     checks: list[tuple[bool, str]] = []
     stored = _checked(checks, "files are whole, of a known version, without NaN", lambda: read(there))
@@ -225,6 +235,10 @@ def upgrade(folder: Annotated[Path, typer.Argument(help="Folder of an adapter.")
     """Rewrite an adapter of an earlier format version, in place."""
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder")
+
+    from ..storage.folder import upgrade as upgrade_folder
+    from ..storage.schema import FORMAT_VERSION
+
     done = upgrade_folder(folder)
     print(f"{folder} is of format version {FORMAT_VERSION} now" if done else f"{folder} needs no upgrade")
 
@@ -235,6 +249,8 @@ def _local(folder: str, revision: str | None) -> Path:
     Raises:
         ConfigError: there is none.
     """
+    from ..storage.hub import is_repository, local_copy
+
     if is_repository(folder):
         return local_copy(folder, revision)
     if not Path(folder).is_dir():
@@ -244,18 +260,29 @@ def _local(folder: str, revision: str | None) -> Path:
 
 def _loaded(there: Path, model: str, checkpoint: str | None) -> tuple[nn.Module, Any]:
     """A model with an adapter in it, and an input."""
+    from ..storage.folder import read
+    from ..storage.save_load import load
+    from .models import with_weights
+
     stored = read(there)
     made, example = with_weights(model, stored, checkpoint)
     return load(made, there), example
 
 
 def _bank(stored: Stored) -> Bank:
+    from ..maths.bank import Bank
+
     widths_in = {p.width for p in stored.projections}
     widths_out = {role.rows for p in stored.projections for role in p.roles}
     return Bank(stored.config, widths_in, widths_out, first=stored.first())
 
 
 def _run(made: nn.Module, there: Path, example: Any) -> None:
+    import torch
+
+    from ..storage.save_load import load
+    from ..structure.example import call, float_tensors
+
     with torch.no_grad():
         outputs = list(float_tensors(call(load(made, there), example)))
     if not all(t.isfinite().all() for t in outputs):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from ..storage.stored import Stored
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..storage.stored import Stored
 
 FORMS = "timm/NAME, open_clip/NAME or transformers/FOLDER"
 
@@ -20,6 +21,8 @@ def on_meta(spec: str) -> tuple[nn.Module, Any]:
     Raises:
         ConfigError: there is no such model.
     """
+    import torch
+
     with torch.device("meta"):
         return _made(spec, None, None, False)
 
@@ -35,6 +38,8 @@ def with_weights(spec: str, stored: Stored, checkpoint: str | None = None) -> tu
     Raises:
         ConfigError: there is no such model, or its weights are not to be had.
     """
+    import torch
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, example = _made(spec, stored, checkpoint, True)
@@ -57,6 +62,7 @@ def _made(spec: str, stored: Stored | None, checkpoint: str | None, weights: boo
 
 def _timm(name: str, stored: Stored | None, checkpoint: str | None, weights: bool) -> tuple[nn.Module, Any]:
     import timm
+    import torch
 
     options: dict[str, Any] = {}
     if stored is not None:
@@ -72,6 +78,7 @@ def _timm(name: str, stored: Stored | None, checkpoint: str | None, weights: boo
 
 def _open_clip(name: str, stored: Stored | None, checkpoint: str | None, weights: bool) -> tuple[nn.Module, Any]:
     import open_clip
+    import torch
 
     if weights and checkpoint is None:
         raise ConfigError("open_clip needs --checkpoint with a file or the tag of published weights")
@@ -88,6 +95,7 @@ def _open_clip(name: str, stored: Stored | None, checkpoint: str | None, weights
 
 
 def _transformers(name: str, stored: Stored | None, checkpoint: str | None, weights: bool) -> tuple[nn.Module, Any]:
+    import torch
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(name)
@@ -124,5 +132,7 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         return load_file(path)
+    import torch
+
     loaded = torch.load(path, map_location="cpu", weights_only=True)
     return loaded.get("state_dict", loaded)

@@ -1,0 +1,1 @@
+"""The command line of a recipe: its options, and what a person sees."""

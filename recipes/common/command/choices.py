@@ -1,0 +1,48 @@
+"""What an option of a recipe can be, without what takes seconds to import."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Method(StrEnum):
+    uora = "uora"
+    vera = "vera"
+    vera_peft = "vera-peft"
+    lora = "lora"
+    linear = "linear"
+    full = "full"
+    bitfit = "bitfit"
+
+
+class Scope(StrEnum):
+    """Which layers a re-drawn direction changes; `never` re-draws none."""
+
+    never = "never"
+    shared = "shared"
+    quorum = "quorum"
+    layer = "layer"
+
+
+class Augment(StrEnum):
+    """What varies in the training images: nothing, the position, the position and left-right, or also the size."""
+
+    none = "none"
+    crop = "crop"
+    flip = "crop+flip"
+    resized = "resized-crop+flip"
+
+
+class Domain(StrEnum):
+    """A fixed change of every image, training and test, that makes another domain of a data set."""
+
+    none = "none"
+    invert = "invert"
+    rotate = "rotate"
+    noise = "noise"
+
+
+class Tower(StrEnum):
+    frozen = "frozen"
+    uora = "uora"
+    full = "full"

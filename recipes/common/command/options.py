@@ -1,0 +1,154 @@
+"""Options that recipes share, as dataclasses to inherit from; see `cli.parse`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from typer import Option
+
+from ..errors import RecipeError
+from .choices import Method, Scope
+
+FREE = {"output", "resume", "workers", "checkpoint_every", "max_steps", "max_seconds", "quiet", "demo"}
+"""Options that may change when a run is resumed: they do not change what it computes."""
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a method uses where nothing is asked for: rank (None: it has none) and AdamW learning rates."""
+
+    rank: int | None
+    lr: float
+    head_lr: float
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """What to train.
+
+    Args:
+        rank: of the adapter, for the methods that have one.
+        targets: which projections to adapt, in the words of `uora.inject`. LoRA and PEFT's VeRA adapt whole weights, so
+            for them any role of a fused weight selects all of it.
+        lr: of what the method adds or unfreezes.
+        head_lr: of the head.
+        weight_decay: of matrices.
+        seed: of the adapter's random matrices.
+        scope, threshold, relative, alpha, every: of UORA's reinitialisation; see `uora.Reinitializer`.
+        token_sampling: see `uora.UoraConfig`; for UORA and its VeRA.
+    """
+
+    method: Method = Method.uora
+    rank: int | None = 256
+    targets: str = "attention+mlp"
+    lr: float = 4e-3
+    head_lr: float = 4e-3
+    weight_decay: float = 0.0
+    seed: int = 0
+    scope: Scope = Scope.shared
+    threshold: float = 1e-5
+    relative: bool = False
+    alpha: float = 0.5
+    every: int = 1
+    token_sampling: int = 1
+
+    @property
+    def redraws(self) -> bool:
+        """Whether directions are drawn again while training."""
+        return self.method is Method.uora and self.scope is not Scope.never
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodChoice:
+    """What trains."""
+
+    method: Annotated[Method, Option(help="what to train")] = Method.uora
+    rank: Annotated[int | None, Option(min=1, help="of the adapter; by default 256, and 8 for lora")] = None
+    targets: Annotated[str, Option(help="projections to adapt: attention+mlp, attention, qv, ...")] = "attention+mlp"
+    lr: Annotated[float | None, Option(min=0, help="of the adapter; by default what the method wants")] = None
+    head_lr: Annotated[float | None, Option(min=0, help="of the head")] = None
+    weight_decay: Annotated[float, Option(min=0, help="of matrices; vectors never decay")] = 0.0
+    reinit: Annotated[Scope, Option(help="uora: whom a re-drawn direction changes")] = Scope.shared
+    threshold: Annotated[float, Option(min=0, help="uora: re-draw where |d| is below")] = 1e-5
+    relative: Annotated[bool, Option("--relative/--absolute", help="uora: threshold times the layer's median |d|")] = (
+        False
+    )
+    alpha: Annotated[float, Option(min=0, max=1, help="uora: share of the old direction that stays")] = 0.5
+    every: Annotated[int, Option(min=1, help="uora: re-draw at every n-th step below the threshold")] = 1
+    token_sampling: Annotated[int, Option(min=1, help="uora, vera: gradients from one token of every n")] = 1
+    seed: Annotated[int, Option(min=0, help="of everything random")] = 0
+
+    def method_options(self, defaults: dict[Method, Defaults]) -> MethodOptions:
+        """With the method's own rank and rates where none were asked for."""
+        own = defaults[self.method]
+        return MethodOptions(
+            method=self.method,
+            rank=own.rank if self.rank is None or own.rank is None else self.rank,
+            targets=self.targets,
+            lr=own.lr if self.lr is None else self.lr,
+            head_lr=own.head_lr if self.head_lr is None else self.head_lr,
+            weight_decay=self.weight_decay,
+            seed=self.seed,
+            scope=self.reinit,
+            threshold=self.threshold,
+            relative=self.relative,
+            alpha=self.alpha,
+            every=self.every,
+            token_sampling=self.token_sampling,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainChoice:
+    """For how long, and in what steps."""
+
+    epochs: Annotated[int, Option(min=1)] = 10
+    batch: Annotated[int, Option(min=1, help="examples per step, over all processes")] = 64
+    warmup: Annotated[float, Option(min=0, max=1, help="share of the steps")] = 0.1
+    opt: Annotated[str, Option(help="an optimizer that timm knows")] = "adamw"
+    clip: Annotated[float, Option(min=0, help="largest norm of the gradient; 0 for none")] = 1.0
+    precision: Annotated[Literal["no", "bf16", "fp16"], Option(help="of the products")] = "no"
+    workers: Annotated[int, Option(min=0, help="processes that read data")] = 0
+    eval_every: Annotated[int, Option(min=1, help="epochs between evaluations")] = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunChoice:
+    """Where to, and when to stop."""
+
+    output: Annotated[Path | None, Option(help="folder for the results; by default a new one in runs/")] = None
+    checkpoint_every: Annotated[str, Option(help="steps (500) or minutes (10m); 0 for only at the end")] = "10m"
+    resume: Annotated[bool, Option("--resume", help="go on with the run in --output")] = False
+    max_steps: Annotated[int | None, Option(min=1, help="stop there, with a checkpoint")] = None
+    max_seconds: Annotated[float | None, Option(min=0, help="stop then, with a checkpoint")] = None
+    quiet: Annotated[bool, Option("--quiet", help="print nothing but errors")] = False
+
+    def __post_init__(self) -> None:
+        _ = self.cadence  # a mistake in it is told while the command line is read
+
+    @property
+    def cadence(self) -> tuple[int, float]:
+        """`500` as (500 steps, 0 seconds), `10m` as (0 steps, 600 seconds)."""
+        match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)m", self.checkpoint_every)
+        if match is None:
+            raise RecipeError(
+                f"--checkpoint-every takes steps such as 500 or minutes such as 10m, got {self.checkpoint_every!r}"
+            )
+        return int(match[1] or 0), 60 * float(match[2] or 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageChoice(RunChoice, TrainChoice, MethodChoice):
+    """Which images, and which model learns them."""
+
+    data: Annotated[str, Option(help="cifar100, digits, a folder, or a data set on the Hugging Face hub")] = "cifar100"
+    model: Annotated[str, Option(help="a timm model, or local-dir:FOLDER")] = "vit_small_patch16_224"
+    classes: Annotated[str | None, Option(help="only these classes: 60-99 or apple,bear")] = None
+    shots: Annotated[int | None, Option(min=1, help="training images per class; all by default")] = None
+    validation: Annotated[
+        float, Option(min=0, max=0.9, help="evaluate on this share of the training images, held out")
+    ] = 0
+    keep_head: Annotated[bool, Option("--keep-head", help="train on from the model's own head")] = False

@@ -1,0 +1,1 @@
+"""What a finished run leaves: metrics, figures, and a page to look at."""

@@ -1,0 +1,374 @@
+"""The report that ends a run: one HTML file that needs nothing else, to be opened in any browser."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from . import figures
+
+MOST_CLASSES = 40  # in the picture of the confusion matrix
+MOST_PAIRS = 10
+MOST_SAMPLES = 48
+LOWER = ("loss", "perplexity")  # less is better
+LABELS = {
+    "accuracy": "Accuracy",
+    "accuracy_std": "± std",
+    "adapter_bytes": "Adapter size",
+    "bleu": "BLEU",
+    "cider": "CIDEr",
+    "firings": "Re-draws",
+    "loss": "Loss",
+    "lr": "Learning rate",
+    "meteor_stem": "METEOR, no synonyms",
+    "nist": "NIST",
+    "peak_memory": "Peak memory",
+    "peak_memory_bytes": "Peak memory",
+    "rouge_l": "ROUGE-L",
+    "seconds": "Time",
+    "seconds_per_step": "Time per step",
+    "trained_parameters_without_head": "Trained, without head",
+}
+CAPTIONS = {  # how to read the curves of a quantity
+    "accuracy": "A widening gap between the lines means that the model learns its training data by heart.",
+    "loss": "Lower is better. A test line that turns upwards says that training went on for too long.",
+    "perplexity": "Lower is better: among how many tokens the model wavers, on average.",
+    "lr": "What the schedule gave the optimizer in each epoch.",
+}
+SPLITS = {"test_": "test", "train_": "training"}
+
+
+@dataclass
+class Sheet:
+    """A table of a report. A value is shown by the name of its column, as metrics are."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[Any]]
+    caption: str = ""
+
+
+@dataclass
+class RunReport:
+    """What a run leaves to be read. Accuracies are shares (0..1); keys are written with underscores.
+
+    Args:
+        title: a few words.
+        subtitle: one plain sentence of what happened.
+        config: the resolved options; `method`, `d_init`, `threshold` and `relative` help to word the report.
+        metrics: any numbers; of note `accuracy`, `loss`, `trained_parameters`, `trained_parameters_without_head`,
+            `total_parameters`, `adapter_bytes`, `seconds_per_step`, `peak_memory_bytes`, `firings`. A key with "bytes"
+            or "memory" in it counts bytes, one with "seconds" seconds. None means: does not apply.
+        history: per epoch `epoch`, `train_loss`, `train_accuracy`, `test_loss`, `test_accuracy` or other names that
+            begin so, `lr`, `firings` (so far), `seconds`; all but `epoch` may be missing or None.
+        layers: names such as `blocks.0.attn.q`, in the order of the model.
+        firings: (n, 3) int: step, layer number, index.
+        rank: directions per layer.
+        steps: optimizer steps of the run.
+        b, d: the learned vectors, one per layer, or empty where the method has none.
+        confusion: (k, k) counts of test images, a row per true class.
+        names: what the k classes are called.
+        samples: test images: (h, w, 3) uint8, true name, predicted name, confidence 0..1.
+        comparison: a row per method: `method`, `accuracy`, `trained_parameters`, and what else there is;
+            `accuracy_std` draws a bar.
+        score: the metric by which methods are compared, in the place of `accuracy`.
+        tables: more tables, such as what a model wrote before and after.
+    """
+
+    title: str
+    subtitle: str
+    config: dict[str, Any]
+    metrics: dict[str, Any]
+    history: list[dict[str, Any]]
+    layers: list[str] = field(default_factory=list)
+    firings: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), dtype=np.int64))
+    rank: int = 0
+    steps: int = 0
+    b: list[np.ndarray] = field(default_factory=list)
+    d: list[np.ndarray] = field(default_factory=list)
+    confusion: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int64))
+    names: list[str] = field(default_factory=list)
+    samples: list[tuple[np.ndarray, str, str, float]] = field(default_factory=list)
+    comparison: list[dict[str, Any]] | None = None
+    score: str = "accuracy"
+    tables: list[Sheet] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure with its words: `caption` says how to read it, `alt` what it shows to who cannot see it."""
+
+    title: str
+    uri: str
+    caption: str
+    alt: str
+    large: bool = False
+
+
+def write_report(report: RunReport, path: Path) -> None:
+    """Write the report to `path`; what stood there before stays until the new one is complete.
+
+    Raises:
+        ValueError: parts of the report do not fit each other.
+    """
+    _check(report)
+    page = render(report)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        draft.write_text(page, encoding="utf-8", errors="replace")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def render(report: RunReport) -> str:
+    """The page as a string."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"label": label}
+    environment.globals |= {"show": show}
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        tiles=_tiles(report),
+        compared=_compared(report),
+        curves=_curves(report),
+        adapted=len(report.d) > 0 or len(report.firings) > 0,
+        smallest=_smallest(report.d),
+        redrawn=_redrawn(report),
+        learned=_learned(report),
+        confused=_confused(report),
+        pairs=_pairs(report),
+        samples=[
+            {"uri": figures.thumbnail(image), "true": true, "predicted": predicted, "confidence": confidence}
+            for image, true, predicted, confidence in report.samples[:MOST_SAMPLES]
+        ],
+    )
+
+
+def label(key: str) -> str:
+    """`peak_memory_bytes` as `Peak memory`."""
+    words = key.replace("_", " ")
+    return LABELS.get(key, words[:1].upper() + words[1:])
+
+
+def _axis(key: str) -> str:
+    """A label in the middle of things: `BLEU` stays, `Learning rate` begins small."""
+    words = label(key)
+    return words if words[1:2].isupper() else words.lower()
+
+
+def show(key: str, value: Any) -> str:
+    """A value with the unit that its key implies: `show("adapter_bytes", 98304)` is `98.3 kB`."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool | np.bool_):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping | list | tuple):
+        return json.dumps(value, default=str, ensure_ascii=False)
+    if not isinstance(value, int | float | np.number):
+        return str(value)
+    if not math.isfinite(value):
+        return "not a number" if math.isnan(value) else "infinite"
+    if "accuracy" in key:
+        return f"{100 * value:.1f}%"
+    if "bytes" in key or "memory" in key:
+        return _scaled(float(value), ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")))
+    if "seconds" in key:
+        return _scaled(float(value), ((3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms")))
+    return f"{value:,}" if isinstance(value, int | np.integer) else f"{value:.4g}"
+
+
+def _scaled(value: float, units: tuple[tuple[float, str], ...]) -> str:
+    size, unit = next((pair for pair in units if abs(value) >= pair[0]), units[-1])
+    return f"{value / size:,.3g} {unit}" if abs(value) < 999.5 * size else f"{value / size:,.0f} {unit}"
+
+
+def _check(report: RunReport) -> None:
+    layers, classes = len(report.layers), len(report.names)
+    for name, vectors in (("b", report.b), ("d", report.d)):
+        if len(vectors) not in (0, layers):
+            raise ValueError(f"{len(vectors)} vectors in {name} for {layers} layers; give one for each layer, or none")
+    if report.confusion.shape != (classes, classes):
+        raise ValueError(f"confusion has shape {report.confusion.shape}, names {classes}; give (k, k) counts, k names")
+    if len(report.firings):
+        if report.firings.ndim != 2 or report.firings.shape[1] != 3:
+            raise ValueError(f"firings has shape {report.firings.shape}; give (n, 3): step, layer number, index")
+        _, layer, index = report.firings.max(0)
+        if layer >= layers or index >= report.rank or report.firings.min() < 0:
+            raise ValueError(
+                f"firings name layers up to {layer} and indices up to {index}, least entry {report.firings.min()}; "
+                f"there are {layers} layers of rank {report.rank}, counted from 0"
+            )
+
+
+def _tiles(report: RunReport) -> list[dict[str, str]]:
+    """The figures at the top of the page, those that the run has."""
+    metrics, tested = report.metrics, int(report.confusion.sum())
+    trained, total = metrics.get("trained_parameters"), metrics.get("total_parameters")
+    alone = metrics.get("trained_parameters_without_head")
+    spent = [f"{alone:,} without the head"] if alone is not None else []
+    spent += [f"{100 * trained / total:.2g}% of the model"] if trained and total else []
+    notes = {
+        report.score: f"{tested:,} test images" if tested else "",
+        "loss": "mean over test images" if tested else "mean over the test set",
+        "trained_parameters": ", ".join(spent),
+        "adapter_bytes": "to save and share",
+        "seconds_per_step": f"{report.steps:,} steps in all" if report.steps else "",
+        "peak_memory": "during training",
+        "peak_memory_bytes": "during training",
+        "firings": f"{len(report.layers) * report.rank:,} directions in {len(report.layers)} layers"
+        if report.rank
+        else "",
+    }
+
+    def brief(key: str) -> str:
+        value = metrics[key]
+        shown = show(key, value)
+        long = len(shown) > 9 and isinstance(value, int | float | np.number)
+        return figures.engineering(float(value)) if long else shown  # all digits are further down
+
+    return [
+        {"label": label(key), "value": brief(key), "note": note}
+        for key, note in notes.items()
+        if metrics.get(key) is not None
+    ]
+
+
+def _compared(report: RunReport) -> dict[str, Any] | None:
+    """Columns of the table of methods, and the picture where two methods have what it needs."""
+    if not report.comparison:
+        return None
+    score, columns = report.score, list(dict.fromkeys(key for row in report.comparison for key in row))
+    rows = [r for r in report.comparison if r.get("trained_parameters") and math.isfinite(r.get(score) or math.nan)]
+    picture = None
+    if len(rows) > 1:
+        picture = Picture(
+            f"{label(score)} for the parameters spent",
+            figures.comparison(rows, score, _axis(score)),
+            f"Further {'down' if score in LOWER else 'up'} is better, further left is cheaper. Trained parameters, "
+            "head included, grow tenfold from one labelled step of the axis to the next.",
+            f"{label(score)} and trained parameters: "
+            + "; ".join(
+                f"{r['method']} {show(score, r[score])} with {show('', r['trained_parameters'])}" for r in rows
+            ),
+        )
+    numeric = {
+        c for c in columns if all(isinstance(r.get(c), int | float | np.number | None) for r in report.comparison)
+    }
+    return {"columns": columns, "numeric": numeric, "picture": picture}
+
+
+def _curves(report: RunReport) -> list[Picture]:
+    history, pictures = report.history, []
+    keys = dict.fromkeys(key for row in history for key, value in row.items() if value is not None)
+    for quantity in dict.fromkeys(
+        ["accuracy", *(_quantity(key) for key in keys if key.startswith("test_")), "loss", "lr"]
+    ):
+        known = {split + quantity: name for split, name in SPLITS.items() if split + quantity in keys}
+        known |= {quantity: _axis(quantity)} if quantity in keys else {}
+        if known:
+            title = label(quantity)
+            ends = [
+                f"{name} {show(k, history[0].get(k))} to {show(k, history[-1].get(k))}" for k, name in known.items()
+            ]
+            alt = f"{title} over {len(history)} epochs, first to last: {', '.join(ends)}."
+            uri = figures.curves(history, known, _axis(quantity), percent="accuracy" in quantity)
+            caption = "" if quantity == "accuracy" and len(known) == 1 else CAPTIONS.get(quantity, "")
+            pictures.append(Picture(title, uri, caption, alt))
+    return pictures
+
+
+def _quantity(key: str) -> str:
+    return key.removeprefix("test_").removeprefix("train_")
+
+
+def _redrawn(report: RunReport) -> list[Picture]:
+    firings, layers = report.firings, report.layers
+    if not len(firings):
+        return []
+    counts = np.bincount(firings[:, 1], minlength=len(layers))
+    most = int(counts.argmax())
+    told = f"{len(firings):,} re-draws; most ({counts[most]:,}) in {layers[most]}"
+    return [
+        Picture(
+            "Where",
+            figures.firings_where(firings, layers, report.rank),
+            "A row per layer, first layer on top; a column per direction. The darker, the more often; grey, never.",
+            f"Heat map of layer by direction: {told}.",
+        ),
+        Picture(
+            "When",
+            figures.firings_when(firings, layers, report.steps),
+            "The same rows against training time. The bars on top are the sum over all layers.",
+            f"Heat map of layer by step: {told}; from step {firings[:, 0].min():,} to {firings[:, 0].max():,}.",
+        ),
+    ]
+
+
+def _sizes(vectors: list[np.ndarray]) -> list[np.ndarray]:
+    """|v| of each vector without what is not finite; a run that diverged deserves a report too."""
+    return [np.abs(v[np.isfinite(v)]) for v in vectors]
+
+
+def _smallest(vectors: list[np.ndarray]) -> float | None:
+    return min((float(v.min()) for v in _sizes(vectors) if v.size), default=None)
+
+
+def _learned(report: RunReport) -> list[Picture]:
+    start = report.config.get("d_init")
+    start = float(start) if isinstance(start, int | float) else None
+    starts = "." if start is None else f" and starts at {start:g} (dashed line)."
+    pictures = []
+    for symbol, vectors, meaning, line in (
+        ("b", report.b, "scales the outputs and starts at 0: tall bars are layers that changed much.", None),
+        ("d", report.d, f"scales the directions{starts}", start),
+    ):
+        if vectors:
+            sizes = _sizes(vectors)
+            medians = [float(np.median(v)) if v.size else 0.0 for v in sizes]
+            largest = int(np.argmax(medians))
+            uri = figures.magnitudes(sizes, report.layers, symbol, line)
+            bars = "Dot: median of a layer; thick bar: the middle half; thin bar: the middle 90%."
+            told = f"the largest median, {medians[largest]:.3g}, is in {report.layers[largest]}"
+            alt = f"|{symbol}| by role and block; {told}."
+            pictures.append(Picture(f"|{symbol}|", uri, f"{symbol} {meaning} {bars}", alt))
+    return pictures
+
+
+def _confused(report: RunReport) -> Picture | None:
+    if not report.names:
+        return None
+    shown = figures.most_confused(report.confusion, MOST_CLASSES)
+    part = f"the {len(shown)} most confused of {len(report.names):,} classes" if len(shown) < len(report.names) else ""
+    share = np.trace(report.confusion) / max(1, report.confusion.sum())
+    return Picture(
+        "Confusion matrix" + (f", {part}" if part else ""),
+        figures.confusion_matrix(report.confusion, report.names, shown),
+        "A row is a true class, a column what the model said; each row is coloured by its shares"
+        + (" and lettered by its counts" if len(shown) <= 12 else "")
+        + ". Blue on the diagonal is right, red is wrong.",
+        f"Confusion matrix of {part or f'{len(shown)} classes'}; {100 * share:.1f}% of the images are on the diagonal.",
+        large=len(shown) > 20,
+    )
+
+
+def _pairs(report: RunReport) -> list[dict[str, Any]]:
+    sizes = report.confusion.sum(1)
+    return [
+        {"true": report.names[i], "predicted": report.names[j], "count": count, "share": count / sizes[i]}
+        for i, j, count in figures.confused_pairs(report.confusion, MOST_PAIRS)
+    ]

@@ -1,0 +1,1 @@
+"""How recipes train: the methods, the loop, and what makes a run go on after it was stopped."""

@@ -1,0 +1,266 @@
+"""Text models train on transformers' Trainer: this is what a recipe adds to it.
+
+`fit` runs a Trainer to its end, or until something asks to stop, and gives the same `Outcome` as `training.train`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
+from torch.utils.data import Sampler
+from torch.utils.tensorboard.writer import SummaryWriter
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import get_last_checkpoint
+
+import uora_vision as uora
+from uora_vision.integrations.transformers import UoraCallback, adapter_only
+
+from ..command.display import Display
+from ..errors import CheckpointError, TrainingError
+from .folder import CHECKPOINTS
+from .loop import Outcome, Progress
+from .machine import StopRequest, peak_memory
+from .methods import Adapted
+
+PROGRESS, TRAINED = "progress.json", "trained.safetensors"
+
+
+def arguments(options: Any, folder: Path, **more: Any) -> dict[str, Any]:
+    """A recipe's options as keyword arguments of TrainingArguments, or of a class derived from it."""
+    processes = max(1, torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
+    return {
+        "output_dir": str(folder / CHECKPOINTS),
+        "num_train_epochs": options.epochs,
+        "per_device_train_batch_size": -(-options.batch // processes),
+        "per_device_eval_batch_size": max(32, options.batch),
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": options.warmup,
+        "max_grad_norm": options.clip,
+        "bf16": options.precision == "bf16",
+        "fp16": options.precision == "fp16",
+        "seed": options.seed,
+        "dataloader_num_workers": options.workers,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "ddp_broadcast_buffers": False,
+        "save_strategy": "no",  # `Watch` asks for checkpoints, and for evaluations
+        "eval_strategy": "no",
+        "save_total_limit": 1,
+        "logging_steps": 10,
+        "logging_nan_inf_filter": False,
+        "report_to": [],  # `fit` logs to the run's own folder
+        "disable_tqdm": True,
+        "log_level": "error",
+        **more,
+    }
+
+
+def careful(base: type[Trainer], adapted: Adapted) -> type[Trainer]:
+    """A Trainer that stops at the first loss that is not finite, before it changes a weight, and whose checkpoints hold
+    what trains and not the model."""
+    slim = adapter_only(base) if adapted.is_uora else _trained_only(base, adapted)
+
+    class Careful(slim):  # type: ignore[misc, valid-type]
+        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            loss = super().training_step(*args, **kwargs)
+            value = self.accelerator.reduce(loss.detach().clone(), "sum").item()
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"the loss is {value} at step {self.state.global_step + 1} of {self.state.max_steps}; the run "
+                    "stops, and its last checkpoint is from before that. Try a smaller --lr or --head-lr, or "
+                    "--precision no."
+                )
+            return loss
+
+        def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+            sampler = super()._get_train_sampler(*args, **kwargs)
+            return EpochOrder(sampler, self.args.seed) if isinstance(sampler, LengthGroupedSampler) else sampler
+
+    return Careful
+
+
+class EpochOrder(Sampler[int]):
+    """The order of a sampler, as it follows from seed and epoch alone.
+
+    The Trainer's own draws from the global generator, which a run resumed in a later epoch has in another state.
+    """
+
+    def __init__(self, sampler: LengthGroupedSampler, seed: int) -> None:
+        self.sampler, self.seed, self.epoch = sampler, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        self.sampler.generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
+        return iter(self.sampler)
+
+
+def _trained_only(base: type[Trainer], adapted: Adapted) -> type[Trainer]:
+    class TrainedOnly(base):  # type: ignore[misc, valid-type]
+        def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(adapted.trained_tensors(), folder / TRAINED)
+
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            adapted.model.load_state_dict(load_file(Path(resume_from_checkpoint) / TRAINED), strict=False)
+
+    return TrainedOnly
+
+
+def fit(
+    adapted: Adapted,
+    optimizer: torch.optim.Optimizer,
+    reinit: uora.Reinitializer | None,
+    options: Any,
+    folder: Path,
+    make: Callable[..., Trainer],
+    scores: Callable[[dict[str, float]], dict[str, float]],
+    display: Display,
+) -> Outcome:
+    """Train what `adapted` trains.
+
+    Args:
+        optimizer: of the parameters of `adapted`; see `make_optimizer`.
+        reinit: steps after the optimizer; None to re-draw nothing.
+        options: a recipe's options: those of `RunChoice` and `TrainChoice`.
+        folder: of the run; checkpoints go to a folder inside.
+        make: makes the Trainer, given `model`, `optimizers` and `callbacks`.
+        scores: from the metrics of `Trainer.evaluate` to what is told, `loss` among it.
+
+    Raises:
+        TrainingError: the loss is not finite.
+        CheckpointError: there is nothing to resume.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    watch = Watch(options, folder, display)
+    writer = SummaryWriter(str(folder / "tensorboard")) if PartialState().is_main_process else None
+    callbacks: list[TrainerCallback] = [watch]
+    if reinit is not None:
+        keeper = UoraCallback()
+        keeper.reinit = reinit
+        callbacks.insert(0, keeper)  # it adds to what others log
+    if writer:
+        callbacks.append(TensorBoardCallback(writer))
+    trainer = make(model=adapted.model, optimizers=(optimizer, None), callbacks=callbacks)
+    trainer.remove_callback(transformers.PrinterCallback)
+    watch.begin(trainer, scores)
+    last = None
+    if options.resume:
+        last = get_last_checkpoint(str(folder / CHECKPOINTS))
+        if last is None:
+            raise CheckpointError(f"--resume needs a checkpoint in {folder / CHECKPOINTS}; start without --resume")
+    with StopRequest() as watch.wish, display.running(watch.total, 0, options.epochs):
+        trainer.train(resume_from_checkpoint=last)
+    evaluation = None if watch.stopped else watch.evaluation or watch.measure()
+    device = trainer.accelerator.device
+    return Outcome(watch.stopped, watch.progress, reinit, evaluation, peak_memory(device), str(device))
+
+
+class Scores(dict[str, float]):
+    """The result of an evaluation, as `training.Scored` has it."""
+
+    @property
+    def scores(self) -> dict[str, float]:
+        return dict(self)
+
+
+class Watch(TrainerCallback):
+    """Keeps a run's progress, asks for evaluations and checkpoints, and stops it when told to."""
+
+    def __init__(self, options: Any, folder: Path, display: Display) -> None:
+        self.options, self.folder, self.display = options, folder, display
+        self.steps, self.seconds = options.cadence
+        self.progress, self.stopped = Progress(), None
+        self.evaluation: Scores | None = None
+        self.wish = StopRequest()
+
+    def begin(self, trainer: Trainer, scores: Callable[[dict[str, float]], dict[str, float]]) -> None:
+        self.trainer, self.scores = trainer, scores
+        accumulate = trainer.args.gradient_accumulation_steps
+        self.per_epoch = max(1, -(-len(trainer.get_train_dataloader()) // accumulate))
+        self.total = self.per_epoch * self.options.epochs
+
+    def measure(self) -> Scores:
+        """Evaluate the model as it is."""
+        found = self.trainer.evaluate()
+        return Scores(self.scores({key.removeprefix("eval_"): value for key, value in found.items()}))
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step:
+            path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / PROGRESS
+            self.progress = Progress(**json.loads(path.read_text()))
+        self.started = self.saved = time.monotonic()
+        self.earlier = self.progress.seconds
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.before = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        now, progress = time.monotonic(), self.progress
+        progress.step = state.global_step
+        progress.step_seconds.append(now - self.before)
+        progress.seconds = self.earlier + now - self.started
+        lately = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
+        shown = {key: lately[key] for key in ("loss", "learning_rate", "firings") if key in lately}
+        self.display.step(state.global_step, (state.global_step - 1) // self.per_epoch + 1, shown)
+        if state.global_step % self.per_epoch == 0:
+            control.should_log = True
+        if state.global_step >= state.max_steps:
+            return
+        by_steps = self.steps and state.global_step % self.steps == 0
+        control.should_save |= bool(by_steps or (self.seconds and now - self.saved >= self.seconds))
+        self.stopped = self._reason()
+        if self.stopped:
+            control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.stopped:
+            return
+        epoch, progress = round(state.epoch or 0), self.progress
+        due = epoch % self.options.eval_every == 0 or epoch == self.options.epochs
+        self.evaluation = self.measure() if due else None
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry and entry["epoch"] > epoch - 1]
+        entry = {
+            "epoch": epoch,
+            **({"train_loss": sum(losses) / len(losses)} if losses else {}),
+            **({f"test_{name}": value for name, value in self.evaluation.items()} if self.evaluation else {}),
+            "lr": self.trainer.optimizer.param_groups[0]["lr"],
+            "firings": next((e["firings"] for e in reversed(state.log_history) if "firings" in e), 0),
+            "seconds": self.earlier + time.monotonic() - self.started,
+        }
+        progress.history.append(entry)
+        self.display.epoch(entry, self.options.epochs)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.saved = time.monotonic()
+        if state.is_world_process_zero:
+            path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / PROGRESS
+            path.write_text(json.dumps(asdict(self.progress)))
+
+    def _reason(self) -> str | None:
+        """Why to stop now, the same in all processes; None to go on."""
+        options, reason = self.options, self.wish.reason
+        if options.max_steps is not None and self.progress.step >= options.max_steps:
+            reason = "max-steps"
+        elif options.max_seconds is not None and time.monotonic() - self.started >= options.max_seconds:
+            reason = "max-seconds"
+        if self.trainer.accelerator.num_processes == 1:
+            return reason
+        return next(filter(None, gather_object([reason])), None)

@@ -1,0 +1,110 @@
+"""What the recipes that classify images have in common: reading the images, and what comes after adapting a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+
+import uora_vision as uora
+
+from ..command import cli
+from ..command.display import Display
+from ..command.options import ImageChoice
+from ..data.images import ImageSet, load_images, parse_classes
+from ..data.loading import Images
+from ..report.results import finish
+from ..training.folder import CHECKPOINT, record_config
+from ..training.loop import TrainOptions, train
+from ..training.methods import Adapted
+from ..training.tensorboard import tensorboard
+from .evaluation import Classification, sections
+
+
+def load_sets(options: ImageChoice) -> tuple[ImageSet, ImageSet]:
+    """Images to train on, and images to measure.
+
+    Raises:
+        DataError: see `load_images`.
+    """
+    classes = parse_classes(options.classes)
+    train_set = load_images(options.data, "train", classes)
+    if options.validation:
+        train_set, test_set = train_set.split(options.validation, options.seed)
+    else:
+        test_set = load_images(options.data, "test", classes)
+    if options.shots:
+        train_set = train_set.few_shot(options.shots, options.seed)
+    return train_set, test_set
+
+
+def train_images(
+    options: ImageChoice,
+    adapted: Adapted,
+    optimizer: torch.optim.Optimizer,
+    reinit: uora.Reinitializer | None,
+    data: Images,
+    tests: Images,
+    folder: Path,
+    config: dict[str, Any],
+    comparison: list[dict[str, Any]] | None = None,
+) -> dict[str, Any] | None:
+    """Train on images, measure, and write the results.
+
+    Args:
+        adapted, optimizer, reinit: what trains, and how; see `train`.
+        data, tests: to train on, and to measure.
+        folder, config: as `prepare_folder` made the one and took the other.
+        comparison: see `finish`.
+
+    Returns:
+        The metrics; None in all processes but the main one.
+
+    Raises:
+        typer.Exit: the run was stopped; it left a checkpoint.
+        TrainingError, CheckpointError, PrecisionError, DataError: see there.
+    """
+    train_set, test_set = data.data, tests.data
+    console, main_process = Console(), PartialState().is_main_process
+    display = Display(console, options.quiet or not main_process)
+    display.say(
+        f"{options.method} on {options.model}: {adapted.trained:,} parameters train, {adapted.trained_without_head:,} "
+        f"of them outside the head. {len(train_set):,} images of {len(train_set.names)} classes to train on, "
+        f"{len(test_set):,} to measure. Results go to {folder}."
+    )
+    if main_process:
+        record_config(folder, config)
+    task = Classification(tests, options.batch, options.workers)
+    with tensorboard(folder) as log:
+        outcome = train(
+            adapted, optimizer, reinit, data, task, TrainOptions.of(options), display=display, log=log,
+            checkpoint_path=folder / CHECKPOINT, resume=options.resume,
+        )  # fmt: skip
+    if not main_process:
+        return None
+    if outcome.stopped:
+        raise cli.stopped(console, outcome.stopped, outcome.progress.step, folder)
+    measured = "the test images" if not options.validation else "training images that were held out"
+    about = f"{len(train_set):,} images of {len(train_set.names)} classes, measured on {measured}."
+    metrics = finish(
+        folder,
+        adapted,
+        outcome,
+        {
+            **outcome.evaluation.scores,
+            "classes": len(train_set.names),
+            "train_images": len(train_set),
+            "test_images": len(test_set),
+            "measured_on": "validation" if options.validation else "test",
+        },
+        config,
+        f"{options.method} on {Path(options.data).name}",
+        f"{options.method} on {Path(options.model).name}, {about}",
+        comparison=comparison,
+        **sections(tests, outcome.evaluation),
+    )
+    display.say(f"accuracy {metrics['accuracy']:.2%}, loss {metrics['loss']:.3f}. Report: {folder / 'report.html'}")
+    return metrics

@@ -1,0 +1,106 @@
+"""Classifying images: the loss, and what a model makes of every test image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from ..data.loading import Images, eval_loader
+
+SAMPLES = 36
+
+
+@dataclass
+class Evaluation:
+    """Of every test image: true and predicted class, and the probability given to the prediction, each (n,)."""
+
+    loss: float
+    labels: np.ndarray
+    predicted: np.ndarray
+    confidence: np.ndarray
+
+    @property
+    def scores(self) -> dict[str, float]:
+        return {"accuracy": float((self.labels == self.predicted).mean()), "loss": self.loss}
+
+
+class Classification:
+    """The task of naming what is in an image.
+
+    Args:
+        tests: images to measure on.
+        batch: images per evaluation step.
+        workers: processes that read images.
+    """
+
+    def __init__(self, tests: Images, batch: int = 64, workers: int = 0) -> None:
+        self.tests, self.batch, self.workers = tests, max(64, batch), workers
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, int]:
+        inputs, labels = batch
+        logits = model(inputs).float()
+        return nn.functional.cross_entropy(logits, labels), (logits.argmax(1) == labels).sum(), len(labels)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, accelerator: Accelerator) -> Evaluation:
+        """Every test image once, in eval mode; the model is back in train mode afterwards."""
+        model.eval()
+        part, parts = accelerator.process_index, accelerator.num_processes
+        losses, labels_seen, predicted, confidence = [], [], [], []
+        for inputs, labels in eval_loader(self.tests, self.batch, self.workers, part, parts):
+            logits = model(inputs.to(accelerator.device)).float().cpu()
+            losses.append(nn.functional.cross_entropy(logits, labels, reduction="none").double())
+            best = logits.softmax(1).max(1)
+            labels_seen.append(labels)
+            predicted.append(best.indices)
+            confidence.append(best.values)
+        model.train()
+        columns = [torch.cat(part).numpy() for part in (losses, labels_seen, predicted, confidence)]
+        if parts > 1:  # process p holds images p, p + processes, ...
+            columns = [_interleave(gather_object([column])) for column in columns]
+        return Evaluation(float(columns[0].mean()), *columns[1:])
+
+
+def _interleave(parts: list[np.ndarray]) -> np.ndarray:
+    whole = np.empty(sum(map(len, parts)), dtype=parts[0].dtype)
+    for first, part in enumerate(parts):
+        whole[first :: len(parts)] = part
+    return whole
+
+
+def sections(images: Images, evaluation: Evaluation) -> dict[str, Any]:
+    """The parts of a report that show classified images."""
+    names = list(images.data.names)
+    return {
+        "confusion": confusion(evaluation, len(names)),
+        "names": names,
+        "samples": samples(images, evaluation),
+    }
+
+
+def confusion(evaluation: Evaluation, classes: int) -> np.ndarray:
+    """(classes, classes): how many images of each true class (row) got each prediction (column)."""
+    counts = np.zeros((classes, max(classes, int(evaluation.predicted.max()) + 1)), dtype=np.int64)
+    np.add.at(counts, (evaluation.labels, evaluation.predicted), 1)
+    return counts[:, :classes]  # a kept head may have outputs that the data has no class for
+
+
+def samples(images: Images, evaluation: Evaluation) -> list[tuple[np.ndarray, str, str, float]]:
+    """Images spread evenly over the test set, with what they are and what the model says."""
+    names = images.data.names
+    chosen = np.linspace(0, len(images) - 1, min(SAMPLES, len(images))).round().astype(int)
+    return [
+        (
+            images.picture(i),
+            names[evaluation.labels[i]],
+            names[p] if (p := int(evaluation.predicted[i])) < len(names) else f"output {p}",
+            float(evaluation.confidence[i]),
+        )
+        for i in chosen.tolist()
+    ]

@@ -1,0 +1,73 @@
+from . import export, integrations
+from .config import UoraConfig
+from .errors import (
+    ConfigError,
+    DeadAdapterError,
+    ExportError,
+    FormatError,
+    HubError,
+    OptionError,
+    StateError,
+    TargetError,
+    UoraError,
+)  # fmt: skip
+from .lifecycle.counts import Summary, summary
+from .lifecycle.injection import inject, remove
+from .lifecycle.library import activate, active_adapter, adapter_names, adapters, delete, disabled
+from .lifecycle.merging import MergeReport, merge, unmerge
+from .lifecycle.reinit import AlphaDecay, Reinitializer, ThresholdWave
+from .lifecycle.trained_parts import param_groups
+from .lifecycle.verification import verify
+from .serving.routing import route
+from .storage.base import Base
+from .storage.folder import upgrade
+from .storage.hub import push_to_hub
+from .storage.save_load import load, save
+from .structure.planning import Plan, plan
+from .structure.row_order import Packed
+from .structure.rules import register_rule
+from .version import __version__
+
+__all__ = [
+    "AlphaDecay",
+    "Base",
+    "ConfigError",
+    "DeadAdapterError",
+    "ExportError",
+    "FormatError",
+    "HubError",
+    "MergeReport",
+    "OptionError",
+    "Packed",
+    "Plan",
+    "Reinitializer",
+    "StateError",
+    "Summary",
+    "TargetError",
+    "ThresholdWave",
+    "UoraConfig",
+    "UoraError",
+    "__version__",
+    "activate",
+    "active_adapter",
+    "adapter_names",
+    "adapters",
+    "delete",
+    "disabled",
+    "export",
+    "inject",
+    "integrations",
+    "load",
+    "merge",
+    "param_groups",
+    "plan",
+    "push_to_hub",
+    "register_rule",
+    "remove",
+    "route",
+    "save",
+    "summary",
+    "unmerge",
+    "upgrade",
+    "verify",
+]  # fmt: skip
