@@ -143,6 +143,28 @@ def test_a_weight_that_is_read_inside_vmap_is_refused() -> None:
         model(torch.randn(2, 5, 16))
 
 
+class Leaning(nn.Module):
+    """Every sample takes something of the next one, or of the one before it."""
+
+    def __init__(self, shift: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.shift = nn.Linear(16, 32), nn.Linear(32, 16), shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        none = torch.zeros_like(x[:1])
+        other = torch.cat([x[1:], none] if self.shift > 0 else [none, x[:-1]])
+        return self.fc2(self.fc1(x + other).relu())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shift", [1, -1])
+def test_samples_that_see_each_other_are_refused(shift: int) -> None:
+    """One of them, changed, changes its own rows alone: that of which no other takes anything."""
+    model = wake(uora.inject(Leaning(shift), name="a", rank=8))
+    with uora.route(model, ["a", None, "a"]), pytest.raises(uora.StateError, match="fc1 is not rows of samples"):
+        model(torch.randn(3, 5, 16))
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_open_clip_also_with_the_sequence_first(first: bool) -> None:
     sizes = {"width": 32, "layers": 2}
