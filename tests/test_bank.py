@@ -86,6 +86,24 @@ class TestShape:
         assert b.to("meta").a(32).device.type == "meta"
 
 
+class TestServes:
+    @pytest.mark.parametrize("layout", ["shape", "slice"])
+    def test_other_options_have_other_matrices(self, layout: str) -> None:
+        b = bank(8, (24, 32), (24, 32), layout=layout)
+        other = "slice" if layout == "shape" else "shape"
+        assert b.serves(b.config, {24, 32}, {24, 32})
+        for options in ({"rank": 4}, {"rank": 9}, {"seed": 1}, {"layout": other}, {"init": "kaiming"}):
+            config = uora.UoraConfig(**{"rank": 8, "layout": layout, **options})  # type: ignore[arg-type]
+            assert not b.serves(config, {24, 32}, {24, 32}), options
+
+    def test_of_the_shapes_it_has_any_of_the_slices_the_largest(self) -> None:
+        shape, slices = bank(8, (24, 32), (24, 32)), bank(8, (24, 32), (24, 32), layout="slice")
+        assert shape.serves(shape.config, {24}, {32}) and not shape.serves(shape.config, {24, 40}, {32})
+        assert slices.serves(slices.config, {8, 32}, {32})
+        for widths in ({24}, {32, 40}):
+            assert not slices.serves(slices.config, widths, {32}) and not slices.serves(slices.config, {32}, widths)
+
+
 class TestLaw:
     def test_haar_entries_have_the_moments_of_a_uniform_unit_vector(self) -> None:
         n = 24
@@ -133,6 +151,13 @@ class TestLaw:
         for power in (2, 4):
             want = (first**power).mean().item()
             assert (torch.stack(later) ** power).mean().item() == pytest.approx(want, rel=0.1)
+
+    @pytest.mark.parametrize("side", ["A", "B"])
+    def test_fresh_kaiming_rows_of_a_shared_matrix_have_its_law(self, side: str) -> None:
+        b = bank(16, (128,), (128,), init="kaiming")
+        before = b.get_buffer(f"{side}128").norm().item()
+        redraw(b, f"{side}128", torch.arange(16), alpha=0.0)
+        assert b.get_buffer(f"{side}128").norm().item() == pytest.approx(before, rel=0.1)
 
     @pytest.mark.parametrize("init", ["haar", "kaiming"])
     @pytest.mark.parametrize("side", ["A", "B"])
@@ -227,10 +252,11 @@ class TestRedraw:
         assert own.norm().item() == pytest.approx(b.a(64).norm().item(), rel=0.1)
         assert (own @ b.a(64).t()).abs().max() < 1e-6, "a quarter turn leaves every old row"
 
-    def test_spherical_needs_room_to_rotate_into(self) -> None:
-        b = bank(32, (32,), (40,))
+    @pytest.mark.parametrize("rank", [32, 36])
+    def test_spherical_needs_room_to_rotate_into(self, rank: int) -> None:
+        b = bank(rank, (32,), (40,))
         before = b.a(32).clone()
-        with pytest.raises(uora.ConfigError, match="A32 is 32 wide, the rank is 32"):
+        with pytest.raises(uora.ConfigError, match=f"A32 is 32 wide, the rank is {rank}"):
             redraw(b, "A32", ids(0), interpolation="spherical")
         assert torch.equal(b.a(32), before) and not b.log
 
@@ -330,8 +356,8 @@ class TestLog:
         assert sum(t.nbytes for t in pack_log(b.log)[0].values()) == 8 * 28
 
     @pytest.mark.parametrize(
-        ("column", "value"), [(0, -1), (1, 7), (2, 8), (2, -1), (3, 5), (4, 2)],
-        ids=["step", "matrix", "index", "negative index", "draw", "interpolation"],
+        ("column", "value"), [(0, -1), (1, 7), (2, 8), (2, 9), (2, -1), (3, 5), (4, 2)],
+        ids=["step", "matrix", "index", "larger index", "negative index", "draw", "interpolation"],
     )  # fmt: skip
     def test_a_damaged_log_is_refused(self, column: int, value: int) -> None:
         b = bank()
@@ -340,6 +366,17 @@ class TestLog:
         tensors["entries"][1, column] = value
         with pytest.raises(uora.FormatError):
             bank().replay(unpack_log(tensors, names), OWN)
+
+    def test_tensors_that_are_no_log_are_refused(self) -> None:
+        b = bank()
+        play(b, [("A32", {1, 2}, 0.5, "linear", 1)])
+        tensors, names = pack_log(b.log)
+        entries, alpha = tensors["entries"], tensors["alpha"]
+        wide = torch.cat([entries, entries[:, :1]], dim=1)
+        for one, two in ((wide, alpha), (entries[:, :4], alpha), (entries[0], alpha[:1]), (entries[None], alpha),
+                         (entries, alpha[:1]), (entries, torch.cat([alpha, alpha]))):  # fmt: skip
+            with pytest.raises(uora.FormatError, match="has shapes"):
+                unpack_log({"entries": one, "alpha": two}, names)
 
     def test_a_log_of_another_model_is_refused(self) -> None:
         b = bank()

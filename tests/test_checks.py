@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import timm
 import torch
@@ -366,15 +365,18 @@ class TestFreezing:
 
 class TestPeft:
     @pytest.mark.parametrize(
-        ("kind", "inner"), [(peft.LoraConfig, "blocks.0.attn.qkv"), (peft.VeraConfig, "blocks.0.mlp.fc1")]
+        ("kind", "inner"), [("LoraConfig", "blocks.0.attn.qkv"), ("VeraConfig", "blocks.0.mlp.fc1")]
     )
-    def test_timm(self, kind: type[peft.PeftConfig], inner: str, images: Tensor) -> None:
-        wrapped = peft.get_peft_model(small_vit(), kind(r=2, target_modules=[inner.rpartition(".")[2]]))
+    def test_timm(self, kind: str, inner: str, images: Tensor) -> None:
+        peft = pytest.importorskip("peft")
+        config = getattr(peft, kind)(r=2, target_modules=[inner.rpartition(".")[2]])
+        wrapped = peft.get_peft_model(small_vit(), config)
         refused(wrapped, uora.StateError, "PeftModel", "merge_and_unload()")
         refused(wrapped.base_model.model, uora.StateError, f"{inner} is a Linear of PEFT", "unload()")
         assert len(adapted(wrapped.merge_and_unload(), images)) == 8
 
     def test_transformers(self) -> None:
+        peft = pytest.importorskip("peft")
         config = transformers.ViTConfig(
             hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, image_size=32
         )

@@ -78,7 +78,10 @@ def test_steps_and_shared_firings_do_not_recompile() -> None:
     assert backend.graphs == 1
 
 
-@pytest.mark.parametrize("second", [{}, {"seed": 4}, {"rank": 4}, {"targets": "qv"}], ids=str)
+@pytest.mark.parametrize(
+    "second", [{}, *(pytest.param(o, marks=pytest.mark.slow) for o in ({"seed": 4}, {"rank": 4}, {"targets": "qv"}))],
+    ids=str,
+)  # fmt: skip
 def test_switching_adapters_compiles_once_for_each(second: dict[str, Any]) -> None:
     model, x = injected(depth=1), batch(3)
     wake(uora.inject(model, name="second", **{"rank": 8, **second}), seed=2)

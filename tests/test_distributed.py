@@ -275,7 +275,9 @@ BANKS = (64 + 256) * 2 * 8 * 8
 
 
 class TestDdp:
-    @pytest.mark.parametrize(("kind", "scope"), [("vit", "shared"), ("vit", "layer")])
+    @pytest.mark.parametrize(
+        ("kind", "scope"), [pytest.param("vit", "shared", marks=pytest.mark.slow), ("vit", "layer")]
+    )
     def test_two_processes_train_what_one_trains(self, spawn: Spawn, kind: str, scope: str) -> None:
         assert_same(spawn(trained, kind=kind, wrap=ddp, scope=scope), reference(kind, scope))
 
@@ -314,8 +316,8 @@ class TestFsdp2:
         ("kind", "wrap", "scope"),
         [
             ("vit", sharded, "shared"),
-            ("vit", sharded, "layer"),
-            ("vit", sharded_root, "shared"),
+            pytest.param("vit", sharded, "layer", marks=pytest.mark.slow),
+            pytest.param("vit", sharded_root, "shared", marks=pytest.mark.slow),
             ("attention", sharded, "shared"),
         ],
     )
@@ -367,7 +369,7 @@ def llamas(rank: int, world: int) -> list[dict[str, Any]]:
 
 
 class TestCheckpoint:
-    @pytest.mark.parametrize("wrap", [ddp, sharded])
+    @pytest.mark.parametrize("wrap", [pytest.param(ddp, marks=pytest.mark.slow), sharded])
     def test_from_two_processes_into_one_and_back(self, spawn: Spawn, tmp_path: Path, wrap: Wrap) -> None:
         folders = [tmp_path / n for n in ("one", "two")]
         first_half(0, 1, wrap=alone, folder=folders[0])

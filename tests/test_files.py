@@ -256,6 +256,16 @@ class TestRenamed:
         uora.save(model, tmp_path)
         torch.testing.assert_close(uora.load(Wrapped(small_vit()), tmp_path)(images), model(images))
 
+    def test_a_trained_part_is_not_found_by_the_last_word_of_its_name_alone(self, tmp_path: Path) -> None:
+        """`scores.weight` has the shape of `head.weight`, as many a matrix might; only `x.head.weight` is that head."""
+        uora.save(trained(), tmp_path)
+        model = renamed(small_vit())
+        model.scores, model.head = model.head, nn.Identity()
+        before = snapshot(model)
+        with pytest.raises(uora.FormatError, match=r"trained head\.bias of shape \(7,\).* does not exist"):
+            uora.load(model, tmp_path)
+        assert_same(before, model)
+
     def test_what_is_ambiguous_is_refused(self, tmp_path: Path) -> None:
         class Two(nn.Module):  # both attentions have their q, k, v and proj in one block
             def __init__(self, first: str, second: str) -> None:

@@ -276,6 +276,10 @@ class TestSchedules:
         steps = [abs(y - x) for x, y in itertools.pairwise(values)]
         assert all(s == pytest.approx(1e-6, rel=1e-6) for s in steps)
 
+    def test_a_wave_between_equal_thresholds_still_moves_by_one_step(self) -> None:
+        wave = uora.ThresholdWave(low=1e-5, high=1e-5)
+        assert [wave(step) for step in (1, 1001, 2001)] == pytest.approx([1e-5, 1.1e-5, 1e-5])
+
     def test_a_threshold_schedule_is_asked_at_every_step(self, vit: nn.Module) -> None:
         model = injected(vit, targets="qv")
         kill(model, {"blocks.0.attn.qkv.v": [3]}, 0.001)

@@ -74,7 +74,15 @@ def compare(model: nn.Module, inputs: Any, limit: float = 1e-10) -> None:
     assert uora.active_adapter(model) == active
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# Their rows are laid out as those of another family here: blocks of (batch, tokens, width), or the same windows.
+ALIKE = {
+    "vit_small_patch14_reg4_dinov2", "vit_relpos_small_patch16_224", "vit_base_patch16_rpn_224",
+    "deit3_small_patch16_224", "deit_tiny_distilled_patch16_224", "vit_small_patch16_dinov3", "aimv2_large_patch14_224",
+    "convit_tiny", "swinv2_cr_tiny_224", "tiny_vit_5m_224", "mobilevit_xxs",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in FAMILIES])
 def test_timm(name: str) -> None:
     model, _ = small(name)
     size = FAMILIES[name][0]
@@ -141,6 +149,28 @@ def test_a_weight_that_is_read_inside_vmap_is_refused() -> None:
     wake(uora.inject(model, name="a", rank=8, targets="*"))
     with uora.route(model, ["a", None]), pytest.raises(uora.StateError, match=r"fc1 .*inside torch\.vmap"):
         model(torch.randn(2, 5, 16))
+
+
+class Leaning(nn.Module):
+    """Every sample takes something of the next one, or of the one before it."""
+
+    def __init__(self, shift: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.shift = nn.Linear(16, 32), nn.Linear(32, 16), shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        none = torch.zeros_like(x[:1])
+        other = torch.cat([x[1:], none] if self.shift > 0 else [none, x[:-1]])
+        return self.fc2(self.fc1(x + other).relu())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shift", [1, -1])
+def test_samples_that_see_each_other_are_refused(shift: int) -> None:
+    """One of them, changed, changes its own rows alone: that of which no other takes anything."""
+    model = wake(uora.inject(Leaning(shift), name="a", rank=8))
+    with uora.route(model, ["a", None, "a"]), pytest.raises(uora.StateError, match="fc1 is not rows of samples"):
+        model(torch.randn(3, 5, 16))
 
 
 @pytest.mark.parametrize("first", [True, False])

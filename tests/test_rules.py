@@ -207,6 +207,29 @@ class TestTrace:
         assert what.projections[0].roles[0].span.indices() == [0, 1, 2, 3, 12, 13, 14, 15]
         assert "What the trace shows otherwise" in str(what)
 
+    def test_it_tells_where_attention_takes_q_k_and_v_otherwise_than_the_model_calls_them(self) -> None:
+        """DaViT's attention over channels takes q as the values; the plan keeps the model's names."""
+        model = timm.create_model("davit_tiny", depths=(1, 1), embed_dims=(16, 32), num_heads=(1, 2))
+        what = uora.plan(model, targets="attention", example_input=torch.randn(1, 3, 64, 64))
+        assert [(d.path, d.kind, d.message) for d in what.differences or ()] == [
+            ("stages.0.blocks.0.1.attn.qkv", "names", "rows 0-15 are taken as v, and called q"),
+            ("stages.1.blocks.0.1.attn.qkv", "names", "rows 0-31 are taken as v, and called q"),
+        ]
+        channels = next(p for p in what.projections if p.path == "stages.0.blocks.0.1.attn.qkv")
+        assert [(r.name, r.start) for r in channels.roles] == [("q", 0), ("k", 16), ("v", 32)]
+
+    def test_it_tells_what_the_input_does_not_reach(self) -> None:
+        class Half(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.fc1, self.fc2 = nn.Linear(8, 16), nn.Linear(16, 8)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.fc1(x)
+
+        what = uora.plan(Half(), example_input=torch.randn(2, 8))
+        assert [(d.path, d.kind) for d in what.differences or ()] == [("fc2", "unused")]
+
     def test_it_confirms_what_is_right(self) -> None:
         model = meta("beit_base_patch16_224", depth=1)
         what = uora.plan(model, example_input=torch.empty(1, 3, 224, 224, device="meta"))
@@ -225,6 +248,8 @@ class TestTrace:
 
         model, x = Sly(), torch.randn(2, 8)
         assert not uora.plan(model).projections[0].read
+        (difference,) = uora.plan(model, example_input=x).differences or ()
+        assert (difference.path, difference.kind) == ("fc1", "reach")
         with pytest.raises(uora.DeadAdapterError, match=r"fc1\.fc1"):
             uora.verify(uora.inject(model, rank=2), x)
         uora.remove(model)
