@@ -34,6 +34,8 @@ from ..storage.snapshot import rebuilt
 from ..storage.stored import Stored
 from ..structure.example import call, float_tensors
 from ..structure.planning import plan as plan_of
+from ..structure.survey import Survey
+from ..structure.targets import widths
 from ..version import __version__ as version
 from .describe import describe, facts, plot
 from .models import FORMS, on_meta, with_weights
@@ -116,7 +118,7 @@ def plan(
         print(what.to_json())
         return
     print(what)
-    trained = [made.get_parameter(name) for name in base_parameters(made, what.config.train)]
+    trained = [made.get_parameter(name) for name in base_parameters(Survey(made), what.config.train)]
     vectors, head = 4 * what.parameters, sum(p.numel() * p.element_size() for p in trained)
     print(f"\nA file of about {_bytes(vectors)}, and {_bytes(head)} for trained parts of the base (its head).")
 
@@ -250,9 +252,7 @@ def _loaded(there: Path, model: str, checkpoint: str | None) -> tuple[nn.Module,
 
 
 def _bank(stored: Stored) -> Bank:
-    widths_in = {p.width for p in stored.projections}
-    widths_out = {role.rows for p in stored.projections for role in p.roles}
-    return Bank(stored.config, widths_in, widths_out, first=stored.first())
+    return Bank(stored.config, *widths(stored.projections), first=stored.first())
 
 
 def _run(made: nn.Module, there: Path, example: Any) -> None:

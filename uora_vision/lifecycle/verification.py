@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DeadAdapterError
-from ..structure.example import call, float_tensors
-from .library import bank_of
-from .surgery import adapters_of
+from ..structure.example import call, evaluating, float_tensors
+from ..structure.survey import Survey
+from .library import adapters_in
 
 
 def verify(model: nn.Module, example_input: Any) -> dict[str, float]:
@@ -30,22 +30,20 @@ def verify(model: nn.Module, example_input: Any) -> dict[str, float]:
     Raises:
         DeadAdapterError: names the adapters whose b or d gets no gradient, or one that is not finite.
     """
-    bank_of(model)
-    adapters = [adapter for m in model.modules() for adapter in adapters_of(m).values()]
+    survey = Survey(model)
+    adapters = list(adapters_in(survey).values())
     vectors = [p for adapter in adapters for p in (adapter.b, adapter.d)]
     device = vectors[0].device
-    flags = {m: m.training for m in model.modules()}
     wanted = [p.requires_grad for p in vectors]
     # A fresh head is often all zeros and hides every adapter from the loss until its first step.
     mine = {id(p) for p in vectors}
-    zero = [p for p in model.parameters() if p.requires_grad and id(p) not in mine and not p.any()]
-    changed = [*(adapter.b for adapter in adapters), *zero]
+    parameters = [held.tensor for held in survey.parameters.values()]
+    zero = [p for p in parameters if p.requires_grad and id(p) not in mine and not p.any()]
+    changed: list[Tensor] = [*(adapter.b for adapter in adapters), *zero]
     saved = [p.detach().clone() for p in changed]
-    devices = [device] if device.type == "cuda" else []
     generator, noise = torch.Generator(device).manual_seed(0), torch.Generator().manual_seed(0)
     try:
-        with torch.random.fork_rng(devices), torch.enable_grad():
-            model.eval()
+        with evaluating(model), torch.enable_grad():
             for p in vectors:
                 p.requires_grad_(True)
             with torch.no_grad():
@@ -63,8 +61,6 @@ def verify(model: nn.Module, example_input: Any) -> dict[str, float]:
                 p.copy_(value)
         for p, want in zip(vectors, wanted, strict=True):
             p.requires_grad_(want)
-        for module, training in flags.items():
-            module.training = training
 
     norms, dead = {}, []
     for adapter, grad_b, grad_d in zip(adapters, grads[::2], grads[1::2], strict=True):

@@ -23,6 +23,7 @@ from ..lifecycle.surgery import attach
 from ..maths.bank import Bank
 from ..maths.convolution import Geometry
 from ..maths.forms import autocasts, exact
+from ..structure.survey import Survey
 from ..structure.targets import Projection
 from ..weights.kinds import raw
 from ..weights.matrix import Form, to_matrix
@@ -199,7 +200,7 @@ class _Route:
             values = [own if entry is None else entry.base.get(name, own) for entry in entries]
             if all(v.shape == own.shape and torch.equal(v, own) for v in values):
                 continue
-            for module, key in holders(self.model, [name])[name]:
+            for module, key in holders(Survey(self.model), [name])[name]:
                 if module not in sites:
                     self.parts.setdefault(module, {})[key] = values
                     continue
