@@ -91,11 +91,12 @@ def apply_plan(
 
 def take_out(model: nn.Module, library: Library) -> nn.Module:
     """The model without adapters, with the head of the active one."""
-    library.detach(model)
+    survey = Survey(model)
+    library.detach(survey)
     del model.__dict__[LIBRARY]
     if CHILD in model._modules:
         delattr(model, CHILD)
-    for name, held in Survey(model).parameters.items():  # parts without adapters may have been replaced since
+    for name, held in survey.parameters.items():  # parts without adapters may have been replaced since
         p = held.tensor
         if name in library.flags and (p.is_floating_point() or p.is_complex()):
             p.requires_grad_(library.flags[name])

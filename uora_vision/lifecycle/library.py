@@ -139,7 +139,7 @@ class Library:
         new = self.entries[name] if name is not None else None
         if old is new:
             return
-        modules = new.materialise() if new else ()
+        survey, modules = Survey(model), new.materialise() if new else ()
         self._swap_banks(model, old, new)
         if new and not new.settled:
             for module in modules:
@@ -150,10 +150,10 @@ class Library:
                 owner._modules[child(p.tensor)] = module
         else:
             if old:
-                self.detach(model)
+                self.detach(survey)
             if new:
                 self.attach(model, new, modules)
-        self._swap_base(model, old.base if old else {}, new.base if new else {})
+        self._swap_base(survey, old.base if old else {}, new.base if new else {})
         self.active = name
 
     def attach(self, model: nn.Module, entry: Entry, modules: tuple[Any, ...]) -> None:
@@ -164,11 +164,12 @@ class Library:
         forbid_fusing(model, (p.module_path for p in layout.projections))
         self._keep_from_sending(model, layout.projections)
 
-    def detach(self, model: nn.Module) -> None:
+    def detach(self, survey: Survey) -> None:
         """Take out whatever sits in the model."""
-        for module in Survey(model).modules.values():
+        for module in survey.modules.values():
             allow_fusing(module)
             detach(module)
+        model = survey.model
         left = set(getattr(model, TORCH_UNSENT, ())) - self.unsent
         if left:
             setattr(model, TORCH_UNSENT, left)
@@ -195,17 +196,17 @@ class Library:
                 model.add_module(CHILD, new.bank.to(device))
             new.bank.config = new.config
 
-    def _swap_base(self, model: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+    def _swap_base(self, survey: Survey, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
         if not (changed := old.keys() | new.keys()):
             return
-        there = {name: held_at(model, name) for name in changed}
+        there = {name: held_at(survey.model, name) for name in changed}
         tensors = {name: held.tensor for name, held in there.items() if held is not None}
         for name in changed:
             if isinstance(tensors[name], nn.Parameter) and name in new and not isinstance(new[name], nn.Parameter):
                 new[name] = nn.Parameter(new[name])
         values = {name: new.get(name, self.base[name]) for name in changed}
         different = [name for name, value in values.items() if value is not tensors[name]]
-        for name, places in holders(Survey(model), different).items() if different else ():
+        for name, places in holders(survey, different).items() if different else ():
             for module, key in places:
                 place(module, key, values[name])
 

@@ -221,7 +221,7 @@ def _set_aside(model: nn.Module, originals: dict[str, Tensor], replaced: dict[nn
     """Take all adapters out of a model into its `Merged`, without a change to anything else."""
     library = library_of(model)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    library.detach(model)
+    library.detach(Survey(model))
     del model.__dict__[LIBRARY]
     model._modules.pop(CHILD, None)
     for p in model.parameters():

@@ -151,7 +151,7 @@ class _Route:
     def running(self) -> Iterator[None]:
         """While this runs, the model computes each sample with its own adapter."""
         with ExitStack() as stack:
-            stack.callback(self.library.detach, self.model)
+            stack.callback(lambda: self.library.detach(Survey(self.model)))
             self.library.routing = True
             stack.callback(setattr, self.library, "routing", False)
             read: dict[int, tuple[str, Tensor, AddUpdate]] = {}

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import FormatError
 from ..lifecycle.adapter import Adapter
+from ..maths.bank import Bank
 from ..structure.candidates import Site
 from ..structure.checks import check_model, check_weights
 from ..structure.paths import lies_within
@@ -44,9 +45,8 @@ class Base:
 
     @cached_property
     def held(self) -> dict[str, Held]:
-        """Every parameter and buffer by its name, without the vectors of adapters."""
-        vectors = {id(p) for m in self.survey.modules.values() if isinstance(m, Adapter) for p in m.parameters()}
-        return {name: held for name, held in self.survey.tensors.items() if id(held.tensor) not in vectors}
+        """Every parameter and buffer by its name, without those of adapters and banks."""
+        return {n: held for n, held in self.survey.tensors.items() if not isinstance(held.module, Adapter | Bank)}
 
     @cached_property
     def architecture(self) -> str | None:
