@@ -25,7 +25,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import uora_vision as uora
 from uora_vision.structure import rules
-from uora_vision.structure.checks import plain
+from uora_vision.structure.survey import Survey
 
 QKV = "blocks.1.attn.qkv"
 Change = Callable[[nn.Module], Any]
@@ -240,7 +240,8 @@ def test_asking_does_not_move_the_state_of_a_spectral_norm() -> None:
 
 def test_a_plain_model_is_looked_at_itself() -> None:
     model = small_vit()
-    assert plain(model) is model
+    survey = Survey(model)
+    assert survey.shown is survey
 
 
 class TestSharing:

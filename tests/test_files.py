@@ -350,8 +350,10 @@ class TestBase:
         model = small_vit()
         base = Base(model)
         uora.load(model, tmp_path, base=base, name="first")
-        for name in ("find_sites", "walk", "check_weights", "sketch_of", "weights_digest"):
-            monkeypatch.setattr(f"uora_vision.storage.base.{name}", lambda *_: pytest.fail("looked at the model again"))
+        for name in ("find_sites", "walk"):
+            monkeypatch.setattr(f"uora_vision.structure.survey.{name}", lambda *_: pytest.fail("looked again"))
+        for name in ("check_model", "check_weights", "sketch_of", "weights_digest"):
+            monkeypatch.setattr(f"uora_vision.storage.base.{name}", lambda *_: pytest.fail("looked again"))
         uora.load(model, tmp_path, base=base, name="second", activate=False)
 
     @pytest.mark.slow

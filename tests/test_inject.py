@@ -220,7 +220,8 @@ class TestFailing:
         """Also one that no check foresees."""
         import importlib
 
-        module = importlib.import_module(f"uora_vision.lifecycle.{'apply' if where == 'Bank' else 'library'}")
+        places = {"Bank": "apply", "Adapter": "entry", "attach": "library"}
+        module = importlib.import_module(f"uora_vision.lifecycle.{places[where]}")
         real, calls = getattr(module, where), []
 
         def breaks(*args: Any, **kwargs: Any) -> Any:

@@ -100,6 +100,7 @@ def plan(
     """What would be adapted in a model, and how large the adapter would be. Builds no weights."""
     from ..lifecycle.trained_parts import base_parameters
     from ..structure.planning import plan as plan_of
+    from ..structure.survey import Survey
     from .models import on_meta
 
     made, example = on_meta(model)
@@ -108,7 +109,7 @@ def plan(
         print(what.to_json())
         return
     print(what)
-    trained = [made.get_parameter(name) for name in base_parameters(made, what.config.train)]
+    trained = [made.get_parameter(name) for name in base_parameters(Survey(made), what.config.train)]
     vectors, head = 4 * what.parameters, sum(p.numel() * p.element_size() for p in trained)
     print(f"\nA file of about {_bytes(vectors)}, and {_bytes(head)} for trained parts of the base (its head).")
 
@@ -271,10 +272,9 @@ def _loaded(there: Path, model: str, checkpoint: str | None) -> tuple[nn.Module,
 
 def _bank(stored: Stored) -> Bank:
     from ..maths.bank import Bank
+    from ..structure.targets import widths
 
-    widths_in = {p.width for p in stored.projections}
-    widths_out = {role.rows for p in stored.projections for role in p.roles}
-    return Bank(stored.config, widths_in, widths_out, first=stored.first())
+    return Bank(stored.config, *widths(stored.projections), first=stored.first())
 
 
 def _run(made: nn.Module, there: Path, example: Any) -> None:

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from ..errors import ExportError
 from ..lifecycle.adapter import Adapter
-from ..lifecycle.library import adapters, check_whole, library_of
+from ..lifecycle.library import adapters_in, check_whole, library_of
 from ..lifecycle.trained_parts import STATISTICS, trained_base
 from ..storage.base import published_name
 from ..storage.folder import CONFIG_FILE, TENSOR_FILE, write_atomically
 from ..structure.candidates import is_read
 from ..structure.row_order import forward_source
+from ..structure.survey import Survey
 from ..structure.targets import Projection
 from ..weights.kinds import base_class, call_form
 from ..weights.quantised import is_quantised
@@ -65,8 +66,9 @@ def adapted_weights(model: nn.Module) -> list[Adapted]:
     Raises:
         StateError: there is none, or the model is spread over processes.
     """
-    check_whole(model)
-    library, found = library_of(model), adapters(model)
+    survey = Survey(model)
+    check_whole(survey)
+    library, found = library_of(model), adapters_in(survey)
     layout = library.entries[library.active or ""].layout
     return [Adapted(p, m, found[p.path]) for p, m in zip(layout.projections, layout.modules, strict=True)]
 
@@ -191,7 +193,7 @@ def written_parts(model: nn.Module, targets: Iterable[str]) -> tuple[dict[str, A
     """
     library, targets = library_of(model), sorted(targets)
     entry = library.entries[library.active or ""]
-    parts = {**entry.base, **trained_base(model)}
+    parts = {**entry.base, **trained_base(Survey(model))}
     still = [n for n, t in library.base.items() if n.endswith(STATISTICS) and n in parts and torch.equal(parts[n], t)]
     parts = {name: t for name, t in parts.items() if name not in still}
     tensors: dict[str, Tensor] = {}

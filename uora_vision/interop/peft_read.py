@@ -18,6 +18,7 @@ from ..storage.base import Base
 from ..storage.folder import CONFIG_FILE, TENSOR_FILE
 from ..storage.strict_json import parse
 from ..structure.planning import Plan
+from ..structure.survey import Survey
 from ..structure.targets import Projection
 from ..weights.role import Role
 
@@ -46,16 +47,17 @@ def from_peft_vera(
         StateError: the model has an adapter of that name, or is spread over processes.
         FormatError: the folder holds no VeRA adapter, is damaged, or does not fit this model.
     """
-    check_room(model, name)
-    check_whole(model)
+    survey = Survey(model)
+    check_room(survey, name)
+    check_whole(survey)
     source = Path(folder)
     options = _options(source)
     tensors = _tensors(source)
     paths = [key.removeprefix(PREFIX).removesuffix(LAMBDA_B) for key in tensors if key.endswith(LAMBDA_B)]
     if not paths:
         raise FormatError(f"{source / TENSOR_FILE} holds no VeRA adapter")
-    base = Base(model)
-    order = [path for path in base.sites if path in set(paths)]
+    base = Base(survey)
+    order = [path for path in survey.shown.candidates if path in set(paths)]
     if missing := sorted(set(paths) - set(order)):
         raise FormatError(f"{source} adapts {missing[0]}, which is no layer of this {type(model).__name__}")
     vectors, projections = [], []
@@ -81,7 +83,7 @@ def from_peft_vera(
     what = Plan(config, tuple(projections), ())
     first = {f"A{a.shape[1]}": a, f"B{bm.shape[1]}": bm}
     parts = _parts(source, base, tensors)
-    apply_plan(model, what, name, torch.cat(vectors), parts, None, activate, bank_for(model, what, first))
+    apply_plan(survey, what, name, torch.cat(vectors), parts, None, activate, bank_for(model, what, first))
     return model
 
 
@@ -127,7 +129,7 @@ def _tensors(source: Path) -> dict[str, Tensor]:
 
 def _projection(base: Base, path: str) -> Projection:
     """A weight as one projection, of the name that the rules have for it, or its layer's."""
-    site, finding = base.sites[path], base.findings.get(path)
+    site, finding = base.survey.shown.candidates[path], base.survey.shown.findings.get(path)
     roles = finding.roles if finding else ()
     name = roles[0].name if len(roles) == 1 else path.rpartition(".")[2]
     role = Role(name, roles[0].group if roles else "other", 0, site.shape[0])
@@ -166,7 +168,7 @@ def _parts(source: Path, base: Base, tensors: dict[str, Tensor]) -> dict[str, Te
     parts: dict[str, Tensor] = {}
     for key, value in tensors.items():
         name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-        held = base.held.get(name)
+        held = base.held[name].tensor if name in base.held else None
         if held is None or held.shape != value.shape:
             here = "does not have it" if held is None else f"has it in shape {tuple(held.shape)}"
             raise FormatError(f"{source} holds {name} of shape {tuple(value.shape)}; this model {here}")

@@ -14,15 +14,17 @@ from ..maths.forms import WIDE
 from ..maths.redraw_log import BankState
 from ..maths.shared_product import Reduced
 from ..structure.planning import Plan
+from ..structure.survey import Survey
+from ..structure.targets import widths
 from ..weights.quantised import is_quantised
 from .adapter import CHILD, REDUCED
-from .entry import Entry, Layout, tensors_of
+from .entry import Entry, Layout
 from .library import DEFAULT, LIBRARY, Library
 from .trained_parts import STATISTICS, base_parameters
 
 
 def apply_plan(
-    model: nn.Module,
+    survey: Survey,
     what: Plan,
     name: str = DEFAULT,
     vector: Tensor | None = None,
@@ -41,9 +43,9 @@ def apply_plan(
         activate: whether the model computes with it from now on.
         bank: its bank, see `bank_for`.
     """
-    config = what.config
-    library = model.__dict__.get(LIBRARY) or Library(model)
-    layout = _layout(model, library, what)
+    model, config = survey.model, what.config
+    library = model.__dict__.get(LIBRARY) or Library(survey)
+    layout = _layout(survey, library, what)
     weights: list[Any] = [m._parameters[p.tensor] for m, p in zip(layout.modules, layout.projections, strict=True)]
     coarse = [p.path for p, w in zip(what.projections, weights, strict=True) if p.read and w.dtype not in WIDE]
     if coarse:
@@ -56,25 +58,24 @@ def apply_plan(
     if activate:
         entry.materialise()
     first = not library.entries
-    # Many are added beside others, and a walk over the model takes longer than all the rest.
-    held = tensors_of(model) if first or base is None or not base.keys() <= library.base.keys() else {}
     if base is None:
-        parts = [n for n in base_parameters(model, config.train) if _trains(n, held[n])]
-        parts += [name for name in held if name.endswith(STATISTICS)]
+        names = [n for n in base_parameters(survey, config.train) if _trains(n, survey.tensors[n].tensor)]
+        names += [n for n in survey.buffers if n.endswith(STATISTICS)]
+        held = {n: survey.tensors[n].tensor for n in names}
         # The first adapter trains the parts of the base as they stand there; later ones have their own.
-        entry.base = {name: held[name] if first else _copy(library.base.get(name, held[name]), True) for name in parts}
+        entry.base = held if first else {n: _copy(library.base.get(n, t), True) for n, t in held.items()}
     else:
         entry.base = dict(base)
-    kept = {name: _copy(held[name]) for name in entry.base if name not in library.base}
+    kept = {n: _copy(survey.tensors[n].tensor) for n in entry.base if n not in library.base}
     if first:
         model.__dict__[LIBRARY] = library
     try:
         library.base |= kept
         library.entries[name] = entry
         if first:
-            for p in held.values():
-                if isinstance(p, nn.Parameter) and (p.is_floating_point() or p.is_complex()):
-                    p.requires_grad_(False)
+            for place in survey.parameters.values():
+                if place.tensor.is_floating_point() or place.tensor.is_complex():
+                    place.tensor.requires_grad_(False)
         for part in entry.base.values():
             if isinstance(part, nn.Parameter):
                 part.requires_grad_(True)
@@ -90,23 +91,25 @@ def apply_plan(
 
 def take_out(model: nn.Module, library: Library) -> nn.Module:
     """The model without adapters, with the head of the active one."""
-    library.detach(model)
+    survey = Survey(model)
+    library.detach(survey)
     del model.__dict__[LIBRARY]
     if CHILD in model._modules:
         delattr(model, CHILD)
-    for name, p in model.named_parameters():  # parts without adapters may have been replaced since
+    for name, held in survey.parameters.items():  # parts without adapters may have been replaced since
+        p = held.tensor
         if name in library.flags and (p.is_floating_point() or p.is_complex()):
             p.requires_grad_(library.flags[name])
     return model
 
 
-def _layout(model: nn.Module, library: Library, what: Plan) -> Layout:
+def _layout(survey: Survey, library: Library, what: Plan) -> Layout:
     """That of an adapter which sits at the same places, or a new one."""
     for entry in library.entries.values():
         layout = entry.layout
         if layout.rank == what.config.rank and layout.projections == what.projections:
             return layout
-    return Layout.of(model, what.projections, what.config.rank)
+    return Layout.of(survey, what.projections, what.config.rank)
 
 
 def bank_for(model: nn.Module, what: Plan, first: Mapping[str, Tensor] | None = None) -> Bank:
@@ -115,8 +118,7 @@ def bank_for(model: nn.Module, what: Plan, first: Mapping[str, Tensor] | None = 
     Args:
         first: matrices by name to use in place of those that are drawn from the seed.
     """
-    widths_in = {p.shape[1] for p in what.projections}
-    widths_out = {role.rows for p in what.projections for role in p.roles}
+    widths_in, widths_out = widths(what.projections)
     library = model.__dict__.get(LIBRARY)
     for entry in library.entries.values() if library else ():
         bank = entry.bank

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..config import UoraConfig
 from ..maths.bank import Bank
 from ..maths.redraw_log import BankState
+from ..structure.survey import Survey
 from ..structure.targets import Projection
 from .adapter import Adapter
 
@@ -33,10 +34,9 @@ class Layout:
     sizes: tuple[int, ...]
 
     @classmethod
-    def of(cls, model: nn.Module, projections: tuple[Projection, ...], rank: int) -> Layout:
-        modules = dict(model.named_modules())
+    def of(cls, survey: Survey, projections: tuple[Projection, ...], rank: int) -> Layout:
         lengths = ((sum(role.rows for role in p.roles), len(p.roles) * rank) for p in projections)
-        owners = tuple(modules[p.module_path] for p in projections)
+        owners = tuple(survey.modules[p.module_path] for p in projections)
         return cls(projections, rank, owners, tuple(itertools.chain.from_iterable(lengths)))
 
 
@@ -102,22 +102,16 @@ class Entry:
         return self.modules
 
 
-def holders(model: nn.Module, names: Iterable[str]) -> dict[str, list[tuple[nn.Module, str]]]:
+def holders(survey: Survey, names: Iterable[str]) -> dict[str, list[tuple[nn.Module, str]]]:
     """Every module that holds the parameter or buffer of a name, tied ones under each of their names, and what it is
     called there."""
-    there = tensors_of(model)
     found: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in names}
-    wanted = {id(there[name]): name for name in found}
-    for module in model.modules():
-        for key, t in tensors_of(module, recurse=False).items():
+    wanted = {id(survey.tensors[name].tensor): name for name in found}
+    for module in survey.modules.values():
+        for key, t in (*module._parameters.items(), *module._buffers.items()):
             if id(t) in wanted:
                 found[wanted[id(t)]].append((module, key))
     return found
-
-
-def tensors_of(module: nn.Module, recurse: bool = True) -> dict[str, Tensor]:
-    """Parameters and buffers by name."""
-    return {**dict(module.named_parameters(recurse=recurse)), **dict(module.named_buffers(recurse=recurse))}
 
 
 def place(module: nn.Module, key: str, value: Tensor) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import StateError
+from ..structure.paths import ancestors, joined, submodule
 
 _FUSING = ("fuse", "reparameterize", "switch_to_deploy", "convert_to_deploy", "fuse_model")
 """Methods by which models of timm and torchvision compute new weights from those they have."""
@@ -30,19 +31,17 @@ class MergeFirst:
 def forbid_fusing(model: nn.Module, paths: Iterable[str]) -> None:
     """Make the modules on the way to the given ones refuse to fuse or re-parametrize themselves; copies and pickles of
     the model refuse too."""
-    modules = dict(model.named_modules())
-    above = {".".join(parts[:i]) for path in paths for parts in [path.split(".")] for i in range(len(parts) + 1)}
-    for path in above:
+    for path in {p for below in paths for p in (below, *ancestors(below))}:
+        module = submodule(model, path)
         for name in _FUSING:
-            if _takes_nothing(getattr(type(modules[path]), name, None)):
-                modules[path].__dict__[name] = MergeFirst(f"{path}.{name}".lstrip("."))
+            if _takes_nothing(getattr(type(module), name, None)):
+                module.__dict__[name] = MergeFirst(joined(path, name))
 
 
-def allow_fusing(model: nn.Module) -> None:
-    """Undo `forbid_fusing`."""
-    for module in model.modules():
-        for name in [name for name, value in vars(module).items() if isinstance(value, MergeFirst)]:
-            del module.__dict__[name]
+def allow_fusing(module: nn.Module) -> None:
+    """Undo `forbid_fusing` in one module."""
+    for name in [name for name, value in vars(module).items() if isinstance(value, MergeFirst)]:
+        del module.__dict__[name]
 
 
 def _takes_nothing(method: Any) -> bool:

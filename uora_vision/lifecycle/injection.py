@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ..config import UoraConfig
-from ..structure.planning import plan
+from ..structure.planning import planned
+from ..structure.survey import Survey
 from .apply import apply_plan, take_out
 from .library import DEFAULT, check_not_routing, check_room, check_whole, disabled, library_of
 from .verification import verify
@@ -44,11 +45,12 @@ def inject(
         ConfigError, OptionError, TargetError: see `plan`.
         DeadAdapterError: see `verify`.
     """
-    library = check_room(model, name)
+    survey = Survey(model)
+    library = check_room(survey, name)
     active = library.active if library else None
     with disabled(model) if library else nullcontext():
-        what = plan(model, config, example_input=example_input, **options)
-    apply_plan(model, what, name)
+        what = planned(survey, (config or UoraConfig()).replace(**options), example_input)
+    apply_plan(survey, what, name)
     if example_input is not None:
         try:
             verify(model, example_input)
@@ -67,7 +69,7 @@ def remove(model: nn.Module) -> nn.Module:
     were."""
     library = library_of(model)
     check_not_routing(library)
-    check_whole(model)
+    check_whole(Survey(model))
     if library.active is not None:
         # In place, since optimizers and tied weights know the base by its tensors.
         parts = library.entries[library.active].base

@@ -17,33 +17,37 @@ from ..errors import StateError
 from ..maths.bank import Bank
 from ..maths.redraw_log import BankState
 from ..private import TORCH_UNSENT
+from ..structure.paths import joined
+from ..structure.survey import Survey, held_at
+from ..structure.targets import Projection
 from ..weights.kinds import is_adapted
 from ..weights.sharded import is_sharded
 from .adapter import CHILD, Adapter, child
-from .entry import Entry, holders, place, tensors_of
+from .entry import Entry, holders, place
 from .fusing import allow_fusing, forbid_fusing
 from .surgery import adapters_of, attach, detach
 
 
-def check_whole(model: nn.Module) -> None:
+def check_whole(survey: Survey) -> None:
     """Adapters go into, and out of, models that each process holds as a whole.
 
     Raises:
         StateError: the model holds DTensors.
     """
-    if any(map(is_sharded, model.parameters())):
+    if any(is_sharded(held.tensor) for held in survey.parameters.values()):
         raise StateError(
             "the parameters of this model are spread over processes. Call load() before fully_shard(); to "
             "merge or remove, save() the adapter and load() it into a base that is not sharded."
         )
 
 
-def check_room(model: nn.Module, name: str) -> Library | None:
+def check_room(survey: Survey, name: str) -> Library | None:
     """The adapters that a model has already, None if it has none.
 
     Raises:
         StateError: there is no room for one of that name.
     """
+    model = survey.model
     if LIBRARY in model.__dict__:
         library = library_of(model)
         if name in library.entries:
@@ -52,17 +56,13 @@ def check_room(model: nn.Module, name: str) -> Library | None:
                 "remove() what is there"
             )
         return library
-    if any(MERGED in m.__dict__ for m in model.modules()):
+    if any(MERGED in m.__dict__ for m in survey.modules.values()):
         raise StateError("the adapters of this model are merged reversibly; unmerge() them first")
-    if is_injected(model):
+    if any(map(is_adapted, survey.modules.values())):
         raise StateError("a part of this model already has an adapter; merge() or remove() it first")
     if hasattr(model, CHILD):
         raise StateError(f"{type(model).__name__} has an attribute {CHILD!r} of its own, where the bank would go")
     return None
-
-
-def is_injected(model: nn.Module) -> bool:
-    return LIBRARY in model.__dict__ or any(is_adapted(m) for m in model.modules())
 
 
 def bank_of(model: nn.Module) -> Bank:
@@ -80,8 +80,13 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     Raises:
         StateError: the model is not injected, or its adapters are disabled.
     """
-    active_entry(model)
-    return {adapter.name: adapter for m in model.modules() for adapter in adapters_of(m).values()}
+    return adapters_in(Survey(model))
+
+
+def adapters_in(survey: Survey) -> dict[str, Adapter]:
+    """See `adapters`."""
+    active_entry(survey.model)
+    return {adapter.name: adapter for m in survey.modules.values() for adapter in adapters_of(m).values()}
 
 
 def active_entry(model: nn.Module) -> Entry:
@@ -110,15 +115,15 @@ class Library:
     """All adapters of a model.
 
     Args:
-        model: has none yet.
+        survey: of a model that has none yet.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, survey: Survey) -> None:
         self.entries: dict[str, Entry] = {}
         self.active: str | None = None
         self.base: dict[str, Tensor] = {}
         """The base's own values of the parts that some adapter trains."""
-        self.flags = {name: p.requires_grad for name, p in model.named_parameters()}
+        self.flags = {name: held.tensor.requires_grad for name, held in survey.parameters.items()}
         self.unsent: set[str] = set()
         self.routing = False
         self.patterns: dict[tuple[str, int], Any] = {}
@@ -132,7 +137,7 @@ class Library:
         new = self.entries[name] if name is not None else None
         if old is new:
             return
-        modules = new.materialise() if new else ()
+        survey, modules = Survey(model), new.materialise() if new else ()
         self._swap_banks(model, old, new)
         if new and not new.settled:
             for module in modules:
@@ -142,25 +147,27 @@ class Library:
             for p, owner, module in zip(new.layout.projections, new.layout.modules, modules, strict=True):
                 owner._modules[child(p.tensor)] = module
         else:
-            self.detach(model)
-            self.attach(model, new, modules)
-        self._swap_base(model, old.base if old else {}, new.base if new else {})
+            if old:
+                self.detach(survey)
+            if new:
+                self.attach(model, new, modules)
+        self._swap_base(survey, old.base if old else {}, new.base if new else {})
         self.active = name
 
-    def attach(self, model: nn.Module, entry: Entry | None, modules: tuple[Any, ...]) -> None:
+    def attach(self, model: nn.Module, entry: Entry, modules: tuple[Any, ...]) -> None:
         """Put modules of an entry's layout where its adapters sit."""
-        layout = entry.layout if entry else None
-        for p, owner, module in zip(*(layout.projections, layout.modules, modules), strict=True) if layout else ():
+        layout = entry.layout
+        for p, owner, module in zip(layout.projections, layout.modules, modules, strict=True):
             attach(owner, p.tensor, module, p.read)
-        if layout:
-            forbid_fusing(model, (p.module_path for p in layout.projections))
-            self._keep_from_sending(model)
+        forbid_fusing(model, (p.module_path for p in layout.projections))
+        self._keep_from_sending(model, layout.projections)
 
-    def detach(self, model: nn.Module) -> None:
+    def detach(self, survey: Survey) -> None:
         """Take out whatever sits in the model."""
-        allow_fusing(model)
-        for module in model.modules():
+        for module in survey.modules.values():
+            allow_fusing(module)
             detach(module)
+        model = survey.model
         left = set(getattr(model, TORCH_UNSENT, ())) - self.unsent
         if left:
             setattr(model, TORCH_UNSENT, left)
@@ -187,27 +194,27 @@ class Library:
                 model.add_module(CHILD, new.bank.to(device))
             new.bank.config = new.config
 
-    def _swap_base(self, model: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+    def _swap_base(self, survey: Survey, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
         if not (changed := old.keys() | new.keys()):
             return
-        there = tensors_of(model)
+        there = {name: held_at(survey.model, name) for name in changed}
+        tensors = {name: held.tensor for name, held in there.items() if held is not None}
         for name in changed:
-            if isinstance(there[name], nn.Parameter) and name in new and not isinstance(new[name], nn.Parameter):
+            if isinstance(tensors[name], nn.Parameter) and name in new and not isinstance(new[name], nn.Parameter):
                 new[name] = nn.Parameter(new[name])
         values = {name: new.get(name, self.base[name]) for name in changed}
-        different = [name for name, value in values.items() if value is not there[name]]
-        for name, places in holders(model, different).items():
+        different = [name for name, value in values.items() if value is not tensors[name]]
+        for name, places in holders(survey, different).items() if different else ():
             for module, key in places:
                 place(module, key, values[name])
 
-    def _keep_from_sending(self, model: nn.Module) -> None:
+    def _keep_from_sending(self, model: nn.Module, projections: tuple[Projection, ...]) -> None:
         """Tell DistributedDataParallel to leave the matrices alone: by default it sends every buffer of the first
         process to the others before each forward, and every process makes and re-draws its own, equal ones."""
         names = {f"{CHILD}.{name}" for name, _ in model.get_submodule(CHILD).named_buffers()}
-        for path, module in model.named_modules():
-            if isinstance(module, Adapter):
-                # Those that a re-draw in the scope `layer` will give it.
-                names |= {f"{path}.own_{part}_{k}" for k in range(len(module.roles)) for part in ("index", "a", "b")}
+        for p in projections:  # what a re-draw in the scope `layer` will give it
+            path = joined(p.module_path, child(p.tensor))
+            names |= {f"{path}.own_{part}_{k}" for k in range(len(p.roles)) for part in ("index", "a", "b")}
         there = set(getattr(model, TORCH_UNSENT, ()))
         self.unsent = names - there
         setattr(model, TORCH_UNSENT, there | names)
@@ -321,13 +328,14 @@ def check_not_routing(library: Library) -> None:
 def check_switch(model: nn.Module, library: Library) -> None:
     """Whether the active adapter can be taken out and put back."""
     check_not_routing(library)
-    if any(map(is_sharded, model.parameters())):
+    parameters = {name: held.tensor for name, held in Survey(model).parameters.items()}
+    if any(map(is_sharded, parameters.values())):
         raise StateError("adapters cannot be switched while the model is spread over processes")
     if library.active is None:
         return
     entry = library.entries[library.active]
     mine = {id(p) for module in entry.modules or () for p in module.parameters()} | set(map(id, entry.base.values()))
-    strange = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in mine]
+    strange = [name for name, p in parameters.items() if p.requires_grad and id(p) not in mine]
     if strange:
         raise StateError(
             f"{strange[0]} trains, but not as a part of the adapter {library.active!r}, so it could not be told what "

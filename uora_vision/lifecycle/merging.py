@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, DeadAdapterError, StateError
 from ..maths.forms import folded
-from ..structure.example import call, float_tensors
+from ..structure.example import call, evaluating, float_tensors
+from ..structure.survey import Survey
 from ..weights.kinds import raw
 from ..weights.matrix import from_matrix, to_matrix
 from ..weights.quantised import dequantised, float_type, is_quantised
@@ -103,7 +104,7 @@ def merge(
     if MERGED in model.__dict__:
         raise StateError("this model is merged already; unmerge() it first")
     library = library_of(model)
-    check_whole(model)
+    check_whole(Survey(model))
     if shares is None:
         active_entry(model)
         names = {str(library.active): 1.0}
@@ -220,7 +221,7 @@ def _set_aside(model: nn.Module, originals: dict[str, Tensor], replaced: dict[nn
     """Take all adapters out of a model into its `Merged`, without a change to anything else."""
     library = library_of(model)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    library.detach(model)
+    library.detach(Survey(model))
     del model.__dict__[LIBRARY]
     model._modules.pop(CHILD, None)
     for p in model.parameters():
@@ -299,10 +300,5 @@ def _replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
 def _outputs(model: nn.Module, example_input: Any) -> list[Tensor] | None:
     if example_input is None:
         return None
-    flags = {m: m.training for m in model.modules()}
-    try:
-        model.eval()
+    with evaluating(model):
         return [t.double() for t in float_tensors(call(model, example_input))]
-    finally:
-        for module, training in flags.items():
-            module.training = training

@@ -7,31 +7,31 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..structure.heads import head_names
-from .library import adapters
+from ..structure.paths import lies_within
+from ..structure.survey import Survey
+from .library import adapters_in
 
 
-def trained_base(model: nn.Module) -> dict[str, Tensor]:
+def trained_base(survey: Survey) -> dict[str, Tensor]:
     """The parts of the base that train, or move with training, by name."""
-    vectors = {id(p) for adapter in adapters(model).values() for p in adapter.parameters()}
-    base: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in vectors}
+    vectors = {id(p) for adapter in adapters_in(survey).values() for p in adapter.parameters()}
+    base = {name: held.tensor for name, held in survey.parameters.items()}
+    base = {name: p for name, p in base.items() if p.requires_grad and id(p) not in vectors}
     # A frozen BatchNorm in training mode still moves its statistics, and the adapter was trained with them.
-    return base | {name: t for name, t in model.named_buffers() if name.endswith(STATISTICS)}
+    return base | {name: held.tensor for name, held in survey.buffers.items() if name.endswith(STATISTICS)}
 
 
-def base_parameters(model: nn.Module, parts: Iterable[str]) -> list[str]:
-    """Names of the base's parameters that belong to `head`, `norm` or `bias`."""
-    heads = head_names(model)
+def base_parameters(survey: Survey, parts: Iterable[str]) -> list[str]:
+    """Names of the base's parameters that belong to `head`, `norm` or `bias`; of a tied one the first."""
+    first = {id(held.tensor): name for name, held in survey.parameters.items()}
     chosen = []
-    for path, module in model.named_modules():
-        for name, _ in module.named_parameters(recurse=False):
-            full = f"{path}.{name}" if path else name
-            in_head = any(full.startswith(head + ".") for head in heads)
-            norm = "norm" in type(module).__name__.lower()
-            bias = name == "bias" or name.endswith("_bias")
-            if ("head" in parts and in_head) or ("norm" in parts and norm) or ("bias" in parts and bias):
-                chosen.append(full)
-    return chosen
+    for name, (module, key) in survey.weights.items():
+        head = lies_within(name, survey.heads)
+        norm = "norm" in type(module).__name__.lower()
+        bias = key == "bias" or key.endswith("_bias")
+        if ("head" in parts and head) or ("norm" in parts and norm) or ("bias" in parts and bias):
+            chosen.append(first[id(module._parameters[key])])
+    return list(dict.fromkeys(chosen))
 
 
 STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
@@ -54,14 +54,16 @@ def param_groups(
     Raises:
         StateError: the model is not injected.
     """
-    vectors = {id(p) for adapter in adapters(model).values() for p in adapter.parameters()}
-    heads = head_names(model)
+    survey = Survey(model)
+    vectors = {id(p) for adapter in adapters_in(survey).values() for p in adapter.parameters()}
     groups: dict[str, list[nn.Parameter]] = {"adapter": [], "base": [], "head": [], "head_vectors": []}
-    for name, p in model.named_parameters():
+    for name, (module, key) in survey.parameters.items():
+        p = module._parameters[key]
+        assert p is not None
         if id(p) in vectors:
             groups["adapter"].append(p)
         elif p.requires_grad:
-            in_head = any(name.startswith(head + ".") for head in heads)
+            in_head = lies_within(name, survey.heads)
             groups[("head" if p.dim() > 1 else "head_vectors") if in_head else "base"].append(p)
     rates = {"adapter": lr, "base": lr}
     return [

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DeadAdapterError
-from ..structure.example import call, float_tensors
-from .library import bank_of
-from .surgery import adapters_of
+from ..structure.example import call, evaluating, float_tensors
+from ..structure.survey import Survey
+from .library import adapters_in
 
 
 def verify(model: nn.Module, example_input: Any) -> dict[str, float]:
@@ -30,27 +30,25 @@ def verify(model: nn.Module, example_input: Any) -> dict[str, float]:
     Raises:
         DeadAdapterError: names the adapters whose b or d gets no gradient, or one that is not finite.
     """
-    bank_of(model)
-    adapters = [adapter for m in model.modules() for adapter in adapters_of(m).values()]
+    survey = Survey(model)
+    adapters = list(adapters_in(survey).values())
     vectors = [p for adapter in adapters for p in (adapter.b, adapter.d)]
     device = vectors[0].device
-    flags = {m: m.training for m in model.modules()}
     wanted = [p.requires_grad for p in vectors]
     # A fresh head is often all zeros and hides every adapter from the loss until its first step.
     mine = {id(p) for p in vectors}
-    zero = [p for p in model.parameters() if p.requires_grad and id(p) not in mine and not p.any()]
-    changed = [*(adapter.b for adapter in adapters), *zero]
-    saved = [p.detach().clone() for p in changed]
-    devices = [device] if device.type == "cuda" else []
+    trained = [held.tensor for held in survey.parameters.values()]
+    zero = [t for t in trained if t.requires_grad and id(t) not in mine and not t.any()]
+    changed: list[Tensor] = [*(adapter.b for adapter in adapters), *zero]
+    saved = [t.detach().clone() for t in changed]
     generator, noise = torch.Generator(device).manual_seed(0), torch.Generator().manual_seed(0)
     try:
-        with torch.random.fork_rng(devices), torch.enable_grad():
-            model.eval()
+        with evaluating(model), torch.enable_grad():
             for p in vectors:
                 p.requires_grad_(True)
             with torch.no_grad():
-                for p in changed:
-                    p.normal_(std=0.1, generator=generator)
+                for t in changed:
+                    t.normal_(std=0.1, generator=generator)
             output = call(model, example_input)
             outputs = float_tensors(output)
             loss = sum((t.float() * torch.randn(t.shape, generator=noise).to(t.device)).sum() for t in outputs)
@@ -59,12 +57,10 @@ def verify(model: nn.Module, example_input: Any) -> dict[str, float]:
                 grads = torch.autograd.grad(loss, vectors, allow_unused=True)
     finally:
         with torch.no_grad():
-            for p, value in zip(changed, saved, strict=True):
-                p.copy_(value)
+            for t, value in zip(changed, saved, strict=True):
+                t.copy_(value)
         for p, want in zip(vectors, wanted, strict=True):
             p.requires_grad_(want)
-        for module, training in flags.items():
-            module.training = training
 
     norms, dead = {}, []
     for adapter, grad_b, grad_d in zip(adapters, grads[::2], grads[1::2], strict=True):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import StateError
 from ..private import tree_map, tree_map_only
+from ..structure.example import evaluating
 
 
 class Pattern(NamedTuple):
@@ -109,15 +110,11 @@ def _watched(module: nn.Module, record: Callable[[Recorder | None], None]) -> It
             module.forward(*args, **kwargs)
         return recorder.seen
 
-    flags = [(m, m.training) for m in module.modules()]
     try:
-        with torch.random.fork_rng(sorted({p.device.index for p in module.parameters() if p.is_cuda})):
-            module.eval()
+        with evaluating(module):
             yield watch
     finally:
         record(None)
-        for m, training in flags:
-            m.training = training
 
 
 def _same(rows: Tensor, changed: list[list[Tensor]]) -> bool:

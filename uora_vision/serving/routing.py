@@ -24,6 +24,7 @@ from ..maths.bank import Bank
 from ..maths.convolution import Geometry
 from ..maths.forms import autocasts, exact
 from ..private import unseen
+from ..structure.survey import Survey
 from ..structure.targets import Projection
 from ..weights.kinds import raw
 from ..weights.matrix import Form, to_matrix
@@ -151,7 +152,7 @@ class _Route:
     def running(self) -> Iterator[None]:
         """While this runs, the model computes each sample with its own adapter."""
         with ExitStack() as stack:
-            stack.callback(self.library.detach, self.model)
+            stack.callback(lambda: self.library.detach(Survey(self.model)))
             self.library.routing = True
             stack.callback(setattr, self.library, "routing", False)
             read: dict[int, tuple[str, Tensor, AddUpdate]] = {}
@@ -200,7 +201,7 @@ class _Route:
             values = [own if entry is None else entry.base.get(name, own) for entry in entries]
             if all(v.shape == own.shape and torch.equal(v, own) for v in values):
                 continue
-            for module, key in holders(self.model, [name])[name]:
+            for module, key in holders(Survey(self.model), [name])[name]:
                 if module not in sites:
                     self.parts.setdefault(module, {})[key] = values
                     continue

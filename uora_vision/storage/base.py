@@ -6,16 +6,18 @@ import os
 from functools import cached_property
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import FormatError
 from ..lifecycle.adapter import Adapter
+from ..maths.bank import Bank
 from ..private import name_or_path
-from ..structure.candidates import Site, find_sites
-from ..structure.checks import check_weights, plain
-from ..structure.heads import head_names
+from ..structure.candidates import Site
+from ..structure.checks import check_model, check_weights
+from ..structure.paths import lies_within
+from ..structure.survey import Held, Survey
 from ..structure.targets import Projection
-from ..structure.walk import Finding, walk
+from ..structure.walk import Finding
 from ..weights.sharded import class_name
 from .fingerprint import Weight, sketch_of, weights_digest
 from .stored import Identity, Stored, StoredProjection
@@ -28,32 +30,24 @@ class Base:
     modules nor the frozen weights of the model change.
 
     Args:
-        model: the base.
+        model: the base, or a survey of it.
 
     Raises:
         StateError: see `plan`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self._plain = plain(model)
-        self.sites: dict[str, Site] = {site.path: site for site in find_sites(self._plain)}
-        self.modules = dict(model.named_modules())
+    def __init__(self, model: nn.Module | Survey) -> None:
+        self.survey = Survey.of(model)
+        self.model = self.survey.model
+        check_model(self.survey)
         self._places: dict[tuple[StoredProjection, ...], tuple[Projection, ...]] = {}
         self._digests: dict[tuple[str, ...], str | None] = {}
         self._sketches: dict[tuple[str, ...], tuple[float, ...] | None] = {}
 
     @cached_property
-    def findings(self) -> dict[str, Finding]:
-        """What the rules say of each weight, by path."""
-        return {finding.site.path: finding for finding in walk(self._plain)}
-
-    @cached_property
-    def held(self) -> dict[str, Tensor]:
-        """Every parameter and buffer by its name, without those of adapters."""
-        vectors = {id(p) for m in self.model.modules() if isinstance(m, Adapter) for p in m.parameters()}
-        parameters = {name: p for name, p in self.model.named_parameters() if id(p) not in vectors}
-        return parameters | dict(self.model.named_buffers())
+    def held(self) -> dict[str, Held]:
+        """Every parameter and buffer by its name, without those of adapters and banks."""
+        return {n: held for n, held in self.survey.tensors.items() if not isinstance(held.module, Adapter | Bank)}
 
     @cached_property
     def architecture(self) -> str | None:
@@ -70,9 +64,10 @@ class Base:
     @cached_property
     def parameter_tensors(self) -> int:
         """How many parameters there are besides the head: the same for any image size and number of classes."""
-        heads = head_names(self.model)
-        parameters = [name for name, t in self.held.items() if isinstance(t, nn.Parameter)]
-        return sum(not any(name.startswith(head + ".") for head in heads) for name in parameters)
+        return sum(
+            isinstance(held.tensor, nn.Parameter) and not lies_within(name, self.survey.heads)
+            for name, held in self.held.items()
+        )
 
     def fingerprint(self, paths: tuple[str, ...]) -> str | None:
         """Of the weights at these paths; see `fingerprint.py`."""
@@ -106,12 +101,13 @@ class Base:
         """
         if stored.projections not in self._places:
             found = _places(stored, self)
-            check_weights(self.model, found)
+            check_weights(self.survey, found)
             self._places[stored.projections] = found
         return self._places[stored.projections]
 
     def _weights(self, paths: tuple[str, ...]) -> list[Weight]:
-        return [Weight(self.modules[site.module_path], site.tensor) for site in (self.sites[p] for p in paths)]
+        sites = [self.survey.shown.candidates[path] for path in paths]
+        return [Weight(self.survey.modules[site.module_path], site.tensor) for site in sites]
 
 
 def published_name(model: nn.Module) -> str | None:
@@ -129,14 +125,15 @@ def published_name(model: nn.Module) -> str | None:
 
 def _places(stored: Stored, base: Base) -> tuple[Projection, ...]:
     found: list[Site | None] = []
+    shown = base.survey.shown
     for p in stored.projections:
-        site = base.sites.get(p.path)
+        site = shown.candidates.get(p.path)
         found.append(site if site is not None and _holds(site, p) else None)
     taken = {site.path for site in found if site is not None}
     for i, p in enumerate(stored.projections):
         if found[i] is not None:
             continue
-        same = [f.site for f in base.findings.values() if f.site.path not in taken and _alike(f, p)]
+        same = [f.site for f in shown.findings.values() if f.site.path not in taken and _alike(f, p)]
         if len(same) != 1:
             raise _not_there(stored, base, p, len(same))
         found[i] = same[0]
@@ -158,7 +155,7 @@ def _alike(finding: Finding, p: StoredProjection) -> bool:
 
 
 def _not_there(stored: Stored, base: Base, p: StoredProjection, alike: int) -> FormatError:
-    site = base.sites.get(p.path)
+    site = base.survey.shown.candidates.get(p.path)
     here = "{} x {}".format(*site.shape) if site is not None else "not there"
     also = f", and {alike} others there have its block and role {p.keys[0]}" if alike else ""
     return FormatError(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import FormatError, StateError
 from ..lifecycle.library import LIBRARY
-from ..structure.heads import head_names
+from ..structure.paths import lies_within, submodule
 from ..structure.targets import Projection
 from ..weights.sharded import class_name
 from .base import Base
@@ -64,20 +64,20 @@ def fit(stored: Stored, base: Base, check_base: bool = True) -> Fitted:
 def _names(stored: Stored, base: Base) -> dict[str, str]:
     names: dict[str, str] = {}
     for name, t in stored.base.items():
-        held = base.held.get(name)
-        if held is not None and (held.shape == t.shape or _other_classes(base.model, name, held, t)):
+        held = base.held[name].tensor if name in base.held else None
+        if held is not None and (held.shape == t.shape or _other_classes(base, name, held, t)):
             names[name] = name
     taken = set(names.values())
     for name, t in stored.base.items():
         if name in names:
             continue
-        same = {other: _common_end(name, other) for other, o in base.held.items() if o.shape == t.shape} if (
+        same = {other: _common_end(name, other) for other, o in base.held.items() if o.tensor.shape == t.shape} if (
             name not in base.held
         ) else {}  # fmt: skip
         longest = max(same.values(), default=0)
         best = [other for other, length in same.items() if length == longest and other not in taken]
         if longest < 2 or len(best) != 1:
-            here = f"has shape {tuple(base.held[name].shape)}" if name in base.held else "does not exist"
+            here = f"has shape {tuple(base.held[name].tensor.shape)}" if name in base.held else "does not exist"
             raise FormatError(
                 f"the adapter holds a trained {name} of shape {tuple(t.shape)}, which in this model {here}. Create the "
                 "model with the same number of classes (num_classes=...)."
@@ -87,14 +87,13 @@ def _names(stored: Stored, base: Base) -> dict[str, str]:
     return names
 
 
-def _other_classes(model: nn.Module, name: str, held: Tensor, t: Tensor) -> bool:
+def _other_classes(base: Base, name: str, held: Tensor, t: Tensor) -> bool:
     """Whether a trained part is a head for another number of classes, on a model that has adapters already: there each
     has its own, and no code outside has yet been told how many classes there are."""
     path, _, key = name.rpartition(".")
-    if LIBRARY not in model.__dict__ or key not in ("weight", "bias") or held.shape[1:] != t.shape[1:]:
+    if LIBRARY not in base.model.__dict__ or key not in ("weight", "bias") or held.shape[1:] != t.shape[1:]:
         return False
-    in_head = any(f"{path}.".startswith(f"{head}.") for head in head_names(model))
-    return in_head and isinstance(model.get_submodule(path), nn.Linear)
+    return lies_within(path, base.survey.heads) and isinstance(submodule(base.model, path), nn.Linear)
 
 
 def _common_end(one: str, two: str) -> int:

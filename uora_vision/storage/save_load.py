@@ -15,6 +15,7 @@ from ..errors import FormatError
 from ..lifecycle.apply import apply_plan, bank_for
 from ..lifecycle.library import DEFAULT, check_room, check_switch, check_whole
 from ..structure.planning import Plan
+from ..structure.survey import Survey
 from ..weights.sharded import writes
 from .base import Base
 from .fit import Fitted, fit
@@ -45,8 +46,10 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, save_banks: SaveBa
         FormatError: a trained value is NaN or infinite.
         OSError: the folder cannot be written to.
     """
-    adapter = collect(model, save_banks=save_banks)
-    return write(adapter, folder) if writes(list(model.parameters())) else Path(folder)
+    survey = Survey(model)
+    adapter = collect(survey, save_banks=save_banks)
+    parameters = [held.tensor for held in survey.parameters.values()]
+    return write(adapter, folder) if writes(parameters) else Path(folder)
 
 
 def load(
@@ -78,15 +81,16 @@ def load(
         FormatError: a file is missing, damaged, of a newer version, or does not fit this model.
         HubError: the repository cannot be had.
     """
-    library = check_room(model, name)
+    survey = base.survey if base and base.model is model else Survey(model)
+    library = check_room(survey, name)
     if library is None:
-        check_whole(model)
+        check_whole(survey)
     elif activate:
         check_switch(model, library)
     if is_repository(folder):
         folder = local_copy(os.fspath(folder), revision)
     stored = read(folder)
-    base = base or Base(model)
+    base = base or Base(survey)
     try:
         fitted = fit(stored, base, check_base)
         what = Plan(stored.config, fitted.projections, ())
@@ -95,7 +99,7 @@ def load(
         parts = _parts(stored, fitted, base)
     except FormatError as error:
         raise FormatError(f"{os.fspath(folder)}: {error}") from error
-    apply_plan(model, what, name, stored.vector.to(torch.float32, copy=True), parts, state, activate, bank)
+    apply_plan(survey, what, name, stored.vector.to(torch.float32, copy=True), parts, state, activate, bank)
     return model
 
 
@@ -103,7 +107,7 @@ def _parts(stored: Stored, fitted: Fitted, base: Base) -> dict[str, Tensor]:
     """The trained parts of the base, as the model has to hold them."""
     parts: dict[str, Tensor] = {}
     for saved, value in stored.base.items():
-        held = base.held[fitted.names[saved]]
+        held = base.held[fitted.names[saved]].tensor
         if held.is_floating_point() != value.is_floating_point():
             raise FormatError(f"{saved} is of {value.dtype}, in this model of {held.dtype}")
         copy = value.to(device=held.device, dtype=held.dtype, copy=True)

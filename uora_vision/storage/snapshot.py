@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FormatError, OptionError
-from ..lifecycle.library import adapters, bank_of, check_whole
+from ..lifecycle.library import adapters_in, bank_of, check_whole
 from ..lifecycle.trained_parts import trained_base
 from ..maths.bank import Bank
 from ..maths.redraw_log import BankState
+from ..structure.survey import Survey
+from ..structure.targets import widths
 from ..version import __version__
 from ..weights.sharded import is_sharded, whole
 from .base import Base
@@ -21,16 +23,18 @@ from .stored import Identity, SaveBanks, Stored, StoredProjection, shared_matric
 _IDENTITY = "_uora_identity"
 
 
-def collect(model: nn.Module, *, save_banks: SaveBanks | None = None) -> Stored:
+def collect(model: nn.Module | Survey, *, save_banks: SaveBanks | None = None) -> Stored:
     """The active adapter of a model, as it would be saved. Arguments and errors are those of `save`."""
     if save_banks not in (None, *get_args(SaveBanks)):
         raise OptionError(f"save_banks must be one of {', '.join(get_args(SaveBanks))} or None, got {save_banks!r}")
 
-    found, bank, base = adapters(model), bank_of(model), Base(model)
+    survey = Survey.of(model)
+    found, bank, base = adapters_in(survey), bank_of(survey.model), Base(survey)
+    findings = survey.shown.findings
     if save_banks is None and bank.given:
         save_banks = "all"
     projections = tuple(
-        StoredProjection(path, adapter.origin, adapter.width, base.findings[path].block, adapter.roles)
+        StoredProjection(path, adapter.origin, adapter.width, findings[path].block, adapter.roles)
         for path, adapter in found.items()
     )
     state = bank.state()
@@ -41,7 +45,7 @@ def collect(model: nn.Module, *, save_banks: SaveBanks | None = None) -> Stored:
         bank.config,
         projections,
         torch.cat([whole(t).detach().flatten().cpu() for a in found.values() for t in (a.b, a.d)]),
-        {name: whole(t).detach().cpu().clone() for name, t in trained_base(model).items()},
+        {name: whole(t).detach().cpu().clone() for name, t in trained_base(survey).items()},
         list(state.log),
         _identity(base, bank, tuple(found)),
         bank_digest(first, state) if first else None,
@@ -62,9 +66,7 @@ def rebuilt(stored: Stored, bank: Bank) -> BankState:
     """
     state = stored.bank_state()
     if state is None and stored.log:
-        widths_in = {p.width for p in stored.projections}
-        widths_out = {role.rows for p in stored.projections for role in p.roles}
-        scratch = Bank(stored.config, widths_in, widths_out, first=bank._first)
+        scratch = Bank(stored.config, *widths(stored.projections), first=bank._first)
         scratch.replay(stored.log, stored.own)
         state = scratch.state()
     state = state or BankState()
@@ -86,8 +88,9 @@ def put_back(model: nn.Module, stored: Stored) -> None:
         StateError: the model is not injected, or is spread over processes.
         FormatError: it is another adapter, of which nothing was taken.
     """
-    check_whole(model)
-    found, bank, held = adapters(model), bank_of(model), trained_base(model)
+    survey = Survey(model)
+    check_whole(survey)
+    found, bank, held = adapters_in(survey), bank_of(model), trained_base(survey)
     here = {path: (adapter.width, adapter.roles) for path, adapter in found.items()}
     there = {p.path: (p.width, p.roles) for p in stored.projections}
     shapes, wanted = ({name: t.shape for name, t in tensors.items()} for tensors in (held, stored.base))
@@ -111,7 +114,7 @@ def put_back(model: nn.Module, stored: Stored) -> None:
 
 
 def _identity(base: Base, bank: Bank, paths: tuple[str, ...]) -> Identity:
-    if not any(map(is_sharded, base.held.values())):
+    if not any(is_sharded(held.tensor) for held in base.held.values()):
         return base.identity(paths)
     # A value of a sharded weight costs an exchange of all of it, and the frozen base stays what it is.
     known: dict[tuple[str, ...], Identity] = bank.__dict__.setdefault(_IDENTITY, {})

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..config import UoraConfig
 from ..maths.redraw_log import BankState, Redraw, draw_counts
+from ..structure.targets import widths
 from ..weights.role import Role
 
 SaveBanks = Literal["changed", "all"]
@@ -155,16 +156,15 @@ class Stored:
 
 def shared_matrices(config: UoraConfig, projections: tuple[StoredProjection, ...]) -> dict[str, int]:
     """Widths of the shared matrices of an adapter, by name."""
-    widths = {"A": {p.width for p in projections}, "B": {role.rows for p in projections for role in p.roles}}
+    sides = dict(zip("AB", widths(projections), strict=True))
     if config.layout == "slice":
-        widths = {side: {max(of)} for side, of in widths.items()}
-    return {f"{side}{width}": width for side, of in widths.items() for width in of}
+        sides = {side: {max(of)} for side, of in sides.items()}
+    return {f"{side}{width}": width for side, of in sides.items() for width in of}
 
 
 def own_matrices(config: UoraConfig, projections: tuple[StoredProjection, ...]) -> dict[str, tuple[str, int]]:
     """See `Stored.own`."""
-    largest_in = max(p.width for p in projections)
-    largest_out = max(role.rows for p in projections for role in p.roles)
+    largest_in, largest_out = map(max, widths(projections))
     slices = config.layout == "slice"
     out = {}
     for p in projections:

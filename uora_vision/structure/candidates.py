@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..weights.kinds import base_class, call_form
 from ..weights.matrix import Form, matrix_shape
 from ..weights.quantised import full_shape
+from .paths import ancestors, weight_path
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -43,7 +44,7 @@ class Site:
     @property
     def path(self) -> str:
         """Of the module, and the tensor's name if that is not `weight`."""
-        return self.module_path if self.tensor == "weight" else f"{self.module_path}.{self.tensor}".lstrip(".")
+        return weight_path(self.module_path, self.tensor)
 
     @property
     def weight(self) -> Tensor:
@@ -79,9 +80,12 @@ class Unit:
         return base_class(self.module).__name__
 
 
-def find_sites(model: nn.Module) -> list[Site]:
-    """Every Linear, convolution, and bare weight of attention, recurrent layers and experts, in the model's order."""
-    modules = dict(model.named_modules())
+def find_sites(modules: Mapping[str, nn.Module]) -> list[Site]:
+    """Every Linear, convolution, and bare weight of attention, recurrent layers and experts, in the model's order.
+
+    Args:
+        modules: of the model, by path.
+    """
     sites = []
     for path, module in modules.items():
         for tensor, form in _weights(module):
@@ -99,17 +103,16 @@ def find_sites(model: nn.Module) -> list[Site]:
     return sites
 
 
-def units(model: nn.Module, sites: list[Site]) -> list[Unit]:
+def units(sites: Sequence[Site], modules: Mapping[str, nn.Module]) -> list[Unit]:
     """The sites by owner, in the model's order."""
-    modules = dict(model.named_modules())
     count: Counter[str] = Counter()
     for site in sites:
         if not site.spatial:
-            count.update({site.module_path, *_ancestors(site.module_path)})
+            count.update({site.module_path, *ancestors(site.module_path)})
     owners: dict[str, Unit] = {}
     for site in sites:
         bare = site.tensor != "weight"
-        chain = ([site.module_path] if bare else []) + list(_ancestors(site.module_path))
+        chain = ([site.module_path] if bare else []) + list(ancestors(site.module_path))
         alone = 0 if site.spatial else 1
         path = next((p for p in chain if count[p] > alone and not isinstance(modules[p], CONTAINERS)), "")
         unit = owners.setdefault(path, Unit(path, modules[path]))
@@ -154,16 +157,10 @@ def _stack_form(shapes: list[tuple[int, ...]]) -> Form | None:
     return None
 
 
-def _ancestors(path: str) -> Iterator[str]:
-    while path:
-        path = path.rpartition(".")[0]
-        yield path
-
-
-def is_read(path: str, modules: dict[str, nn.Module]) -> bool:
+def is_read(path: str, modules: Mapping[str, nn.Module]) -> bool:
     """Whether the code of a module above takes `<name>.weight` for a computation, or cannot be looked at."""
     name = path.rpartition(".")[2]
-    for above in _ancestors(path):
+    for above in ancestors(path):
         module = modules[above]
         reads = _weights_read(base_class(module))
         if reads is None or name in reads:

@@ -18,12 +18,13 @@ from ..errors import ConfigError, StateError, TargetError
 from ..weights.matrix import Form
 from ..weights.quantised import is_quantised
 from ..weights.role import CONV, OTHER
-from .candidates import Site, Unit, find_sites
-from .heads import head_names
-from .hidden import find_hidden, leave_out, odd_kind, shown_path, stand_in
+from .candidates import Site, Unit
+from .hidden import leave_out, odd_kind, shown_path
+from .paths import ancestors, joined, lies_within
 from .rules import registered
+from .survey import Survey, held_at
 from .targets import GROUPS, Projection
-from .walk import Finding, walk
+from .walk import Finding
 
 _DIMENSIONS: dict[Form, tuple[int, int]] = {
     "matrix": (2, 2), "transposed": (2, 2), "kernel": (3, 5), "stack": (3, 3), "stack_transposed": (3, 3),
@@ -35,9 +36,8 @@ _FIT = (
 )
 
 
-def plain(model: nn.Module, targets: Iterable[str] = ()) -> nn.Module:
-    """The model as the rules can look at it: itself or, where something is hidden, a stand-in on the meta device that
-    has the same paths and classes and shows it. Touches nothing.
+def check_model(survey: Survey, targets: Iterable[str] = ()) -> None:
+    """Whether the rules can look at the model. Touches nothing.
 
     Args:
         targets: terms of `UoraConfig.targets`; those that are paths are checked.
@@ -46,29 +46,25 @@ def plain(model: nn.Module, targets: Iterable[str] = ()) -> nn.Module:
         StateError: the model as a whole is not in a state in which it can be adapted.
         TargetError: a term is the path of something that is never adapted, or a registered rule names such a thing.
     """
-    _check_whole(model)
-    hidden = list(find_hidden(model))
-    for weight in hidden:
+    _check_state(survey)
+    for weight in survey.hidden:
         if weight.deep and not weight.path:
             raise weight.error
-    scripted = any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
-    shown = stand_in(model, {}) if hidden or scripted else model
-    _check_registered(shown)
-    _check_paths(shown, targets)
-    return shown
+    _check_registered(survey.shown)
+    _check_paths(survey.shown, targets)
 
 
-def check_weights(model: nn.Module, projections: Iterable[Projection]) -> None:
+def check_weights(survey: Survey, projections: Iterable[Projection]) -> None:
     """Whether the weights that a plan has chosen can be adapted.
 
     Raises:
         StateError: one is hidden, shared with another module, or on another device than the others.
         TargetError: one is of a kind that cannot be adapted.
     """
-    hidden, modules, held = list(find_hidden(model)), dict(model.named_modules()), _by_memory(model)
+    modules, held = survey.modules, _by_memory(survey)
     first = None
     for p in projections:
-        for obstacle in hidden:
+        for obstacle in survey.hidden:
             if obstacle.hides(p):
                 raise obstacle.error
         weight = modules[p.module_path]._parameters[p.tensor]
@@ -91,7 +87,7 @@ def check_weights(model: nn.Module, projections: Iterable[Projection]) -> None:
                 "one device. Move the model to one device first, or inject into its parts."
             )
         for name, other in held.get(_memory(weight), ()):
-            if name != f"{p.module_path}.{p.tensor}".lstrip(".") and _overlap(weight, other):
+            if name != joined(p.module_path, p.tensor) and _overlap(weight, other):
                 raise StateError(
                     f"the weight of {p.path} is shared with {name}, which adapting or merging it would change too. "
                     "Give it a weight of its own, nn.Parameter(weight.detach().clone()), or adapt neither: "
@@ -99,39 +95,39 @@ def check_weights(model: nn.Module, projections: Iterable[Projection]) -> None:
                 )
 
 
-def _check_whole(model: nn.Module) -> None:
-    heads = head_names(model)
+def _check_state(survey: Survey) -> None:
     meta = real = ""
-    for path, module in model.named_modules():
+    for path, module in survey.modules.items():
         where, name = shown_path(path, module), type(module).__name__
         if any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__):
             raise StateError(
                 f"{where} is a {name} of PEFT. Take PEFT's adapter out first, with merge_and_unload() or unload(), or "
                 "inject into a part of the model that has none."
             )
-        in_head = any(f"{path}.".startswith(f"{head}.") for head in heads)
-        if isinstance(module, torch.jit.ScriptModule) and not in_head and any(p.dim() > 1 for p in module.parameters()):
+        looked_at = not isinstance(module, torch.jit.ScriptModule) or lies_within(path, survey.heads)
+        if not looked_at and any(p.dim() > 1 for p in module.parameters()):
             raise StateError(
                 f"{where} is a scripted or traced {module.original_name}, which cannot be looked into. Inject into the "
                 "Python model, merge(), and script or trace that."
             )
-        for name, p in module.named_parameters(recurse=False):
+        for name, p in module._parameters.items():
+            if p is None:
+                continue
             if is_lazy(p):
                 raise StateError(f"{name} of {where} has no shape yet (a lazy module). Run the model on a batch first.")
-            meta, real = (meta or f"{path}.{name}", real) if p.is_meta else (meta, real or f"{path}.{name}")
+            meta, real = (meta or joined(path, name), real) if p.is_meta else (meta, real or joined(path, name))
     if meta and real:
         raise StateError(
-            f"{meta.lstrip('.')} is on the meta device, without values, and {real.lstrip('.')} is not. Load the "
+            f"{meta} is on the meta device, without values, and {real} is not. Load the "
             "weights of the whole model first (to_empty() and load_state_dict()), or inject while all of it is on meta."
         )
 
 
-def _by_memory(model: nn.Module) -> dict[int, list[tuple[str, Tensor]]]:
+def _by_memory(survey: Survey) -> dict[int, list[tuple[str, Tensor]]]:
     """Every parameter under each of its names, by its storage."""
     held: dict[int, list[tuple[str, Tensor]]] = defaultdict(list)
-    for path, module in model.named_modules():
-        for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
-            held[_memory(p)].append((f"{path}.{name}".lstrip("."), p))
+    for name, place in survey.weights.items():
+        held[_memory(place.tensor)].append((name, place.tensor))
     return held
 
 
@@ -156,30 +152,32 @@ def _overlap(one: Tensor, two: Tensor) -> bool:
     return start < other_end and other_start < end
 
 
-def _check_registered(model: nn.Module) -> None:
+def _check_registered(survey: Survey) -> None:
     """Let every registered rule see all modules that it is for. The walk shows it only those that own a weight which
     can be adapted, so a rule for another kind of weight would be passed over."""
     members: dict[str, dict[str, Site]] = defaultdict(dict)
-    for site in find_sites(model) if registered else ():
-        parts = site.path.split(".")
-        for i in range(len(parts)):
-            members[".".join(parts[:i])][".".join(parts[i:])] = site
+    for site in survey.candidates.values() if registered else ():
+        for above in ancestors(site.path):
+            members[above][site.path[len(above) :].lstrip(".")] = site
     for _, rule in registered:
-        for path, module in model.named_modules():
+        for path, module in survey.modules.items():
             try:
                 rule(Unit(path, module, members[path]))
             except ConfigError as error:
-                if all(p.dim() < 2 or name in members[path] for name, p in module.named_parameters(recurse=False)):
+                own = {name: p for name, p in module._parameters.items() if p is not None}
+                if all(p.dim() < 2 or name in members[path] for name, p in own.items()):
                     raise
                 raise TargetError(f"{error}. {shown_path(path, module)} {_holds(module)}. {_FIT}") from error
 
 
-def _check_paths(model: nn.Module, targets: Iterable[str]) -> None:
+def _check_paths(survey: Survey, targets: Iterable[str]) -> None:
     """Say of a target that is a path, but of no projection, what is there instead."""
-    modules, parameters = dict(model.named_modules()), dict(model.named_parameters(remove_duplicate=False))
-    paths = [t for t in targets if t not in GROUPS and t not in ("all", "qv") and (t in modules or t in parameters)]
-    findings = list(walk(model)) if paths else []
-    for path in paths:
+    for path in targets:
+        held = held_at(survey.model, path)
+        there = path in survey.modules or (held is not None and held.key in held.module._parameters)
+        if path in GROUPS or path in ("all", "qv") or not there:
+            continue
+        findings = list(survey.findings.values())
         named = any(
             path in (f.site.path, f"{f.site.path}.{role.name}")
             or (role.group not in (CONV, OTHER) and path in (role.name, role.label))
@@ -187,26 +185,25 @@ def _check_paths(model: nn.Module, targets: Iterable[str]) -> None:
             for role in f.roles
         )
         if not named:
-            raise TargetError(f"{path!r} {_what_is(path, modules, parameters, findings)}")
+            raise TargetError(f"{path!r} {_what_is(path, survey, findings)}")
 
 
-def _what_is(
-    path: str, modules: dict[str, nn.Module], parameters: dict[str, nn.Parameter], findings: list[Finding]
-) -> str:
+def _what_is(path: str, survey: Survey, findings: list[Finding]) -> str:
     for f in findings:
-        site, weight = f.site, f"{f.site.module_path}.{f.site.tensor}"
+        site, weight = f.site, joined(f.site.module_path, f.site.tensor)
         if path in (site.path, weight) and not f.roles:
             return f"({type(site.module).__name__}, {site.shape[0]} x {site.shape[1]}) is never adapted: {f.rule}"
         if path == weight and f.roles:
             return f"is the weight of a projection that goes by {site.path!r}"
     if any(f.roles and f.site.path.startswith(f"{path}.") for f in findings):
-        return f"is a {type(modules[path]).__name__}, not a weight; {path + '.*'!r} adapts all that is in it"
-    if path in modules:
-        return f"{_holds(modules[path])}. {_FIT}"
-    holder, _, name = path.rpartition(".")
-    return f"is {name} of a {type(modules[holder]).__name__}, of shape {tuple(parameters[path].shape)}. {_FIT}"
+        return f"is a {type(survey.modules[path]).__name__}, not a weight; {path + '.*'!r} adapts all that is in it"
+    if path in survey.modules:
+        return f"{_holds(survey.modules[path])}. {_FIT}"
+    held = held_at(survey.model, path)
+    assert held is not None
+    return f"is {held.key} of a {type(held.module).__name__}, of shape {tuple(held.tensor.shape)}. {_FIT}"
 
 
 def _holds(module: nn.Module) -> str:
-    own = [f"{name} {tuple(p.shape)}" for name, p in module.named_parameters(recurse=False)]
+    own = [f"{name} {tuple(p.shape)}" for name, p in module._parameters.items() if p is not None]
     return f"is a {type(module).__name__} with {', '.join(own) or 'no parameter of its own'}"

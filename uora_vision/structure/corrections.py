@@ -9,6 +9,7 @@ from typing import Literal
 from ..weights.matrix import Span
 from ..weights.role import ATTENTION, CONV, OTHER, Role
 from .candidates import Site
+from .paths import joined
 from .rules import COORDINATES
 from .trace import Trace
 from .walk import Finding
@@ -95,7 +96,7 @@ def uses_of(site: Site, trace: Trace) -> tuple[str, ...]:
 
 def parameter_name(site: Site) -> str:
     """Name of a site's tensor among the model's parameters."""
-    return f"{site.module_path}.{site.tensor}".lstrip(".")
+    return joined(site.module_path, site.tensor)
 
 
 def span_of(rows: tuple[int, ...]) -> Span | None:

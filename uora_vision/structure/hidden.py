@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from ..errors import StateError, TargetError, UoraError
 from ..weights.quantised import is_quantised_linear
+from .paths import weight_path
 
 if TYPE_CHECKING:
     from .targets import Projection
@@ -39,9 +40,13 @@ class Hidden(NamedTuple):
         return own or (self.deep and p.module_path.startswith(f"{self.path}."))
 
 
-def find_hidden(model: nn.Module) -> Iterator[Hidden]:
-    """Everything that hides a weight, in the model's order."""
-    for path, module in model.named_modules():
+def find_hidden(modules: Mapping[str, nn.Module]) -> Iterator[Hidden]:
+    """Everything that hides a weight, in the model's order.
+
+    Args:
+        modules: of the model, by path.
+    """
+    for path, module in modules.items():
         where, name = shown_path(path, module), type(module).__name__
         if _is_wrapper(module):
             error: UoraError = StateError(f"{where} is a {name}. Inject into the model first, wrap it after.")
@@ -161,7 +166,7 @@ def shown_path(path: str, module: nn.Module) -> str:
 
 def _path(module_path: str, tensor: str) -> str:
     """What a weight goes by in the options."""
-    return module_path if tensor in ("weight", "bias") else f"{module_path}.{tensor}"
+    return module_path if tensor == "bias" else weight_path(module_path, tensor)
 
 
 def leave_out(path: str) -> str:

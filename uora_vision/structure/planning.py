@@ -15,11 +15,12 @@ from ..errors import ConfigError, TargetError
 from ..tables import render
 from ..weights.quantised import is_quantised
 from ..weights.role import ATTENTION, CONV, MLP, OTHER, Role
-from .checks import check_weights, plain
+from .checks import check_model, check_weights
 from .corrections import Difference, corrected, differences, uses_of
+from .survey import Survey
 from .targets import GROUPS, Projection, Skipped
 from .trace import trace
-from .walk import UNKNOWN, Finding, walk
+from .walk import UNKNOWN, Finding
 
 
 @dataclass(frozen=True, repr=False)
@@ -91,8 +92,13 @@ def plan(model: nn.Module, config: UoraConfig | None = None, *, example_input: A
         ConfigError, OptionError: an option is wrong.
         TargetError: nothing in the model matches a term.
     """
-    config = (config or UoraConfig()).replace(**options)
-    findings = list(walk(plain(model, config.targets)))
+    return planned(Survey(model), (config or UoraConfig()).replace(**options), example_input)
+
+
+def planned(survey: Survey, config: UoraConfig, example_input: Any = None) -> Plan:
+    """See `plan`."""
+    check_model(survey, config.targets)
+    model, findings = survey.model, list(survey.shown.findings.values())
     seen = None
     if example_input is not None:
         seen = trace(model, example_input)
@@ -136,7 +142,7 @@ def plan(model: nn.Module, config: UoraConfig | None = None, *, example_input: A
             outside = finding.roles and finding.rule == UNKNOWN
             reason = f"{UNKNOWN}; targets={finding.roles[0].group!r} adapts it" if outside else finding.rule
             skipped.append(Skipped(site.path, site.shape, "not asked for" if finding.roles and not outside else reason))
-    check_weights(model, projections)
+    check_weights(survey, projections)
     adapted = {p.path for p in projections}
     differing = None
     if seen is not None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 from ..weights.matrix import Form
 from ..weights.role import ATTENTION, CONV, MLP, OTHER, Role
+from .paths import weight_path
 
 GROUPS = {"attention": ATTENTION, "mlp": MLP, "conv": CONV, "other": OTHER}
 
@@ -41,7 +44,12 @@ class Projection:
     @property
     def path(self) -> str:
         """Of the module, and the tensor's name if that is not `weight`."""
-        return self.module_path if self.tensor == "weight" else f"{self.module_path}.{self.tensor}".lstrip(".")
+        return weight_path(self.module_path, self.tensor)
+
+    @property
+    def width(self) -> int:
+        """Its input width."""
+        return self.shape[1]
 
     def parameters(self, rank: int) -> int:
         return sum(role.rows + rank for role in self.roles)
@@ -54,3 +62,17 @@ class Skipped:
     path: str
     shape: tuple[int, int]
     reason: str
+
+
+class _Sized(Protocol):
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def roles(self) -> tuple[Role, ...]: ...
+
+
+def widths(projections: Iterable[_Sized]) -> tuple[set[int], set[int]]:
+    """Input widths of projections and output widths of their roles: those of the shared matrices A and B."""
+    chosen = list(projections)
+    return {p.width for p in chosen}, {role.rows for p in chosen for role in p.roles}

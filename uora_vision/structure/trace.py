@@ -21,7 +21,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .example import call
+from .example import call, evaluating
 from .labels import (
     LIMIT,
     MOVES,
@@ -37,6 +37,7 @@ from .labels import (
     thinned,
     words,
 )
+from .paths import joined
 
 
 @dataclass(frozen=True)
@@ -91,25 +92,17 @@ def trace(model: nn.Module, example_input: Any) -> Trace:
         Exception: whatever the model's forward raises on this input.
     """
     tracer = _Tracer(model, example_input)
-    flags = [(module, module.training) for module in model.modules()]
     hooks = [
         register_module_forward_pre_hook(lambda module, args: tracer.stack.append(module)),
         register_module_forward_hook(lambda *_: tracer.leave(), always_call=True),
     ]
     try:
-        with torch.random.fork_rng(sorted({p.device.index for p in model.parameters() if p.is_cuda})):
-            model.train()  # models that keep things between eval forwards (timm's LeViT) drop them here
-            model.eval()
-            # No need of gradients to see inside nn.MultiheadAttention: an active mode rules out its fused path.
-            with torch.no_grad(), tracer:
-                call(model, example_input)
+        # No need of gradients to see inside nn.MultiheadAttention: an active mode rules out its fused path.
+        with evaluating(model), torch.no_grad(), tracer:
+            call(model, example_input)
     finally:
         for hook in hooks:
             hook.remove()
-        model.train()  # whatever its flag, as above
-        for module, training in flags:  # parents come first
-            if module.training != training:
-                module.train(training)
     return tracer.result()
 
 
@@ -162,7 +155,7 @@ class _Tracer(TorchFunctionMode):
             self.paths.setdefault(module, path)
             for key, p in module._parameters.items():
                 if p is not None and p.dim() >= 2:
-                    name = f"{path}.{key}" if path else key
+                    name = joined(path, key)
                     self.owners[name] = module
                     names[p] = (*names.get(p, ()), name)
         # One kind of rows for every axis of a parameter, and by kind what was found.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from ..weights.role import CONV, OTHER, Role
-from .candidates import Site, Unit, find_sites, units
-from .heads import head_names, lies_within, output_names
+from .candidates import Site, Unit, units
+from .paths import lies_within
 from .rules import POSITION, ROUTERS, TALKING_HEADS, apply_rules
 
 UNKNOWN = "no rule knows it"
@@ -33,12 +33,19 @@ class Finding:
     block: int | None
 
 
-def walk(model: nn.Module) -> Iterator[Finding]:
-    """Every weight that could be adapted, in the model's order, with what the rules say of it."""
-    sites = find_sites(model)
-    heads, outputs = head_names(model), output_names(model)
+def walk(
+    sites: Sequence[Site], modules: Mapping[str, nn.Module], heads: Sequence[str], outputs: Sequence[str]
+) -> Iterator[Finding]:
+    """Every weight that could be adapted, in the model's order, with what the rules say of it.
+
+    Args:
+        sites: these weights.
+        modules: of the model, by path.
+        heads: paths of the modules that make predictions.
+        outputs: paths of the modules that make logits over a vocabulary.
+    """
     decided: dict[str, tuple[Unit, str, tuple[Role, ...]]] = {}
-    for unit in units(model, sites):
+    for unit in units(sites, modules):
         known = apply_rules(unit)
         for name, site in unit.members.items():
             if lies_within(site.path, heads):
