@@ -23,6 +23,7 @@ from test_inject import assert_same, snapshot
 from torch import Tensor, nn
 
 import uora_vision as uora
+from uora_vision.maths.bank import Bank
 from uora_vision.storage.base import Base
 from uora_vision.storage.folder import CONFIG_FILE, TENSOR_FILE, read
 
@@ -421,7 +422,7 @@ class TestBanks:
     ) -> None:
         model = trained(scope="shared")
         uora.save(model, tmp_path, save_banks="changed")
-        monkeypatch.setattr(uora.bank.Bank, "redraw", lambda *_: pytest.fail("drew again"))
+        monkeypatch.setattr(Bank, "redraw", lambda *_: pytest.fail("drew again"))
         assert torch.equal(uora.load(small_vit(), tmp_path)(images), model(images))
 
     def test_an_unknown_choice(self, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import uora_vision as uora
 from uora_vision.export import to_peft_lora, to_peft_vera
 from uora_vision.maths.linear import add_update
+from uora_vision.weights.kinds import base_class
 from uora_vision.weights.matrix import Span
 from uora_vision.weights.quantised import dequantised, is_quantised
 
@@ -115,7 +116,7 @@ def dense_weight(module: nn.Module) -> Tensor:
 def reference(layer: Any, x: Tensor, g: Tensor) -> dict[str, Tensor]:
     """The formula in float64 on the dense matrix of an adapted layer: y, and the gradients of x, b and d."""
     adapter = layer.uora
-    bare = uora.layers.base_class(layer)
+    bare = base_class(layer)
     plain = copy.deepcopy(layer)
     plain.__class__ = bare
     del plain.uora
@@ -280,7 +281,7 @@ class TestModels:
 
 def reference_sum(layer: Any) -> Tensor:
     plain = copy.deepcopy(layer)
-    plain.__class__ = uora.layers.base_class(layer)
+    plain.__class__ = base_class(layer)
     del plain.uora
     return dense_weight(plain) + torch.cat(layer.uora.delta_weight(torch.float64))
 

@@ -25,6 +25,7 @@ from recipe_runs import Call, run
 from safetensors.torch import load_file
 
 import uora_vision as uora
+from uora_vision.maths.bank import Bank
 
 TEXTS = prompts(dual_demo.TEMPLATE, dual_demo.WORDS)
 DIGITS = ("--data", "digits", "--template", dual_demo.TEMPLATE, "--names", ",".join(dual_demo.WORDS))
@@ -193,7 +194,7 @@ def test_one_bank_serves_both_towers(tiny: Path) -> None:
     dual = load_dual(str(tiny))
     clip_finetune.adapt(dual, MethodOptions(Method.uora, 4), Towers())
     assert {dual.tower(name) for name in uora.adapters(dual.model)} == {"image", "text"}
-    banks = [name for name, module in dual.model.named_modules() if isinstance(module, uora.bank.Bank)]
+    banks = [name for name, module in dual.model.named_modules() if isinstance(module, Bank)]
     assert len(set(banks)) == 1
 
 

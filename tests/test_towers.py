@@ -13,6 +13,7 @@ from conftest import small_vit, wake
 from torch import Tensor, nn
 
 import uora_vision as uora
+from uora_vision.lifecycle.adapter import Adapter
 
 
 def clip() -> nn.Module:
@@ -50,7 +51,7 @@ def llava_batch() -> dict[str, Tensor]:
     return {"input_ids": ids, "pixel_values": images, "labels": ids.masked_fill(ids == 59, -100)}
 
 
-def towers(model: nn.Module, *prefixes: str) -> list[dict[str, uora.layers.Adapter]]:
+def towers(model: nn.Module, *prefixes: str) -> list[dict[str, Adapter]]:
     found = uora.adapters(model)
     parts = [{name: a for name, a in found.items() if name.startswith(prefix)} for prefix in prefixes]
     assert sum(map(len, parts)) == len(found)
