@@ -272,9 +272,7 @@ def _loaded(there: Path, model: str, checkpoint: str | None) -> tuple[nn.Module,
 def _bank(stored: Stored) -> Bank:
     from ..maths.bank import Bank
 
-    widths_in = {p.width for p in stored.projections}
-    widths_out = {role.rows for p in stored.projections for role in p.roles}
-    return Bank(stored.config, widths_in, widths_out, first=stored.first())
+    return Bank(stored.config, stored.widths, first=stored.first())
 
 
 def _run(made: nn.Module, there: Path, example: Any) -> None:

@@ -11,19 +11,9 @@ from ..maths import linear
 from ..maths.bank import Bank
 from ..maths.convolution import Geometry, convolve
 from ..maths.update import Update
+from ..maths.widths import OwnMatrix
 from ..weights.matrix import Form, to_matrix
 from ..weights.role import Role
-
-
-def own_matrices(found: dict[str, Adapter]) -> dict[str, tuple[str, int]]:
-    """For every matrix that a layer may have of its own: the shared one that it starts from, and its width."""
-    out = {}
-    for adapter in found.values():
-        for k, role in enumerate(adapter.roles):
-            out[adapter.own_name(k, "A")] = (adapter.bank.matrix("A", adapter.width), adapter.width)
-            out[adapter.own_name(k, "B")] = (adapter.bank.matrix("B", role.rows), role.rows)
-    return out
-
 
 CHILD = "uora"
 """Name of the child module that holds the vectors of a module's `weight`, and of the bank in the injected model."""
@@ -74,22 +64,22 @@ class Adapter(nn.Module):
         self.d = nn.Parameter(torch.full((len(roles), rank), d_init, device=device, dtype=torch.float32))
         self._own: tuple[int, ...] = ()
 
-    def own_name(self, role: int, side: str) -> str:
-        """Name of a role's own matrix in the bank's log."""
-        return f"{self.origin}.{self.roles[role].name}/{side}"
+    def own(self, role: int) -> tuple[OwnMatrix, OwnMatrix]:
+        """A and B that a role may have of its own."""
+        return self.bank.widths.own(self.bank.config.layout, self.origin, self.width, self.roles[role])
 
     def refresh_own(self, role: int) -> None:
         """Take over a role's own rows from the bank, after they were re-drawn there.
 
         The buffers grow by doubling, filled up with repetitions, so that a compiled model sees few different shapes.
         """
-        for side in ("A", "B"):
-            indices, rows = self.bank.own(self.own_name(role, side))
+        for side, own in zip("ab", self.own(role), strict=True):
+            indices, rows = self.bank.own(own.name)
             size = min(self.d.shape[1], 1 << max(3, (len(indices) - 1).bit_length()))
             fill = torch.arange(size).clamp(max=len(indices) - 1)
             shared = self.bank.a(self.width)
             self._set(f"own_index_{role}", indices[fill].to(shared.device))
-            self._set(f"own_{side.lower()}_{role}", rows[fill].to(shared))
+            self._set(f"own_{side}_{role}", rows[fill].to(shared))
         self._own = tuple(sorted({*self._own, role}))
 
     def take_own(self) -> None:
@@ -98,7 +88,7 @@ class Adapter(nn.Module):
             del self._buffers[name]
         self._own = ()
         for role in range(len(self.roles)):
-            if self.bank.draws(self.own_name(role, "A")).any():
+            if self.bank.draws(self.own(role)[0].name).any():
                 self.refresh_own(role)
 
     def _set(self, name: str, value: Tensor) -> None:

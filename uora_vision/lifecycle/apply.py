@@ -13,6 +13,7 @@ from ..maths.bank import Bank
 from ..maths.forms import WIDE
 from ..maths.redraw_log import BankState
 from ..maths.shared_product import Reduced
+from ..maths.widths import Widths
 from ..structure.planning import Plan
 from ..weights.quantised import is_quantised
 from .adapter import CHILD, REDUCED
@@ -115,19 +116,18 @@ def bank_for(model: nn.Module, what: Plan, first: Mapping[str, Tensor] | None = 
     Args:
         first: matrices by name to use in place of those that are drawn from the seed.
     """
-    widths_in = {p.shape[1] for p in what.projections}
-    widths_out = {role.rows for p in what.projections for role in p.roles}
+    widths = Widths.of((p.shape[1], p.roles) for p in what.projections)
     library = model.__dict__.get(LIBRARY)
     for entry in library.entries.values() if library else ():
         bank = entry.bank
         given = {} if first is None else first
         same = all(torch.equal(bank._first[n], t) for n, t in given.items() if n in bank._first)
         same &= first is not None or not bank.given
-        if same and bank.serves(what.config, widths_in, widths_out):
+        if same and bank.serves(what.config, widths):
             return bank
     weight: Any = model.get_submodule(what.projections[0].module_path)._parameters[what.projections[0].tensor]
     dtype = torch.float32 if is_quantised(weight) else weight.dtype
-    bank = Bank(what.config, widths_in, widths_out, device=weight.device, dtype=dtype, first=first)
+    bank = Bank(what.config, widths, device=weight.device, dtype=dtype, first=first)
     bank.__dict__[REDUCED] = Reduced()
     return bank
 

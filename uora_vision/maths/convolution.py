@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..weights.matrix import from_matrix, in_order, take, to_matrix
-from .forms import WIDE, autocasts, exact, folded, left_matrix, vector_gradients
+from . import formula
+from .forms import WIDE, autocasts, exact, folded, left_matrix
 from .linear import fold
 from .update import Update
 
@@ -100,7 +101,7 @@ class _Convolve(torch.autograd.Function):
                 p = torch.einsum("bgon,bgrn->gor", g, u).flatten(0, 1)
                 if not in_order(update.spans, len(p)):
                     p = torch.cat([take(p, span) for span in update.spans])
-                grad_b, grad_d = vector_gradients(p, update)
+                grad_b, grad_d = formula.vector_gradients(p, update)
         return grad_x, None, grad_bias, None, *update.gradients(grad_b, grad_d)
 
 

@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..weights.matrix import Form, add_, from_matrix, in_order, place, take, to_matrix
+from . import formula
 from .cost import folds, joins, keeps_input
+from .formula import in_type
 from .update import Update
 
 WIDE = (torch.float32, torch.float64)
@@ -54,8 +56,7 @@ def _branch(u: Sequence[Tensor], left: Tensor | None, update: Update, y: Tensor)
     """y + u L^T in the type of u, for u (N, r) of each A and y (N, out) or (1, out). Without L, tokens are scaled."""
     first = u[0]
     if left is None:
-        z = (first[:, None] * in_type(update.d, first.dtype)) @ in_type(update.B[0], first.dtype).t()
-        return torch.addcmul(y, z.flatten(1), in_type(update.b, first.dtype))
+        return formula.expand(first, update, y)
     return torch.addmm(y, first if len(u) == 1 else torch.cat(list(u), dim=1), left.t())
 
 
@@ -92,8 +93,7 @@ def branch_gradient(g: Tensor, update: Update, left: Tensor | None) -> Tensor:
     """(g L) A in the type of g, (N, out) -> (N, in)."""
     a = update.A
     if left is None and _narrow(g, update, g.shape[1]):
-        h = (g * in_type(update.b, g.dtype)).view(len(g), len(update.d), -1) @ in_type(update.B[0], g.dtype)
-        h = (h * in_type(update.d, g.dtype)).sum(dim=1)
+        h = formula.reduce(g, update)
     else:
         left = left_matrix(update, g.shape[1], g.dtype) if left is None else left
         h = g @ left
@@ -112,25 +112,6 @@ def products(g: Tensor, kept: Sequence[Tensor], update: Update, keep_x: bool) ->
     return p[0] if len(p) == 1 else torch.cat(p)
 
 
-def vector_gradients(p: Tensor, update: Update) -> tuple[Tensor, Tensor]:
-    """Gradients of b and d from P = g^T u, (sum of rows, r), span after span: rowsum(P*d*B) and colsum(b*B*P)."""
-    b, d, spans, _, B = update
-    if torch.promote_types(p.dtype, b.dtype) != b.dtype:
-        p = p.to(b.dtype)  # otherwise the product with B is of that type, whatever P is stored in
-    if len(B) == 1:
-        roles, rank = d.shape
-        if roles == 1:
-            product = p * in_type(B[0], b.dtype)
-            return product @ d[0], (b @ product)[None]
-        product = p.view(roles, -1, rank) * in_type(B[0], b.dtype)
-        return (product @ d[:, :, None]).flatten(), (b.view(roles, 1, -1) @ product).squeeze(1)
-    sizes = [span.rows for span in spans]
-    products = [part * in_type(m, b.dtype) for part, m in zip(p.split(sizes), B, strict=True)]
-    grad_b = torch.cat([product @ d[k] for k, product in enumerate(products)])
-    grad_d = torch.stack([part @ product for part, product in zip(b.split(sizes), products, strict=True)])
-    return grad_b, grad_d
-
-
 def folded(weight: Tensor, update: Update, dtype: torch.dtype | None = None) -> Tensor:
     """W + dW in `dtype`, by default that of W, (out, in).
 
@@ -139,7 +120,7 @@ def folded(weight: Tensor, update: Update, dtype: torch.dtype | None = None) -> 
     """
     dtype = dtype or weight.dtype
     coarse = dtype != weight.dtype
-    left = lefts(update, torch.promote_types(weight.dtype, torch.float32), dtype)
+    left = formula.lefts(update, torch.promote_types(weight.dtype, torch.float32), dtype)
     a, spans = [in_type(m, dtype) for m in update.A], update.spans
     if len(a) == 1 and update.b.numel() == weight.shape[0]:
         left = place(left, spans, weight.shape[0])
@@ -167,31 +148,12 @@ def left_matrix(update: Update, out: int, dtype: torch.dtype | None = None) -> T
     """
     spans = update.spans
     wide = torch.promote_types(torch.promote_types(update.b.dtype, torch.float32), update.B[0].dtype)
-    left = lefts(update, wide, dtype)
+    left = formula.lefts(update, wide, dtype)
     if len(update.A) == 1:
         return place(left, spans, out)
     # Each role has its own A, so its own columns.
     parts = left.split([span.rows for span in spans])
     return torch.cat([place(part, (span,), out) for span, part in zip(spans, parts, strict=True)], dim=1)
-
-
-def lefts(update: Update, wide: torch.dtype, dtype: torch.dtype | None = None) -> Tensor:
-    """diag(b) B diag(d) of each role, (sum of rows, r), span after span, computed in the type `wide`.
-
-    Given a `dtype`, it is rounded to that as it is written, and not differentiable.
-    """
-    b, d, spans, _, B = update
-    b, d = in_type(b, wide), in_type(d, wide)
-    if len(B) == 1:
-        # As B^T lies in the bank, row after row: the other way round the roles would be copied together.
-        rows, roles = B[0].t(), len(d)
-        part = rows * b if roles == 1 else rows[:, None, :] * b.view(roles, -1)
-        d = d.t() if roles == 1 else d.t()[:, :, None]
-        left = part * d if dtype in (None, part.dtype) else torch.mul(part, d, out=torch.empty_like(part, dtype=dtype))
-        return left.t() if roles == 1 else left.flatten(1).t()
-    parts = b.split([span.rows for span in spans])
-    left = torch.cat([(part[:, None] * m) * d[k] for k, (part, m) in enumerate(zip(parts, B, strict=True))])
-    return left if dtype is None else left.to(dtype)
 
 
 def folds_weight(tokens: int, weight: Tensor) -> bool:
@@ -200,11 +162,6 @@ def folds_weight(tokens: int, weight: Tensor) -> bool:
 
 def keeps_x(width: int, update: Update) -> bool:
     return keeps_input(update.b.numel(), width, update.d.shape[1], len(update.A))
-
-
-def in_type(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor in a type: itself if it is, without the time that `to` takes to find out."""
-    return t if t.dtype == dtype else t.to(dtype)
 
 
 def exact(x: Tensor) -> AbstractContextManager[Any]:

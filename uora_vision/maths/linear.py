@@ -36,22 +36,21 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from ..weights.matrix import Form, in_order, take, to_matrix
+from . import formula
 from .forms import (
     added,
     autocasts,
     branch_gradient,
     exact,
     fold_form,
-    in_type,
     input_gradient,
     keeps_x,
     left_matrix,
-    lefts,
     output,
     products,
     reuses,
-    vector_gradients,
 )
+from .formula import in_type
 from .shared_product import Reduced
 from .token_sampling import depending, draw, weighted_rows
 from .update import Update
@@ -131,7 +130,7 @@ def delta(x: Tensor, update: Update, out: int) -> Tensor:
 def delta_weight(update: Update, dtype: torch.dtype) -> list[Tensor]:
     """dW of each role, (rows, in), computed in `dtype`."""
     update = update.to(dtype)
-    parts = lefts(update, dtype).split([span.rows for span in update.spans])
+    parts = formula.lefts(update, dtype).split([span.rows for span in update.spans])
     return [part @ update.A[k % len(update.A)] for k, part in enumerate(parts)]
 
 
@@ -172,7 +171,7 @@ class _Project(torch.autograd.Function):
                 grad_bias = flat.sum(0)
             if any(ctx.needs_input_grad[7:9]):
                 p = products(flat if drawn is None else flat[drawn], kept, update, ctx.keep_x)
-                grad_b, grad_d = vector_gradients(p, update)
+                grad_b, grad_d = formula.vector_gradients(p, update)
         return grad_x, grad_w, grad_bias, None, None, None, *update.gradients(grad_b, grad_d)
 
 
@@ -208,7 +207,7 @@ class _AddUpdate(torch.autograd.Function):
                 grad_x = branch_gradient(flat, update, left).view(*g.shape[:-1], update.A[0].shape[1])
             if any(ctx.needs_input_grad[6:8]):
                 p = products(flat if drawn is None else flat[drawn], kept, update, ctx.keep_x)
-                grad_b, grad_d = vector_gradients(p, update)
+                grad_b, grad_d = formula.vector_gradients(p, update)
         grad_y = g if ctx.needs_input_grad[1] else None
         return grad_x, grad_y, None, None, None, *update.gradients(grad_b, grad_d)
 
@@ -232,5 +231,5 @@ class _Fold(torch.autograd.Function):
                 p = wide @ a[0]
             else:
                 p = torch.cat([take(wide, span) @ a[k % len(a)] for k, span in enumerate(update.spans)])
-            grad_b, grad_d = vector_gradients(p, update)
+            grad_b, grad_d = formula.vector_gradients(p, update)
         return g if ctx.needs_input_grad[0] else None, None, *update.gradients(grad_b, grad_d)

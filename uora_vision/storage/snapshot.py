@@ -12,11 +12,12 @@ from ..lifecycle.library import adapters, bank_of, check_whole
 from ..lifecycle.trained_parts import trained_base
 from ..maths.bank import Bank
 from ..maths.redraw_log import BankState
+from ..maths.widths import Widths
 from ..version import __version__
 from ..weights.sharded import is_sharded, whole
 from .base import Base
 from .fingerprint import bank_digest
-from .stored import Identity, SaveBanks, Stored, StoredProjection, shared_matrices
+from .stored import Identity, SaveBanks, Stored, StoredProjection
 
 _IDENTITY = "_uora_identity"
 
@@ -34,7 +35,7 @@ def collect(model: nn.Module, *, save_banks: SaveBanks | None = None) -> Stored:
         for path, adapter in found.items()
     )
     state = bank.state()
-    names = sorted(shared_matrices(bank.config, projections))
+    names = sorted(Widths.of((p.width, p.roles) for p in projections).matrices(bank.config.layout))
     first = {name: bank._first[name] for name in names if name in bank._first}
     changed = {name: rows for name, (_, rows) in state.rows.items()} | state.own
     return Stored(
@@ -62,9 +63,7 @@ def rebuilt(stored: Stored, bank: Bank) -> BankState:
     """
     state = stored.bank_state()
     if state is None and stored.log:
-        widths_in = {p.width for p in stored.projections}
-        widths_out = {role.rows for p in stored.projections for role in p.roles}
-        scratch = Bank(stored.config, widths_in, widths_out, first=bank._first)
+        scratch = Bank(stored.config, stored.widths, first=bank._first)
         scratch.replay(stored.log, stored.own)
         state = scratch.state()
     state = state or BankState()
