@@ -84,8 +84,9 @@ def _runs() -> dict[str, Callable[[int], None]]:
             self.qkv, self.proj = nn.Linear(32, 96), nn.Linear(32, 32)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            q, k, v = self.qkv(x).reshape(1, 8, 3, 4, 8).permute(2, 0, 3, 1, 4).unbind(0)
-            return self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(1, 8, 32))
+            b, n, c = x.shape
+            q, k, v = self.qkv(x).reshape(b, n, 3, 4, c // 4).permute(2, 0, 3, 1, 4).unbind(0)
+            return self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, c))
 
     attention = uora.inject(nn.ModuleDict({"attn": Attention()}), uora.UoraConfig(rank=8))
     kernels = uora.inject(
