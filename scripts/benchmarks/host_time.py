@@ -83,11 +83,7 @@ def _runs() -> dict[str, Callable[[int], None]]:
             super().__init__()
             self.qkv, self.proj = nn.Linear(32, 96), nn.Linear(32, 32)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            b, n, c = x.shape
-            q, k, v = self.qkv(x).reshape(b, n, 3, 4, c // 4).permute(2, 0, 3, 1, 4).unbind(0)
-            return self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, c))
-
+    uora.register_rule(Attention, {"qkv": uora.Packed("qkv"), "proj": "proj"})
     attention = uora.inject(nn.ModuleDict({"attn": Attention()}), uora.UoraConfig(rank=8))
     kernels = uora.inject(
         nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)), uora.UoraConfig(rank=8, targets="conv")

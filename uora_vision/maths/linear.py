@@ -143,11 +143,12 @@ class _Project(torch.autograd.Function):
         if drawn is not None:
             flat = weighted_rows(flat, drawn, sampling)
         keep_x = ctx.needs_input_grad[1] or keeps_x(x.shape[-1], update)
-        a = tuple(in_type(m, x.dtype) for m in update.A)
-        kept = (flat,) if keep_x else (u,) if u is not None else tuple(flat @ m.t() for m in a)
+        if drawn is not None or update.A[0].dtype != x.dtype:
+            a = tuple(in_type(m, x.dtype) for m in update.A)
+            update = Update(update.b, depending(update.d, drawn), update.spans, a, update.B)
+        kept = (flat,) if keep_x else (u,) if u is not None else tuple([flat @ m.t() for m in update.A])
         u_of_all = None if keep_x or drawn is not None else kept
-        cast = Update(update.b, depending(update.d, drawn), update.spans, a, update.B)
-        y, formed = output(x, weight, bias, cast, u_of_all)
+        y, formed = output(x, weight, bias, update, u_of_all)
         if not ctx.needs_input_grad[0] or not reuses(x, weight):
             formed = None
         ctx.save_for_backward(weight, formed, drawn, *tensors, *kept)
@@ -159,17 +160,17 @@ class _Project(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         weight, formed, drawn, *rest = ctx.saved_tensors
         update, kept = Update.unpack(ctx.spec, *rest[: ctx.n]), rest[ctx.n :]
-        need_x, need_w, need_bias, *_ = ctx.needs_input_grad
+        needs = ctx.needs_input_grad
         grad_x = grad_w = grad_bias = grad_b = grad_d = None
         flat = g.reshape(-1, g.shape[-1])
         with exact(g):
-            if need_x:
+            if needs[0]:
                 grad_x = input_gradient(flat, weight, update, formed).view(*g.shape[:-1], weight.shape[1])
-            if need_w:
+            if needs[1]:
                 grad_w = (flat.t() @ kept[0]).to(weight.dtype)
-            if need_bias:
+            if needs[2]:
                 grad_bias = flat.sum(0)
-            if any(ctx.needs_input_grad[7:9]):
+            if needs[7] or needs[8]:
                 p = products(flat if drawn is None else flat[drawn], kept, update, ctx.keep_x)
                 grad_b, grad_d = formula.vector_gradients(p, update)
         return grad_x, grad_w, grad_bias, None, None, None, *update.gradients(grad_b, grad_d)
