@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..config import UoraConfig
 from ..errors import ConfigError, FormatError
-from .draws import first_matrix, fresh_row, keyed_generator, orthonormal_columns
+from .draws import initial_rows, fresh_row, keyed_generator, orthonormal_columns
 from .redraw_log import BankState, Interpolation, Redraw
 from .widths import OwnMatrix, Side, Widths
 
@@ -61,7 +61,7 @@ class Bank(nn.Module):
             if torch.device(device).type == "meta":
                 rows = torch.empty(config.rank, width, device="meta")
             else:
-                rows = self._first[name] = first[name] if first else first_matrix(config, name, width)
+                rows = self._first[name] = first[name] if first else initial_rows(config, name, width)
             self.register_buffer(name, rows.to(device=device, dtype=dtype, copy=True), persistent=False)
         self._state = dict(self._first)
 

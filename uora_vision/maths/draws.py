@@ -58,7 +58,7 @@ def kaiming_row(rank: int, width: int, fan_in: int, generator: Generator) -> Ten
 LAWS: dict[Init, Law] = {"haar": Law(haar_matrix, haar_row), "kaiming": Law(kaiming_matrix, kaiming_row)}
 
 
-def first_matrix(config: UoraConfig, name: str, width: int) -> Tensor:
+def initial_rows(config: UoraConfig, name: str, width: int) -> Tensor:
     """A shared matrix as it is first drawn, (r, width) float32, keyed by (seed, name)."""
     rank = config.rank
     drawn = LAWS[config.init].matrix(rank, width, _fan_in(name, rank, width), keyed_generator(config.seed, name))
