@@ -92,15 +92,17 @@ class TestServes:
     def test_other_options_have_other_matrices(self, layout: str) -> None:
         b = bank(8, (24, 32), (24, 32), layout=layout)
         other = "slice" if layout == "shape" else "shape"
-        assert b.serves(b.config, {24, 32}, {24, 32})
+        assert b.serves(b.config, Widths(frozenset({24, 32}), frozenset({24, 32})))
         for options in ({"rank": 4}, {"rank": 9}, {"seed": 1}, {"layout": other}, {"init": "kaiming"}):
             config = uora.UoraConfig(**{"rank": 8, "layout": layout, **options})  # type: ignore[arg-type]
-            assert not b.serves(config, {24, 32}, {24, 32}), options
+            assert not b.serves(config, Widths(frozenset({24, 32}), frozenset({24, 32}))), options
 
     def test_of_the_shapes_it_has_any_of_the_slices_the_largest(self) -> None:
         shape, slices = bank(8, (24, 32), (24, 32)), bank(8, (24, 32), (24, 32), layout="slice")
-        assert shape.serves(shape.config, {24}, {32}) and not shape.serves(shape.config, {24, 40}, {32})
-        assert slices.serves(slices.config, {8, 32}, {32})
+        assert shape.serves(shape.config, {24}, {32}) and not shape.serves(
+            shape.config, Widths(frozenset({24, 40}), frozenset({32}))
+        )
+        assert slices.serves(slices.config, Widths(frozenset({8, 32}), frozenset({32})))
         for widths in ({24}, {32, 40}):
             assert not slices.serves(slices.config, widths, {32}) and not slices.serves(slices.config, {32}, widths)
 

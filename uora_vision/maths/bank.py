@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..config import UoraConfig
 from ..errors import ConfigError, FormatError
-from .draws import initial_rows, fresh_row, keyed_generator, orthonormal_columns
+from .draws import fresh_row, initial_rows, keyed_generator, orthonormal_columns
 from .redraw_log import BankState, Interpolation, Redraw
 from .widths import OwnMatrix, Side, Widths
 
