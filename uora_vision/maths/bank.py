@@ -88,7 +88,7 @@ class Bank(nn.Module):
 
     def _view(self, side: Side, width: int) -> Tensor:
         """The same tensor from one forward to the next. Compilers and tracers get a new one, from the buffer."""
-        buffer = self.get_buffer(self.matrix(side, width))
+        buffer: Tensor = getattr(self, self.matrix(side, width))  # sooner than get_buffer
         passing = torch.compiler.is_compiling() or torch.jit.is_tracing()
         kept = None if passing else self._views.get((side, width))
         if kept is not None and kept[0] is buffer:
