@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -15,17 +16,22 @@ from torch import Tensor
 import uora_vision as uora
 from uora_vision.maths.bank import Bank
 from uora_vision.maths.redraw_log import Redraw, pack_log, unpack_log
+from uora_vision.maths.widths import OwnMatrix, Widths
+
+
+def widths(ins: Iterable[int], outs: Iterable[int]) -> Widths:
+    return Widths(frozenset(ins), frozenset(outs))
 
 
 def bank(rank: int = 8, ins: tuple[int, ...] = (32,), outs: tuple[int, ...] = (32,), **options: object) -> Bank:
-    return Bank(uora.UoraConfig(rank=rank, **options), ins, outs)  # type: ignore[arg-type]
+    return Bank(uora.UoraConfig(rank=rank, **options), widths(ins, outs))  # type: ignore[arg-type]
 
 
 def ids(*indices: int) -> Tensor:
     return torch.tensor(indices)
 
 
-def redraw(b: Bank, matrix: str, indices: Tensor, alpha: float = 0.5, **options: object) -> Redraw:
+def redraw(b: Bank, matrix: str | OwnMatrix, indices: Tensor, alpha: float = 0.5, **options: object) -> Redraw:
     return b.redraw(matrix, indices, torch.full((len(indices),), alpha), len(b.log) + 1, **options)  # type: ignore[arg-type]
 
 
@@ -91,17 +97,17 @@ class TestServes:
     def test_other_options_have_other_matrices(self, layout: str) -> None:
         b = bank(8, (24, 32), (24, 32), layout=layout)
         other = "slice" if layout == "shape" else "shape"
-        assert b.serves(b.config, {24, 32}, {24, 32})
+        assert b.serves(b.config, widths({24, 32}, {24, 32}))
         for options in ({"rank": 4}, {"rank": 9}, {"seed": 1}, {"layout": other}, {"init": "kaiming"}):
             config = uora.UoraConfig(**{"rank": 8, "layout": layout, **options})  # type: ignore[arg-type]
-            assert not b.serves(config, {24, 32}, {24, 32}), options
+            assert not b.serves(config, widths({24, 32}, {24, 32})), options
 
     def test_of_the_shapes_it_has_any_of_the_slices_the_largest(self) -> None:
         shape, slices = bank(8, (24, 32), (24, 32)), bank(8, (24, 32), (24, 32), layout="slice")
-        assert shape.serves(shape.config, {24}, {32}) and not shape.serves(shape.config, {24, 40}, {32})
-        assert slices.serves(slices.config, {8, 32}, {32})
-        for widths in ({24}, {32, 40}):
-            assert not slices.serves(slices.config, widths, {32}) and not slices.serves(slices.config, {32}, widths)
+        assert shape.serves(shape.config, widths({24}, {32})) and not shape.serves(shape.config, widths({24, 40}, {32}))
+        assert slices.serves(slices.config, widths({8, 32}, {32}))
+        for other in ({24}, {32, 40}):
+            assert not any(slices.serves(slices.config, widths(*two)) for two in ((other, {32}), ({32}, other)))
 
 
 class TestLaw:
@@ -163,7 +169,7 @@ class TestLaw:
     @pytest.mark.parametrize("side", ["A", "B"])
     def test_a_layers_own_rows_have_the_law_of_the_slice_that_they_replace(self, side: str, init: str) -> None:
         b = bank(16, (128,), (128,), layout="slice", init=init)
-        redraw(b, f"l.q/{side}", torch.arange(16), alpha=0.0, like=f"{side}128", width=32)
+        redraw(b, OwnMatrix(f"l.q/{side}", f"{side}128", 32), torch.arange(16), alpha=0.0)
         slice_ = b.a(32) if side == "A" else b.b(32).t()
         own = b.own(f"l.q/{side}")[1]
         assert own.norm().item() == pytest.approx(slice_.norm().item(), rel=0.15)
@@ -204,7 +210,7 @@ class TestKeys:
     def test_two_layers_draw_different_rows(self) -> None:
         b = bank()
         for layer in ("l0.q", "l1.q"):
-            redraw(b, f"{layer}/A", ids(1), alpha=0.0, like="A32", width=32)
+            redraw(b, OwnMatrix(f"{layer}/A", "A32", 32), ids(1), alpha=0.0)
         assert (b.own("l0.q/A")[1] - b.own("l1.q/A")[1]).norm() > 0.5
 
 
@@ -247,7 +253,7 @@ class TestRedraw:
 
     def test_spherical_keeps_the_length_of_a_layers_slice(self) -> None:
         b = bank(16, (128,), (128,), layout="slice")
-        redraw(b, "l.q/A", torch.arange(16), alpha=0.0, like="A128", width=64, interpolation="spherical")
+        redraw(b, OwnMatrix("l.q/A", "A128", 64), torch.arange(16), alpha=0.0, interpolation="spherical")
         own = b.own("l.q/A")[1]
         assert own.norm().item() == pytest.approx(b.a(64).norm().item(), rel=0.1)
         assert (own @ b.a(64).t()).abs().max() < 1e-6, "a quarter turn leaves every old row"
@@ -263,12 +269,12 @@ class TestRedraw:
     def test_own_rows_start_from_the_shared_ones_and_leave_them(self) -> None:
         b = bank()
         before = b.a(32).clone()
-        redraw(b, "l.q/A", ids(2, 5), alpha=1.0, like="A32", width=32)
+        redraw(b, OwnMatrix("l.q/A", "A32", 32), ids(2, 5), alpha=1.0)
         indices, rows = b.own("l.q/A")
         assert indices.tolist() == [2, 5] and torch.equal(rows, before[[2, 5]])
-        redraw(b, "l.q/A", ids(2, 5), alpha=0.0, like="A32", width=32)
+        redraw(b, OwnMatrix("l.q/A", "A32", 32), ids(2, 5), alpha=0.0)
         second = b.own("l.q/A")[1].clone()
-        redraw(b, "l.q/A", ids(3, 5), alpha=0.5, like="A32", width=32)
+        redraw(b, OwnMatrix("l.q/A", "A32", 32), ids(3, 5), alpha=0.5)
         indices, rows = b.own("l.q/A")
         assert indices.tolist() == [2, 3, 5] and torch.equal(rows[0], second[0])
         # Half of row 5 is what the layer had there, and not what the bank has.
@@ -299,7 +305,7 @@ events = st.lists(
     ),
     max_size=12,
 )
-OWN = {"l.q/A": ("A32", 32), "l.q/B": ("B32", 32), "l.v/A": ("A32", 32)}
+OWN = {own.name: own for own in (OwnMatrix(f"l.{name}", f"{name[-1]}32", 32) for name in ("q/A", "q/B", "v/A"))}
 
 
 def play(b: Bank, what: list[tuple[str, set[int], float, str, int]]) -> None:
@@ -307,9 +313,8 @@ def play(b: Bank, what: list[tuple[str, set[int], float, str, int]]) -> None:
     for matrix, indices, alpha, interpolation, wait in what:
         step += wait or (step, matrix) in drawn  # a matrix is re-drawn at most once a step
         drawn.add((step, matrix))
-        like, width = OWN.get(matrix, (None, None))
         index = ids(*sorted(indices))
-        b.redraw(matrix, index, torch.full((len(index),), alpha), step, interpolation, like, width)  # type: ignore[arg-type]
+        b.redraw(OWN.get(matrix, matrix), index, torch.full((len(index),), alpha), step, interpolation)  # type: ignore[arg-type]
 
 
 class TestLog:

@@ -14,6 +14,7 @@ from torch.nn.functional import conv1d, conv2d, conv3d
 
 import uora_vision as uora
 from uora_vision.maths.convolution import Geometry, convolve
+from uora_vision.maths.update import Update
 from uora_vision.weights.matrix import Span, Spans
 
 CONV: dict[int, Any] = {1: conv1d, 2: conv2d, 3: conv3d}
@@ -37,8 +38,12 @@ class Case:
     def __post_init__(self) -> None:
         self.dims = self.weight.dim() - 2
 
+    @property
+    def update(self) -> Update:
+        return Update(self.b, self.d, self.spans, tuple(self.a), tuple(self.bm))
+
     def call(self, x: Tensor) -> Tensor:
-        return convolve(x, self.weight, self.bias, self.geometry, self.b, self.d, self.spans, self.a, self.bm)
+        return convolve(x, self.weight, self.bias, self.geometry, self.update)
 
     def draw_input(self, batch: int = 2, size: int = 7, dtype: torch.dtype = torch.float64) -> Tensor:
         return torch.randn(batch, self.weight.shape[1] * self.geometry.groups, *[size] * self.dims).to(dtype)
@@ -160,7 +165,7 @@ def test_output_and_gradients_follow_the_formula(geometry: str, how: str) -> Non
 def test_gradcheck(rank: int, groups: int) -> None:
     c = case(groups=groups, width=2, rank=rank)
     leaves = tuple(t.requires_grad_() for t in (c.draw_input(1, 3), c.bias, c.b, c.d) if t is not None)
-    run = lambda x, bias, b, d: convolve(x, c.weight, bias, c.geometry, b, d, c.spans, c.a, c.bm)  # noqa: E731
+    run = lambda x, bias, b, d: convolve(x, c.weight, bias, c.geometry, c.update._replace(b=b, d=d))  # noqa: E731
     assert torch.autograd.gradcheck(run, leaves)
 
 

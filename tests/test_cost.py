@@ -23,7 +23,7 @@ def counted(tokens: int, rank: int, spans: Any, per_role: bool, sampling: int, o
     totals = []
     for grad in (False, True):
         with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(grad):
-            y = project(x, c.weight, c.bias, c.b, c.d, c.spans, c.a, c.bm, None, sampling)
+            y = project(x, c.weight, c.bias, c.update, None, sampling)
             if grad:
                 y.backward(torch.ones_like(y))
         totals.append(counter.get_total_flops())
@@ -79,5 +79,5 @@ def test_kept_numbers(rank: int, sampling: int) -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         x = torch.randn(203, 20, dtype=torch.float64, requires_grad=True)
-        project(x, c.weight, c.bias, c.b, c.d, c.spans, c.a, c.bm, None, sampling)
+        project(x, c.weight, c.bias, c.update, None, sampling)
     assert sum(held.values()) == Shape(203, 48, 20, rank, sampling=sampling).kept

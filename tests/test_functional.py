@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from uora_vision.maths.linear import delta, delta_weight, project
+from uora_vision.maths.update import Update
 from uora_vision.weights.matrix import Span, Spans
 
 MANY, FEW = 200, 3  # tokens: folded and factored for every width below
@@ -31,8 +32,12 @@ class Case:
     bm: list[Tensor]
     leaves: list[Tensor] = field(default_factory=list)
 
+    @property
+    def update(self) -> Update:
+        return Update(self.b, self.d, self.spans, tuple(self.a), tuple(self.bm))
+
     def call(self, x: Tensor) -> Tensor:
-        return project(x, self.weight, self.bias, self.b, self.d, self.spans, self.a, self.bm)
+        return project(x, self.weight, self.bias, self.update)
 
 
 def case(
@@ -197,7 +202,7 @@ def test_gradcheck(tokens: int, rank: int) -> None:
     c = case(((0, 4), (6, 5)), 12, 5, rank)
     x = torch.randn(tokens, 5, dtype=torch.float64, requires_grad=True)
     leaves = (x, c.weight, c.bias, c.b, c.d)
-    run = lambda x, w, bias, b, d: project(x, w, bias, b, d, c.spans, c.a, c.bm)  # noqa: E731
+    run = lambda x, w, bias, b, d: project(x, w, bias, c.update._replace(b=b, d=d))  # noqa: E731
     assert torch.autograd.gradcheck(run, tuple(t.requires_grad_() for t in leaves if t is not None))
 
 
@@ -300,7 +305,7 @@ def young(width: int, base: torch.dtype, bias: bool = False) -> tuple[Case, Tens
     c = case(((0, width),), width, width, 4, bias=bias, base=base, vectors=torch.float32)
     c.weight.copy_(1 + torch.rand(width, width))
     c.a[0].fill_(1 / 8), c.bm[0].fill_(0.5), c.b.fill_(2.0**-9), c.d.fill_(0.5)
-    return c, delta_weight(c.b, c.d, c.spans, c.a, c.bm, torch.float32)[0]
+    return c, delta_weight(c.update, torch.float32)[0]
 
 
 def mean_change(c: Case, x: Tensor) -> Tensor:
@@ -349,9 +354,9 @@ def test_the_branch_alone_and_the_change_of_weight_agree(spans: str, per_role: b
     c = case(*SPANS[spans], per_role=per_role)
     x = torch.randn(2, 5, 20, dtype=torch.float64)
     dense = reference_weight(c, torch.zeros_like(c.weight), c.b, c.d)
-    torch.testing.assert_close(delta(x, c.b, c.d, c.spans, c.a, c.bm, 48), x @ dense.t())
+    torch.testing.assert_close(delta(x, c.update, 48), x @ dense.t())
     rows = dense[[row for span in c.spans for row in span.indices()]]
-    torch.testing.assert_close(torch.cat(delta_weight(c.b, c.d, c.spans, c.a, c.bm, torch.float64)), rows)
+    torch.testing.assert_close(torch.cat(delta_weight(c.update, torch.float64)), rows)
 
 
 def test_frozen_inputs_get_no_gradient() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import uora_vision as uora
 from uora_vision.export import to_peft_lora, to_peft_vera
 from uora_vision.maths.linear import add_update
+from uora_vision.maths.update import Update
 from uora_vision.weights.kinds import base_class
 from uora_vision.weights.matrix import Span
 from uora_vision.weights.quantised import dequantised, is_quantised
@@ -164,7 +165,7 @@ def test_what_is_kept_for_the_backward_is_of_the_rank_not_of_the_output() -> Non
     b, d = torch.randn(48, requires_grad=True), torch.randn(1, 4, requires_grad=True)
     shapes: list[tuple[int, ...]] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
-        add_update(x, y, b, d, (Span(0, 48),), [torch.randn(4, 20)], [torch.randn(48, 4)])
+        add_update(x, y, Update(b, d, (Span(0, 48),), (torch.randn(4, 20),), (torch.randn(48, 4),)))
     assert (50, 4) in shapes and not {(50, 48), (50, 20)} & set(shapes)
 
 
@@ -174,15 +175,16 @@ def test_the_sum_for_packed_projections(case: str) -> None:
     spans = (Span(0, 4), Span(6, 3)) if case == "parts" else (Span(0, 5), Span(5, 5))
     n = 2 if case == "per role" else 1
     draw = lambda *shape: torch.randn(*shape, dtype=torch.float64)  # noqa: E731
-    a, bm = [draw(2, 6) for _ in range(n)], [draw(s.rows, 2) for s in spans]
+    a, bm = tuple(draw(2, 6) for _ in range(n)), tuple(draw(s.rows, 2) for s in spans)
     rows = [r for s in spans for r in s.indices()]
     x, y, b, d = draw(3, 6), draw(3, 10), draw(len(rows)), draw(2, 2)
     leaves = [t.requires_grad_() for t in (x, y, b, d)]
-    assert torch.autograd.gradcheck(lambda *t: add_update(*t, spans, a, bm), leaves)
+    run = lambda x, y, b, d: add_update(x, y, Update(b, d, spans, a, bm))  # noqa: E731
+    assert torch.autograd.gradcheck(run, leaves)
     parts = [((x @ a[k % n].t() * d[k]) @ bm[k].t()) * part
              for k, part in enumerate(b.split([s.rows for s in spans]))]  # fmt: skip
     want = y.index_add(1, torch.tensor(rows), torch.cat(parts, dim=1))
-    torch.testing.assert_close(add_update(x, y, b, d, spans, a, bm), want)
+    torch.testing.assert_close(run(x, y, b, d), want)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -29,7 +29,7 @@ class Sampled(Case):
     every = 4
 
     def call(self, x: Tensor) -> Tensor:
-        return project(x, self.weight, self.bias, self.b, self.d, self.spans, self.a, self.bm, None, self.every)
+        return project(x, self.weight, self.bias, self.update, None, self.every)
 
 
 def pair(**options: Any) -> tuple[Case, Sampled]:
@@ -76,7 +76,7 @@ def test_over_a_layer_that_computes_its_own_output() -> None:
 
     def gradients(every: int) -> dict[str, Tensor]:
         leaves = {"x": x.detach().requires_grad_(), "b": c.b.requires_grad_(), "d": c.d.requires_grad_()}
-        out = add_update(leaves["x"], y, c.b, c.d, c.spans, c.a, c.bm, None, every)
+        out = add_update(leaves["x"], y, c.update, None, every)
         return dict(zip(leaves, torch.autograd.grad((out * g).sum(), list(leaves.values())), strict=True))
 
     want, draws = gradients(1), [gradients(4) for _ in range(600)]

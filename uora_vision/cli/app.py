@@ -272,9 +272,8 @@ def _loaded(there: Path, model: str, checkpoint: str | None) -> tuple[nn.Module,
 
 def _bank(stored: Stored) -> Bank:
     from ..maths.bank import Bank
-    from ..structure.targets import widths
 
-    return Bank(stored.config, *widths(stored.projections), first=stored.first())
+    return Bank(stored.config, stored.widths, first=stored.first())
 
 
 def _run(made: nn.Module, there: Path, example: Any) -> None:

@@ -19,12 +19,10 @@ def factors(adapter: Adapter, out: int) -> tuple[Tensor, Tensor]:
     Args:
         out: rows of the weight.
     """
-    a, bm = adapter.matrices()
-    a = [m.double() for m in a]
-    left = left_matrix(adapter.b.double(), adapter.d.double(), adapter.spans, len(a), [m.double() for m in bm], out)
-    right = a[0]
-    if len(a) > 1:
-        left, right = _shared_and_own(left, a, adapter.bank.a(adapter.width).to(right))
+    update = adapter.update().to(torch.float64)
+    left, right = left_matrix(update, out), update.A[0]
+    if len(update.A) > 1:
+        left, right = _shared_and_own(left, update.A, adapter.bank.a(adapter.width).to(right))
     used = left.any(dim=0)
     used[0] |= not used.any()
     left, right = left[:, used], right[used]
@@ -50,7 +48,7 @@ def truncated(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, f
     return q1 @ (u[:, :rank] * root), (root[:, None] * v[:rank]) @ q2.t(), error
 
 
-def _shared_and_own(left: Tensor, a: list[Tensor], shared: Tensor) -> tuple[Tensor, Tensor]:
+def _shared_and_own(left: Tensor, a: tuple[Tensor, ...], shared: Tensor) -> tuple[Tensor, Tensor]:
     """L (out, roles r) and A of every role -> factors in which rows of A that all roles share are there once."""
     common = torch.zeros(left.shape[0], len(shared)).to(left)
     columns, rows = [], []

@@ -10,19 +10,10 @@ from torch import Tensor, nn
 from ..maths import linear
 from ..maths.bank import Bank
 from ..maths.convolution import Geometry, convolve
+from ..maths.update import Update
+from ..maths.widths import OwnMatrix
 from ..weights.matrix import Form, to_matrix
 from ..weights.role import Role
-
-
-def own_matrices(found: dict[str, Adapter]) -> dict[str, tuple[str, int]]:
-    """For every matrix that a layer may have of its own: the shared one that it starts from, and its width."""
-    out = {}
-    for adapter in found.values():
-        for k, role in enumerate(adapter.roles):
-            out[adapter.own_name(k, "A")] = (adapter.bank.matrix("A", adapter.width), adapter.width)
-            out[adapter.own_name(k, "B")] = (adapter.bank.matrix("B", role.rows), role.rows)
-    return out
-
 
 CHILD = "uora"
 """Name of the child module that holds the vectors of a module's `weight`, and of the bank in the injected model."""
@@ -73,22 +64,22 @@ class Adapter(nn.Module):
         self.d = nn.Parameter(torch.full((len(roles), rank), d_init, device=device, dtype=torch.float32))
         self._own: tuple[int, ...] = ()
 
-    def own_name(self, role: int, side: str) -> str:
-        """Name of a role's own matrix in the bank's log."""
-        return f"{self.origin}.{self.roles[role].name}/{side}"
+    def own(self, role: int) -> tuple[OwnMatrix, OwnMatrix]:
+        """A and B that a role may have of its own."""
+        return self.bank.widths.own(self.bank.config.layout, self.origin, self.width, self.roles[role])
 
     def refresh_own(self, role: int) -> None:
         """Take over a role's own rows from the bank, after they were re-drawn there.
 
         The buffers grow by doubling, filled up with repetitions, so that a compiled model sees few different shapes.
         """
-        for side in ("A", "B"):
-            indices, rows = self.bank.own(self.own_name(role, side))
+        for side, own in zip("ab", self.own(role), strict=True):
+            indices, rows = self.bank.own(own.name)
             size = min(self.d.shape[1], 1 << max(3, (len(indices) - 1).bit_length()))
             fill = torch.arange(size).clamp(max=len(indices) - 1)
             shared = self.bank.a(self.width)
             self._set(f"own_index_{role}", indices[fill].to(shared.device))
-            self._set(f"own_{side.lower()}_{role}", rows[fill].to(shared))
+            self._set(f"own_{side}_{role}", rows[fill].to(shared))
         self._own = tuple(sorted({*self._own, role}))
 
     def take_own(self) -> None:
@@ -97,7 +88,7 @@ class Adapter(nn.Module):
             del self._buffers[name]
         self._own = ()
         for role in range(len(self.roles)):
-            if self.bank.draws(self.own_name(role, "A")).any():
+            if self.bank.draws(self.own(role)[0].name).any():
                 self.refresh_own(role)
 
     def _set(self, name: str, value: Tensor) -> None:
@@ -107,39 +98,43 @@ class Adapter(nn.Module):
         else:
             self.register_buffer(name, value, persistent=False)
 
-    def matrices(self) -> tuple[list[Tensor], list[Tensor]]:
+    def matrices(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """A of the roles, each (r, in), and B of the roles, each (rows, r): one entry where all of them share it."""
         shared, rows, device = self.bank.a(self.width), [role.rows for role in self.roles], self.b.device
         if not self._own:
-            bm = [self.bank.b(n) for n in (rows[:1] if len(set(rows)) == 1 else rows)]
+            b = tuple([self.bank.b(n) for n in (rows[:1] if len(set(rows)) == 1 else rows)])
             if shared.device == device:
-                return [shared], bm
-            return [shared.to(device)], [m.to(device) for m in bm]  # of a replica
+                return (shared,), b
+            return (shared.to(device),), tuple(m.to(device) for m in b)  # of a replica
         # One view each: autograd functions must not be given one tensor twice when compiled.
-        a = [self.bank.a(self.width).to(device) for _ in rows]
-        bm = [self.bank.b(n).to(device) for n in rows]
+        A = [self.bank.a(self.width).to(device) for _ in rows]
+        B = [self.bank.b(n).to(device) for n in rows]
         for k in self._own:
             index = self.get_buffer(f"own_index_{k}")
-            a[k] = a[k].index_copy(0, index, self.get_buffer(f"own_a_{k}"))
-            bm[k] = bm[k].t().index_copy(0, index, self.get_buffer(f"own_b_{k}")).t()
-        return a, bm
+            A[k] = A[k].index_copy(0, index, self.get_buffer(f"own_a_{k}"))
+            B[k] = B[k].t().index_copy(0, index, self.get_buffer(f"own_b_{k}")).t()
+        return tuple(A), tuple(B)
+
+    def update(self) -> Update:
+        """The vectors with the matrices that they scale: what the maths takes."""
+        return Update(self.b, self.d, self.spans, *self.matrices())
 
     def project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The adapted projection, (..., in) -> (..., out); see `linear.project`."""
-        matrix, (a, bm) = to_matrix(weight, self.form), self.matrices()
+        matrix = to_matrix(weight, self.form)
         if self.training and self.dropout:
-            dropped = nn.functional.dropout(x, self.dropout)
-            branch = linear.delta(dropped, self.b, self.d, self.spans, a, bm, matrix.shape[0])
-            return nn.functional.linear(x, matrix, bias) + branch
-        return linear.project(x, matrix, bias, self.b, self.d, self.spans, a, bm, *self._options)
+            return nn.functional.linear(x, matrix, bias) + self._dropped(x, matrix.shape[0])
+        return linear.project(x, matrix, bias, self.update(), *self._options)
 
     def add_update(self, x: Tensor, y: Tensor) -> Tensor:
         """y + low-rank branch of x, for a layer that has computed its y itself; see `linear.add_update`."""
-        a, bm = self.matrices()
         if self.training and self.dropout:
-            dropped = nn.functional.dropout(x, self.dropout)
-            return (y + linear.delta(dropped, self.b, self.d, self.spans, a, bm, y.shape[-1])).to(y.dtype)
-        return linear.add_update(x, y, self.b, self.d, self.spans, a, bm, *self._options)
+            return (y + self._dropped(x, y.shape[-1])).to(y.dtype)
+        return linear.add_update(x, y, self.update(), *self._options)
+
+    def _dropped(self, x: Tensor, out: int) -> Tensor:
+        """The low-rank branch of x with some of its elements dropped."""
+        return linear.delta(nn.functional.dropout(x, self.dropout), self.update(), out)
 
     @property
     def _options(self) -> tuple[Any, int]:
@@ -149,15 +144,15 @@ class Adapter(nn.Module):
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
         """The adapted convolution; see `convolution.convolve`."""
         dropout = self.dropout if self.training else 0.0
-        return convolve(x, weight, bias, geometry, self.b, self.d, self.spans, *self.matrices(), dropout)
+        return convolve(x, weight, bias, geometry, self.update(), dropout)
 
     def fold(self, weight: Tensor) -> Tensor:
         """W + dW, differentiable; see `linear.fold`."""
-        return linear.fold(weight, self.form, self.b, self.d, self.spans, *self.matrices())
+        return linear.fold(weight, self.form, self.update())
 
     def delta_weight(self, dtype: torch.dtype) -> list[Tensor]:
         """dW of each role, (rows, in), computed in `dtype`."""
-        return linear.delta_weight(self.b, self.d, self.spans, *self.matrices(), dtype)
+        return linear.delta_weight(self.update(), dtype)
 
     def extra_repr(self) -> str:
         return f"{', '.join(role.label for role in self.roles)}, rank={self.d.shape[1]}"

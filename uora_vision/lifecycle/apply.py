@@ -13,9 +13,9 @@ from ..maths.bank import Bank
 from ..maths.forms import WIDE
 from ..maths.redraw_log import BankState
 from ..maths.shared_product import Reduced
+from ..maths.widths import Widths
 from ..structure.planning import Plan
 from ..structure.survey import Survey
-from ..structure.targets import widths
 from ..weights.quantised import is_quantised
 from .adapter import CHILD, REDUCED
 from .entry import Entry, Layout
@@ -118,18 +118,18 @@ def bank_for(model: nn.Module, what: Plan, first: Mapping[str, Tensor] | None = 
     Args:
         first: matrices by name to use in place of those that are drawn from the seed.
     """
-    widths_in, widths_out = widths(what.projections)
+    widths = Widths.of((p.shape[1], p.roles) for p in what.projections)
     library = model.__dict__.get(LIBRARY)
     for entry in library.entries.values() if library else ():
         bank = entry.bank
         given = {} if first is None else first
         same = all(torch.equal(bank._first[n], t) for n, t in given.items() if n in bank._first)
         same &= first is not None or not bank.given
-        if same and bank.serves(what.config, widths_in, widths_out):
+        if same and bank.serves(what.config, widths):
             return bank
     weight: Any = model.get_submodule(what.projections[0].module_path)._parameters[what.projections[0].tensor]
     dtype = torch.float32 if is_quantised(weight) else weight.dtype
-    bank = Bank(what.config, widths_in, widths_out, device=weight.device, dtype=dtype, first=first)
+    bank = Bank(what.config, widths, device=weight.device, dtype=dtype, first=first)
     bank.__dict__[REDUCED] = Reduced()
     return bank
 

@@ -261,9 +261,9 @@ def _parts(library: Library, shares: Mapping[str, float]) -> dict[str, Tensor]:
 
 def _plus(exact: Tensor, adapter: Adapter, share: float) -> Tensor:
     """A weight with a share of an adapter's dW added, in the type of the weight."""
-    dtype, matrix = exact.dtype, to_matrix(exact, adapter.form)
-    matrix = folded(matrix, share * adapter.b.to(dtype), adapter.d.to(dtype), adapter.spans, *adapter.matrices())
-    return from_matrix(matrix, adapter.form, exact.shape)
+    update = adapter.update()
+    update = update._replace(b=share * update.b.to(exact.dtype), d=update.d.to(exact.dtype))
+    return from_matrix(folded(to_matrix(exact, adapter.form), update), adapter.form, exact.shape)
 
 
 def _rounded(exact: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:

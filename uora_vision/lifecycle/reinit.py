@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, FormatError, StateError
 from ..maths.redraw_log import Interpolation, pack_log, unpack_log
 from ..weights.sharded import clear, joined
-from .adapter import Adapter, own_matrices
+from .adapter import Adapter
 from .library import active_entry, adapters, bank_of
 
 Scope = Literal["shared", "quorum", "layer"]
@@ -217,7 +217,8 @@ class Reinitializer:
                 f"this reinitialisation state belongs to banks with {state['banks']}, this model has "
                 f"{self._bank_options()}; inject with the options of the run that is continued"
             )
-        self.bank.replay(unpack_log(state["log"], state["matrices"]), own_matrices(self._adapters))
+        own = {own.name: own for adapter, k in self._places for own in adapter.own(k)}
+        self.bank.replay(unpack_log(state["log"], state["matrices"]), own)
         for adapter in self._adapters.values():
             adapter.take_own()
         self.steps = state["steps"]
@@ -253,12 +254,8 @@ class Reinitializer:
         for i in fired.any(dim=1).nonzero().squeeze(1).tolist():
             adapter, k = self._places[i]
             indices = fired[i].nonzero().squeeze(1)
-            for side, width in (("A", adapter.width), ("B", adapter.roles[k].rows)):
-                name = adapter.own_name(k, side)
-                self.bank.redraw(
-                    name, indices, self._alphas(name, indices), self.steps, self.interpolation,
-                    like=self.bank.matrix(side, width), width=width,  # type: ignore[arg-type]
-                )  # fmt: skip
+            for own in adapter.own(k):
+                self.bank.redraw(own, indices, self._alphas(own.name, indices), self.steps, self.interpolation)
             adapter.refresh_own(k)
         return fired
 

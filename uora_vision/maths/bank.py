@@ -4,22 +4,24 @@ Nothing here is trained or saved: the matrices follow from (rank, seed, layout, 
 their present state from those and the log of redraws. Draws are made on the CPU in float64, each from a generator keyed
 by what is drawn, so that neither the order of layers nor the device changes them.
 
-UORA (ACL 2025) draws A and B from the Haar law, VeRA (arXiv 2310.11454) Kaiming-uniform.
+`draws.py` has the laws. Shapes: A (r, in), B (rows, r), a `state` or row buffer of either (r, width), indices and alpha
+(k,), draws (r,).
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..config import UoraConfig
 from ..errors import ConfigError, FormatError
-from .draws import fan_in, initial_rows, kaiming, keyed_generator, orthonormal_columns
+from .draws import fresh_row, initial_rows, keyed_generator, orthonormal_columns
 from .redraw_log import BankState, Interpolation, Redraw
+from .widths import OwnMatrix, Side, Widths
 
 
 class Bank(nn.Module):
@@ -30,8 +32,7 @@ class Bank(nn.Module):
 
     Args:
         config: rank, seed, layout and init are used.
-        widths_in: input widths of the adapted projections.
-        widths_out: output widths of their roles.
+        widths: of the adapted projections.
         device: where the buffers lie.
         dtype: of the buffers; the draws are rounded to float32 first whatever it is.
         first: matrices by name, (r, width) float32 on the CPU, to use in place of the first draw.
@@ -40,8 +41,7 @@ class Bank(nn.Module):
     def __init__(
         self,
         config: UoraConfig,
-        widths_in: Iterable[int],
-        widths_out: Iterable[int],
+        widths: Widths,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         first: Mapping[str, Tensor] | None = None,
@@ -50,41 +50,33 @@ class Bank(nn.Module):
         self.config = config
         self.log: list[Redraw] = []
         self.given = first is not None
-        widths = {"A": sorted(set(widths_in)), "B": sorted(set(widths_out))}
-        if config.layout == "slice":
-            widths = {side: [max(w)] for side, w in widths.items()}
-        self._largest = {side: w[-1] for side, w in widths.items()}
+        self.widths = widths
         # In float32 on the CPU: buffers may be moved, or rounded to a half type. Rows are re-drawn from `_state`, where
         # a matrix is that of `_first` until one of its rows is re-drawn.
         self._first: dict[str, Tensor] = {}
         self._own: dict[str, Tensor] = {}
         self._draws: dict[str, Tensor] = {}
         self._views: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
-        for side, sizes in widths.items():
-            for width in sizes:
-                name = f"{side}{width}"
-                if torch.device(device).type == "meta":
-                    rows = torch.empty(config.rank, width, device="meta")
-                else:
-                    rows = self._first[name] = first[name] if first else initial_rows(config, name, side, width)
-                self.register_buffer(name, rows.to(device=device, dtype=dtype, copy=True), persistent=False)
+        for name, width in widths.matrices(config.layout).items():
+            if torch.device(device).type == "meta":
+                rows = torch.empty(config.rank, width, device="meta")
+            else:
+                rows = self._first[name] = first[name] if first else initial_rows(config, name, width)
+            self.register_buffer(name, rows.to(device=device, dtype=dtype, copy=True), persistent=False)
         self._state = dict(self._first)
 
     def forward(self, x: Tensor) -> Tensor:
         """The input: the bank is a child of the model, and an nn.Sequential runs all of its children."""
         return x
 
-    def serves(self, config: UoraConfig, widths_in: set[int], widths_out: set[int]) -> bool:
+    def serves(self, config: UoraConfig, widths: Widths) -> bool:
         """Whether the matrices of these options and widths are those of this bank, before any re-draw."""
         same = all(getattr(config, k) == getattr(self.config, k) for k in ("rank", "seed", "layout", "init"))
-        widths = {"A": widths_in, "B": widths_out}
-        if config.layout == "slice":
-            return same and all(max(w) == self._largest[side] for side, w in widths.items())
-        return same and all(f"{side}{width}" in self._buffers for side, w in widths.items() for width in w)
+        return same and widths.matrices(config.layout).keys() <= self._buffers.keys()
 
-    def matrix(self, side: Literal["A", "B"], width: int) -> str:
+    def matrix(self, side: Side, width: int) -> str:
         """Name of the matrix that a projection of this width uses."""
-        return f"{side}{width if self.config.layout == 'shape' else self._largest[side]}"
+        return self.widths.matrix(self.config.layout, side, width)
 
     def a(self, width: int) -> Tensor:
         """A of an input width, (r, width)."""
@@ -94,9 +86,9 @@ class Bank(nn.Module):
         """B of an output width, (width, r)."""
         return self._view("B", width)
 
-    def _view(self, side: Literal["A", "B"], width: int) -> Tensor:
+    def _view(self, side: Side, width: int) -> Tensor:
         """The same tensor from one forward to the next. Compilers and tracers get a new one, from the buffer."""
-        buffer = self.get_buffer(self.matrix(side, width))
+        buffer: Tensor = getattr(self, self.matrix(side, width))  # sooner than get_buffer
         passing = torch.compiler.is_compiling() or torch.jit.is_tracing()
         kept = None if passing else self._views.get((side, width))
         if kept is not None and kept[0] is buffer:
@@ -120,30 +112,28 @@ class Bank(nn.Module):
 
     def redraw(
         self,
-        matrix: str,
+        matrix: str | OwnMatrix,
         indices: Tensor,
         alpha: Tensor,
         step: int,
         interpolation: Interpolation = "linear",
-        like: str | None = None,
-        width: int | None = None,
     ) -> Redraw:
         """Replace rows by a mix of the old and a fresh one, and log it.
 
         Args:
-            matrix: a name from `matrix`, or any other name for a layer's own copy of some rows.
+            matrix: the name of a shared one, or a layer's own copy.
             indices: (k,) directions, ascending and distinct.
             alpha: (k,) share of the old rows that is kept.
             step: optimizer step, for the log.
             interpolation: `linear`: alpha * old + (1 - alpha) * fresh. `spherical`: old rotated by (1 - alpha) * 90
                 degrees towards a fresh row orthogonal to all, which keeps the rows orthonormal.
-            like: for a layer's own copy: the shared matrix that it starts from.
-            width: for a layer's own copy: its width, of which the shared matrix may be the longer.
 
         Raises:
             ConfigError: there is no such matrix, it was re-drawn at this step already (a log holds one redraw of a
                 matrix per step), or it is too narrow for spherical interpolation.
         """
+        own = matrix if isinstance(matrix, OwnMatrix) else None
+        matrix = matrix.name if isinstance(matrix, OwnMatrix) else matrix
         if any(e.matrix == matrix for e in itertools.takewhile(lambda e: e.step == step, reversed(self.log))):
             raise ConfigError(f"{matrix} was re-drawn at step {step} already; give all of its indices in one call")
         indices, alpha = indices.cpu(), alpha.to("cpu", torch.float64)
@@ -151,12 +141,13 @@ class Bank(nn.Module):
         if matrix in self._state:
             state = self._state[matrix]
             full = state.shape[1]
-        elif like in self._state:
-            state, full = self._state[like][:, :width].clone(), self._state[like].shape[1]
+        elif own is not None and own.shared in self._state:
+            shared = self._state[own.shared]
+            state, full = shared[:, : own.width].clone(), shared.shape[1]
             if matrix in self._own:
                 state[draws > 0] = self._own[matrix]
         else:
-            raise ConfigError(f"no matrix {like or matrix!r}; there are {', '.join(self._state)}")
+            raise ConfigError(f"no matrix {own.shared if own else matrix!r}; there are {', '.join(self._state)}")
         if interpolation == "spherical" and state.shape[1] <= self.config.rank:
             raise ConfigError(
                 f"spherical interpolation needs a rank below every width; {matrix} is {state.shape[1]} wide, the rank "
@@ -166,12 +157,12 @@ class Bank(nn.Module):
         if state is self._first.get(matrix):
             state = self._state[matrix] = state.clone()
         if interpolation == "linear":
-            fresh = torch.stack([self._fresh(matrix, i, n, full) for i, n in _pairs(indices, draws)])
+            fresh = torch.stack([fresh_row(self.config, matrix, (i, n), full) for i, n in _pairs(indices, draws)])
             fresh = fresh[:, : state.shape[1]]
             new = alpha[:, None] * state[indices] + (1 - alpha[:, None]) * fresh
             state[indices] = new.to(state.dtype)
         else:
-            self._rotate(matrix, state, indices, draws, alpha, (state.shape[1] / full) ** 0.5)
+            self._rotate(matrix, state, indices, alpha, (state.shape[1] / full) ** 0.5)
         if matrix not in self._state:
             self._own[matrix] = state[draws > 0]
         event = Redraw(step, matrix, indices.clone(), draws[indices].clone(), alpha.clone(), interpolation)
@@ -211,12 +202,12 @@ class Bank(nn.Module):
         buffer = self.get_buffer(name)
         buffer[indices.to(buffer.device)] = self._state[name][indices].to(buffer)
 
-    def replay(self, log: Iterable[Redraw], own: dict[str, tuple[str, int]]) -> None:
+    def replay(self, log: Iterable[Redraw], own: Mapping[str, OwnMatrix]) -> None:
         """The state after a log, from the initial draw.
 
         Args:
             log: what `log` held.
-            own: for each layer's own matrix: the shared matrix it starts from, and its width.
+            own: the matrices that layers may have of their own, by name.
 
         Raises:
             FormatError: the log does not belong to this bank.
@@ -229,25 +220,15 @@ class Bank(nn.Module):
                 raise FormatError(
                     f"the log re-draws direction {last} of {event.matrix!r}; the rank is {self.config.rank}"
                 )
-            like, width = own.get(event.matrix, (None, None))
-            again = self.redraw(event.matrix, event.indices, event.alpha, event.step, event.interpolation, like, width)
+            matrix = own.get(event.matrix, event.matrix)
+            again = self.redraw(matrix, event.indices, event.alpha, event.step, event.interpolation)
             if not torch.equal(again.draws, event.draws):
                 raise FormatError(f"the log of {event.matrix!r} has gaps: step {event.step} is not the next draw")
 
-    def _fresh(self, matrix: str, index: int, draw: int, width: int) -> Tensor:
-        """One row of the bank's law, (width,) float64, keyed by (seed, matrix, index, draw)."""
-        config = self.config
-        generator = keyed_generator(config.seed, matrix, index, draw)
-        if config.init == "kaiming":
-            return kaiming((width,), fan_in(matrix, config.rank, width), generator)
-        # A row of a Haar matrix is the beginning of a uniform unit vector: all of it where rows are orthonormal, its
-        # first `width` of r coordinates where there are more rows than columns.
-        gauss = torch.randn(max(width, config.rank), generator=generator, dtype=torch.float64)
-        return (gauss / gauss.norm())[:width]
-
-    def _rotate(self, matrix: str, state: Tensor, indices: Tensor, draws: Tensor, alpha: Tensor, length: float) -> None:
+    def _rotate(self, matrix: str, state: Tensor, indices: Tensor, alpha: Tensor, length: float) -> None:
         """Rotate rows towards fresh ones of the given length: 1, or what a slice has of a unit vector on average."""
         rank, width = state.shape
+        draws = self._draws[matrix]
         for part, keep in zip(indices.split(width - rank), alpha.split(width - rank), strict=True):
             rows = state.to(torch.float64)
             gauss = torch.stack(

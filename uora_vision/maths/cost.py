@@ -1,7 +1,7 @@
 """What an adapted projection costs, and the choices between its forms that follow; docs/performance.md derives both.
 
-N tokens go through a frozen W (out, in) with an update of rank r. Operations are those of the matrix products, an
-addition and a multiplication counting as two; what is done element by element is far below them.
+Shapes: N tokens, x (N, in), go through a frozen W (out, in) with an update of rank r. Operations are those of the
+matrix products, an addition and a multiplication counting as two; what is done element by element is far below them.
 """
 
 from __future__ import annotations

@@ -1,33 +1,84 @@
-"""How the shared matrices are drawn from a seed: orthonormal or Kaiming, and the generators of redraws."""
+"""How the rows of the shared matrices are drawn from a seed: the laws, and the generators.
+
+UORA (ACL 2025) draws A and B from the Haar law, VeRA (arXiv 2310.11454) Kaiming-uniform. Rows are directions: those of
+A, and the columns of B.
+
+Shapes: a matrix (r, width), a row (width,), float64.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-from ..config import UoraConfig
+from ..config import Init, UoraConfig
 
 
-def initial_rows(config: UoraConfig, name: str, side: str, width: int) -> Tensor:
-    """Rows of A, (r, in), or columns of B as rows, (r, out)."""
-    generator = keyed_generator(config.seed, name)
-    if config.init == "kaiming":
-        return kaiming((config.rank, width), fan_in(side, config.rank, width), generator).float()
-    shape = max(config.rank, width), min(config.rank, width)
+class Law(NamedTuple):
+    """A law of the shared matrices.
+
+    Args:
+        matrix: (rank, width, fan_in, generator) -> a whole matrix, (rank, width) float64.
+        row: the same -> one fresh row, (width,) float64, of the law that a single row of such a matrix has.
+
+    `fan_in` is the number of inputs of the product: `width` for A, `rank` for B.
+    """
+
+    matrix: Callable[[int, int, int, Generator], Tensor]
+    row: Callable[[int, int, int, Generator], Tensor]
+
+
+def haar_matrix(rank: int, width: int, fan_in: int, generator: Generator) -> Tensor:
+    """Orthonormal rows, or orthonormal columns if there are more rows than columns."""
+    shape = max(rank, width), min(rank, width)
     ortho = orthonormal_columns(torch.randn(shape, generator=generator, dtype=torch.float64))
-    return (ortho if config.rank >= width else ortho.t()).float().contiguous()
+    return ortho if rank >= width else ortho.t()
 
 
-def fan_in(matrix: str, rank: int, width: int) -> int:
-    side = matrix.rpartition("/")[2][0]
-    return width if side == "A" else rank
+def haar_row(rank: int, width: int, fan_in: int, generator: Generator) -> Tensor:
+    """The beginning of a uniform unit vector: all of it where rows are orthonormal, its first `width` of r coordinates
+    where there are more rows than columns."""
+    gauss = torch.randn(max(width, rank), generator=generator, dtype=torch.float64)
+    return (gauss / gauss.norm())[:width]
 
 
-def kaiming(shape: tuple[int, ...], fan_in: int, generator: torch.Generator) -> Tensor:
+def kaiming_matrix(rank: int, width: int, fan_in: int, generator: Generator) -> Tensor:
     """Uniform with variance 2 / fan_in, as VeRA's code draws it."""
-    return (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1) * (6 / fan_in) ** 0.5
+    return (2 * torch.rand(rank, width, generator=generator, dtype=torch.float64) - 1) * (6 / fan_in) ** 0.5
+
+
+def kaiming_row(rank: int, width: int, fan_in: int, generator: Generator) -> Tensor:
+    return kaiming_matrix(1, width, fan_in, generator)[0]
+
+
+LAWS: dict[Init, Law] = {"haar": Law(haar_matrix, haar_row), "kaiming": Law(kaiming_matrix, kaiming_row)}
+
+
+def initial_rows(config: UoraConfig, name: str, width: int) -> Tensor:
+    """A shared matrix as it is first drawn, (r, width) float32, keyed by (seed, name)."""
+    rank = config.rank
+    drawn = LAWS[config.init].matrix(rank, width, _fan_in(name, rank, width), keyed_generator(config.seed, name))
+    return drawn.float().contiguous()
+
+
+def fresh_row(config: UoraConfig, matrix: str, key: tuple[int, int], width: int) -> Tensor:
+    """One row drawn again, (width,) float64, keyed by (seed, matrix, index, draw).
+
+    Args:
+        matrix: its name; that of a layer's own ends in `/A` or `/B`.
+        key: index of the row, and how often it was drawn again.
+    """
+    rank = config.rank
+    generator = keyed_generator(config.seed, matrix, *key)
+    return LAWS[config.init].row(rank, width, _fan_in(matrix, rank, width), generator)
+
+
+def _fan_in(matrix: str, rank: int, width: int) -> int:
+    return width if matrix.rpartition("/")[2][0] == "A" else rank
 
 
 def orthonormal_columns(gauss: Tensor) -> Tensor:

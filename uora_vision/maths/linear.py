@@ -22,13 +22,12 @@ The gradients of b and d need only P = g^T (x A^T), (rows x r), so the forward k
 anything of size N x out. When r is so large that P costs less as (g^T x) A^T, x is kept in place of u. With token
 sampling, P is estimated without bias from the rows of one token drawn out of every few, and only u of those is kept.
 
-Every function takes `b` (sum of rows,), `d` (roles, r), `spans`, and `a` and `bm`: A of each role (r, in) and B of each
-role (rows, r), or one entry that all roles share.
+Shapes: x (..., in), flat (N, in), g and y (..., out), W (out, in), bias (out,), u (N, r) of each A, drawn (runs,) rows
+of flat; those of an update are in `update.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,38 +35,29 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from ..weights.matrix import Form, Spans, in_order, take, to_matrix
+from ..weights.matrix import Form, in_order, take, to_matrix
+from . import formula
 from .forms import (
     added,
     autocasts,
     branch_gradient,
     exact,
     fold_form,
-    in_type,
     input_gradient,
-    keeps_made,
     keeps_x,
     left_matrix,
-    lefts,
     output,
     products,
-    vector_gradients,
+    reuses,
 )
+from .formula import in_type
 from .shared_product import Reduced
-from .token_sampling import draw, needing, stand_ins
+from .token_sampling import depending, draw, weighted_rows
+from .update import Update
 
 
 def project(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    b: Tensor,
-    d: Tensor,
-    spans: Spans,
-    a: Sequence[Tensor],
-    bm: Sequence[Tensor],
-    reduced: Reduced | None = None,
-    sampling: int = 1,
+    x: Tensor, weight: Tensor, bias: Tensor | None, update: Update, reduced: Reduced | None = None, sampling: int = 1
 ) -> Tensor:
     """The adapted projection, (..., in) -> (..., out).
 
@@ -75,6 +65,7 @@ def project(
         x: (..., in).
         weight: frozen W, (out, in).
         bias: (out,) or None.
+        update: of the weight.
         reduced: shared by projections that may have their input in common.
         sampling: the gradients of b and d come from one token drawn out of every `sampling`; from all while W trains.
     """
@@ -84,23 +75,13 @@ def project(
     drawn = draw(x, sampling if not weight.requires_grad else 1)
     with exact(x):
         if not torch.is_grad_enabled():
-            return output(x, weight, bias, b, d, spans, a, bm)[0]
-        keep_x = weight.requires_grad or keeps_x(x.shape[-1], len(a), b, d)
-        u = None if keep_x or reduced is None or sampling > 1 else reduced(source, x, a)
-        return _Project.apply(x, weight, bias, b, d, u, drawn, sampling, spans, len(a), *a, *bm)
+            return output(x, weight, bias, update)[0]
+        keep_x = weight.requires_grad or keeps_x(x.shape[-1], update)
+        u = None if keep_x or reduced is None or sampling > 1 else reduced(source, x, update.A)
+        return _Project.apply(x, weight, bias, sampling, u, drawn, *update.pack())
 
 
-def add_update(
-    x: Tensor,
-    y: Tensor,
-    b: Tensor,
-    d: Tensor,
-    spans: Spans,
-    a: Sequence[Tensor],
-    bm: Sequence[Tensor],
-    reduced: Reduced | None = None,
-    sampling: int = 1,
-) -> Tensor:
+def add_update(x: Tensor, y: Tensor, update: Update, reduced: Reduced | None = None, sampling: int = 1) -> Tensor:
     """y plus the low-rank branch of x, where the frozen layer has computed y itself (quantised weights): (..., out).
 
     The layer has rounded y to its type already, and the sum is rounded to it again. Over a y in bfloat16, updates far
@@ -111,7 +92,7 @@ def add_update(
     Args:
         x: (..., in).
         y: (..., out), the frozen layer's output for x.
-        reduced, sampling: as of `project`.
+        update, reduced, sampling: as of `project`.
     """
     source = x
     if autocasts(x):
@@ -120,14 +101,12 @@ def add_update(
     with exact(x):
         if not torch.is_grad_enabled():
             flat = x.reshape(-1, x.shape[-1])
-            return added(y, [flat @ in_type(m, x.dtype).t() for m in a], b, d, spans, bm)[0]
-        u = None if reduced is None or keeps_x(x.shape[-1], len(a), b, d) else reduced(source, x, a)
-        return _AddUpdate.apply(x, y, b, d, u, drawn, sampling, spans, len(a), *a, *bm)
+            return added(y, [flat @ in_type(m, x.dtype).t() for m in update.A], update)[0]
+        u = None if reduced is None or keeps_x(x.shape[-1], update) else reduced(source, x, update.A)
+        return _AddUpdate.apply(x, y, sampling, u, drawn, *update.pack())
 
 
-def fold(
-    weight: Tensor, form: Form, b: Tensor, d: Tensor, spans: Spans, a: Sequence[Tensor], bm: Sequence[Tensor]
-) -> Tensor:
+def fold(weight: Tensor, form: Form, update: Update) -> Tensor:
     """W + dW in the shape and type of W, differentiable in W, b and d.
 
     For weights that are read rather than called. Formed in float32 or wider; a W stored in bfloat16 or float16 rounds
@@ -135,149 +114,123 @@ def fold(
     """
     with exact(weight):
         if not torch.is_grad_enabled():
-            return fold_form(weight, form, b, d, spans, a, bm)
-        return _Fold.apply(weight, form, b, d, spans, len(a), *a, *bm)
+            return fold_form(weight, form, update)
+        return _Fold.apply(weight, form, *update.pack())
 
 
-def delta(x: Tensor, b: Tensor, d: Tensor, spans: Spans, a: Sequence[Tensor], bm: Sequence[Tensor], out: int) -> Tensor:
+def delta(x: Tensor, update: Update, out: int) -> Tensor:
     """The low-rank branch alone, by plain differentiable operations: (..., in) -> (..., out).
 
     For the cases in which the branch sees another input than the frozen weight does (dropout).
     """
-    u = torch.cat([linear(x, m.to(x.dtype)) for m in a], dim=-1)
-    return linear(u, left_matrix(b, d, spans, len(a), bm, out).to(x.dtype))
+    u = torch.cat([linear(x, m.to(x.dtype)) for m in update.A], dim=-1)
+    return linear(u, left_matrix(update, out).to(x.dtype))
 
 
-def delta_weight(
-    b: Tensor, d: Tensor, spans: Spans, a: Sequence[Tensor], bm: Sequence[Tensor], dtype: torch.dtype
-) -> list[Tensor]:
+def delta_weight(update: Update, dtype: torch.dtype) -> list[Tensor]:
     """dW of each role, (rows, in), computed in `dtype`."""
-    left = lefts(b.to(dtype), d.to(dtype), spans, [m.to(dtype) for m in bm])
-    parts = left.split([span.rows for span in spans])
-    return [part @ a[k % len(a)].to(dtype) for k, part in enumerate(parts)]
+    update = update.to(dtype)
+    parts = formula.lefts(update, dtype).split([span.rows for span in update.spans])
+    return [part @ update.A[k % len(update.A)] for k, part in enumerate(parts)]
 
 
 class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        b: Tensor,
-        d: Tensor,
-        u: Tensor | None,
-        drawn: Tensor | None,
-        sampling: int,
-        spans: Spans,
-        n_a: int,
-        *banks: Tensor,
-    ) -> Tensor:
-        a, bm = banks[:n_a], banks[n_a:]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sampling: int, *rest: Any) -> Tensor:
+        u, drawn, spec, *tensors = rest
+        update = Update.unpack(spec, *tensors)
         flat = x.reshape(-1, x.shape[-1])
         if drawn is not None:
-            flat = stand_ins(flat, drawn, sampling)
-        keep_x = ctx.needs_input_grad[1] or keeps_x(x.shape[-1], n_a, b, d)
-        a = tuple(in_type(m, x.dtype) for m in a)
-        kept = (flat,) if keep_x else (u,) if u is not None else tuple(flat @ m.t() for m in a)
+            flat = weighted_rows(flat, drawn, sampling)
+        keep_x = ctx.needs_input_grad[1] or keeps_x(x.shape[-1], update)
+        if drawn is not None or update.A[0].dtype != x.dtype:
+            a = tuple(in_type(m, x.dtype) for m in update.A)
+            update = Update(update.b, depending(update.d, drawn), update.spans, a, update.B)
+        kept = (flat,) if keep_x else (u,) if u is not None else tuple([flat @ m.t() for m in update.A])
         u_of_all = None if keep_x or drawn is not None else kept
-        y, made = output(x, weight, bias, b, needing(d, drawn), spans, a, bm, u_of_all)
-        if not ctx.needs_input_grad[0] or not keeps_made(x, weight):
-            made = None
-        ctx.save_for_backward(weight, made, b, d, drawn, *banks, *kept)
-        ctx.spans, ctx.n_a, ctx.n_banks, ctx.keep_x = spans, n_a, len(banks), keep_x
+        y, formed = output(x, weight, bias, update, u_of_all)
+        if not ctx.needs_input_grad[0] or not reuses(x, weight):
+            formed = None
+        ctx.save_for_backward(weight, formed, drawn, *tensors, *kept)
+        ctx.spec, ctx.n, ctx.keep_x = spec, len(tensors), keep_x
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        n_a, spans = ctx.n_a, ctx.spans
-        weight, made, b, d, drawn, *rest = ctx.saved_tensors
-        a, bm, kept = rest[:n_a], rest[n_a : ctx.n_banks], rest[ctx.n_banks :]
-        need_x, need_w, need_bias, need_b, need_d = ctx.needs_input_grad[:5]
+        weight, formed, drawn, *rest = ctx.saved_tensors
+        update, kept = Update.unpack(ctx.spec, *rest[: ctx.n]), rest[ctx.n :]
+        needs = ctx.needs_input_grad
         grad_x = grad_w = grad_bias = grad_b = grad_d = None
         flat = g.reshape(-1, g.shape[-1])
         with exact(g):
-            if need_x:
-                grad_x = input_gradient(flat, weight, b, d, spans, a, bm, made)
-                grad_x = grad_x.view(*g.shape[:-1], weight.shape[1])
-            if need_w:
+            if needs[0]:
+                grad_x = input_gradient(flat, weight, update, formed).view(*g.shape[:-1], weight.shape[1])
+            if needs[1]:
                 grad_w = (flat.t() @ kept[0]).to(weight.dtype)
-            if need_bias:
+            if needs[2]:
                 grad_bias = flat.sum(0)
-            if need_b or need_d:
-                p = products(flat if drawn is None else flat[drawn], kept, spans, a, ctx.keep_x)
-                grad_b, grad_d = vector_gradients(p, b, d, spans, bm)
-        return grad_x, grad_w, grad_bias, grad_b, grad_d, *[None] * (5 + ctx.n_banks)
+            if needs[7] or needs[8]:
+                p = products(flat if drawn is None else flat[drawn], kept, update, ctx.keep_x)
+                grad_b, grad_d = formula.vector_gradients(p, update)
+        return grad_x, grad_w, grad_bias, None, None, None, *update.gradients(grad_b, grad_d)
 
 
 class _AddUpdate(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        y: Tensor,
-        b: Tensor,
-        d: Tensor,
-        u: Tensor | None,
-        drawn: Tensor | None,
-        sampling: int,
-        spans: Spans,
-        n_a: int,
-        *banks: Tensor,
-    ) -> Tensor:
-        a, bm = banks[:n_a], banks[n_a:]
+    def forward(ctx: Any, x: Tensor, y: Tensor, sampling: int, *rest: Any) -> Tensor:
+        u, drawn, spec, *tensors = rest
+        update = Update.unpack(spec, *tensors)
         flat = x.reshape(-1, x.shape[-1])
-        each = (u,) if u is not None else tuple(flat @ in_type(m, x.dtype).t() for m in a)
-        ctx.keep_x, kept = keeps_x(x.shape[-1], n_a, b, d), each
+        each = (u,) if u is not None else tuple(flat @ in_type(m, x.dtype).t() for m in update.A)
+        ctx.keep_x, kept = keeps_x(x.shape[-1], update), each
         if drawn is not None:
-            flat = stand_ins(flat, drawn, sampling)
-            kept = tuple(flat @ in_type(m, x.dtype).t() for m in a)
+            flat = weighted_rows(flat, drawn, sampling)
+            kept = tuple(flat @ in_type(m, x.dtype).t() for m in update.A)
         kept = (flat,) if ctx.keep_x else kept
-        y, left = added(y, each, b, needing(d, drawn), spans, bm)
+        cast = Update(update.b, depending(update.d, drawn), update.spans, update.A, update.B)
+        y, left = added(y, each, cast)
         if not ctx.needs_input_grad[0] or len(each[0]) < y.shape[-1]:
             left = None
-        ctx.save_for_backward(left, b, d, drawn, *banks, *kept)
-        ctx.spans, ctx.n_a, ctx.n_banks = spans, n_a, len(banks)
+        ctx.save_for_backward(left, drawn, *tensors, *kept)
+        ctx.spec, ctx.n = spec, len(tensors)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        left, b, d, drawn, *rest = ctx.saved_tensors
-        a, bm, kept = rest[: ctx.n_a], rest[ctx.n_a : ctx.n_banks], rest[ctx.n_banks :]
+        left, drawn, *rest = ctx.saved_tensors
+        update, kept = Update.unpack(ctx.spec, *rest[: ctx.n]), rest[ctx.n :]
         grad_x = grad_b = grad_d = None
         flat = g.reshape(-1, g.shape[-1]).to(kept[0].dtype)
         with exact(g):
             if ctx.needs_input_grad[0]:
-                grad_x = branch_gradient(flat, b, d, ctx.spans, a, bm, left)
-                grad_x = grad_x.view(*g.shape[:-1], a[0].shape[1])
-            if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-                p = products(flat if drawn is None else flat[drawn], kept, ctx.spans, a, ctx.keep_x)
-                grad_b, grad_d = vector_gradients(p, b, d, ctx.spans, bm)
-        return grad_x, g if ctx.needs_input_grad[1] else None, grad_b, grad_d, *[None] * (5 + ctx.n_banks)
+                grad_x = branch_gradient(flat, update, left).view(*g.shape[:-1], update.A[0].shape[1])
+            if any(ctx.needs_input_grad[6:8]):
+                p = products(flat if drawn is None else flat[drawn], kept, update, ctx.keep_x)
+                grad_b, grad_d = formula.vector_gradients(p, update)
+        grad_y = g if ctx.needs_input_grad[1] else None
+        return grad_x, grad_y, None, None, None, *update.gradients(grad_b, grad_d)
 
 
 class _Fold(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, weight: Tensor, form: Form, b: Tensor, d: Tensor, spans: Spans, n_a: int, *banks: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(b, d, *banks)
-        ctx.form, ctx.spans, ctx.n_a = form, spans, n_a
-        return fold_form(weight, form, b, d, spans, banks[:n_a], banks[n_a:])
+    def forward(ctx: Any, weight: Tensor, form: Form, *packed: Any) -> Tensor:
+        ctx.spec, *tensors = packed
+        ctx.save_for_backward(*tensors)
+        ctx.form = form
+        return fold_form(weight, form, Update.unpack(*packed))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        b, d, *banks = ctx.saved_tensors
-        a, bm = banks[: ctx.n_a], banks[ctx.n_a :]
+        update = Update.unpack(ctx.spec, *ctx.saved_tensors)
         with exact(g):
             wide = to_matrix(g, ctx.form).to(torch.promote_types(g.dtype, torch.float32))
-            a = [m.to(wide.dtype).t() for m in a]
-            if len(a) == 1 and in_order(ctx.spans, wide.shape[0]):
+            a = [m.to(wide.dtype).t() for m in update.A]
+            if len(a) == 1 and in_order(update.spans, wide.shape[0]):
                 p = wide @ a[0]
             else:
-                p = torch.cat([take(wide, span) @ a[k % len(a)] for k, span in enumerate(ctx.spans)])
-            grad_b, grad_d = vector_gradients(p, b, d, ctx.spans, bm)
-        return g if ctx.needs_input_grad[0] else None, None, grad_b, grad_d, *[None] * (2 + len(banks))
+                p = torch.cat([take(wide, span) @ a[k % len(a)] for k, span in enumerate(update.spans)])
+            grad_b, grad_d = formula.vector_gradients(p, update)
+        return g if ctx.needs_input_grad[0] else None, None, *update.gradients(grad_b, grad_d)

@@ -1,4 +1,7 @@
-"""What redraws made of a bank: a log from which, with the seed, its matrices are rebuilt."""
+"""What redraws made of a bank: a log from which, with the seed, its matrices are rebuilt.
+
+Shapes: of a redraw of k rows, indices, draws and alpha (k,); of a packed log of n rows, entries (n, 5), alpha (n,).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The product that projections of one input have in common: q, k and v of an attention, gate and up of an MLP."""
+"""The product that projections of one input have in common: q, k and v of an attention, gate and up of an MLP.
+
+Shapes: x (..., in), A (r, in), u = x A^T (N, r).
+"""
 
 from __future__ import annotations
 

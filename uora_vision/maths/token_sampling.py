@@ -1,4 +1,7 @@
-"""Token sampling: the gradients of b and d from one token drawn out of every few that follow each other."""
+"""Token sampling: the gradients of b and d from one token drawn out of every few that follow each other.
+
+Shapes: x (..., in), or (N, in) where rows are taken; drawn (runs,) rows of it; d (roles, r).
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ def draw(x: Tensor, every: int) -> Tensor | None:
     return offset.add_(torch.arange(0, rows, every, device=x.device))
 
 
-def needing(d: Tensor, drawn: Tensor | None) -> Tensor:
+def depending(d: Tensor, drawn: Tensor | None) -> Tensor:
     """d, in a way that a compiler takes to depend on the draw.
 
     What the output does not depend on, torch.compile computes in the backward, and random numbers then once more: the
@@ -31,7 +34,7 @@ def needing(d: Tensor, drawn: Tensor | None) -> Tensor:
     return torch.where((drawn < 0).any(), torch.nan, d)
 
 
-def stand_ins(x: Tensor, drawn: Tensor, every: int) -> Tensor:
+def weighted_rows(x: Tensor, drawn: Tensor, every: int) -> Tensor:
     """The drawn rows of x, (runs, in), times the lengths of their runs: their sums have those of all rows as mean."""
     rows, rest = x[drawn].mul_(every), len(x) % every
     if rest:

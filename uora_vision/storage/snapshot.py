@@ -12,13 +12,13 @@ from ..lifecycle.library import adapters_in, bank_of, check_whole
 from ..lifecycle.trained_parts import trained_base
 from ..maths.bank import Bank
 from ..maths.redraw_log import BankState
+from ..maths.widths import Widths
 from ..structure.survey import Survey
-from ..structure.targets import widths
 from ..version import __version__
 from ..weights.sharded import is_sharded, whole
 from .base import Base
 from .fingerprint import bank_digest
-from .stored import Identity, SaveBanks, Stored, StoredProjection, shared_matrices
+from .stored import Identity, SaveBanks, Stored, StoredProjection
 
 _IDENTITY = "_uora_identity"
 
@@ -38,7 +38,7 @@ def collect(model: nn.Module | Survey, *, save_banks: SaveBanks | None = None) -
         for path, adapter in found.items()
     )
     state = bank.state()
-    names = sorted(shared_matrices(bank.config, projections))
+    names = sorted(Widths.of((p.width, p.roles) for p in projections).matrices(bank.config.layout))
     first = {name: bank._first[name] for name in names if name in bank._first}
     changed = {name: rows for name, (_, rows) in state.rows.items()} | state.own
     return Stored(
@@ -66,7 +66,7 @@ def rebuilt(stored: Stored, bank: Bank) -> BankState:
     """
     state = stored.bank_state()
     if state is None and stored.log:
-        scratch = Bank(stored.config, *widths(stored.projections), first=bank._first)
+        scratch = Bank(stored.config, stored.widths, first=bank._first)
         scratch.replay(stored.log, stored.own)
         state = scratch.state()
     state = state or BankState()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..config import UoraConfig
 from ..maths.redraw_log import BankState, Redraw, draw_counts
-from ..structure.targets import widths
+from ..maths.widths import OwnMatrix, Widths
 from ..weights.role import Role
 
 SaveBanks = Literal["changed", "all"]
@@ -117,14 +117,21 @@ class Stored:
         return out
 
     @property
-    def matrices(self) -> dict[str, int]:
-        """Widths of the shared matrices, by name."""
-        return shared_matrices(self.config, self.projections)
+    def widths(self) -> Widths:
+        """Of the adapted projections."""
+        return Widths.of((p.width, p.roles) for p in self.projections)
 
     @property
-    def own(self) -> dict[str, tuple[str, int]]:
-        """For every matrix that a layer may have of its own: the shared one that it starts from, and its width."""
-        return own_matrices(self.config, self.projections)
+    def matrices(self) -> dict[str, int]:
+        """Widths of the shared matrices, by name."""
+        return self.widths.matrices(self.config.layout)
+
+    @property
+    def own(self) -> dict[str, OwnMatrix]:
+        """Every matrix that a layer may have of its own, by name."""
+        widths, layout = self.widths, self.config.layout
+        roles = [(p, role) for p in self.projections for role in p.roles]
+        return {own.name: own for p, role in roles for own in widths.own(layout, p.origin, p.width, role)}
 
     def bank_state(self) -> BankState | None:
         """What redraws made of the banks, as far as the file holds it; None if the log must be replayed."""
@@ -151,24 +158,4 @@ class Stored:
         return {name: part.view(self.config.rank, -1) for name, part in zip(widths, parts, strict=True)}
 
     def _widths(self) -> dict[str, int]:
-        return self.matrices | {name: width for name, (_, width) in self.own.items()}
-
-
-def shared_matrices(config: UoraConfig, projections: tuple[StoredProjection, ...]) -> dict[str, int]:
-    """Widths of the shared matrices of an adapter, by name."""
-    sides = dict(zip("AB", widths(projections), strict=True))
-    if config.layout == "slice":
-        sides = {side: {max(of)} for side, of in sides.items()}
-    return {f"{side}{width}": width for side, of in sides.items() for width in of}
-
-
-def own_matrices(config: UoraConfig, projections: tuple[StoredProjection, ...]) -> dict[str, tuple[str, int]]:
-    """See `Stored.own`."""
-    largest_in, largest_out = map(max, widths(projections))
-    slices = config.layout == "slice"
-    out = {}
-    for p in projections:
-        for role in p.roles:
-            out[f"{p.origin}.{role.name}/A"] = f"A{largest_in if slices else p.width}", p.width
-            out[f"{p.origin}.{role.name}/B"] = f"B{largest_out if slices else role.rows}", role.rows
-    return out
+        return self.matrices | {own.name: own.width for own in self.own.values()}

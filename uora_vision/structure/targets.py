@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 from ..weights.matrix import Form
 from ..weights.role import ATTENTION, CONV, MLP, OTHER, Role
@@ -62,17 +60,3 @@ class Skipped:
     path: str
     shape: tuple[int, int]
     reason: str
-
-
-class _Sized(Protocol):
-    @property
-    def width(self) -> int: ...
-
-    @property
-    def roles(self) -> tuple[Role, ...]: ...
-
-
-def widths(projections: Iterable[_Sized]) -> tuple[set[int], set[int]]:
-    """Input widths of projections and output widths of their roles: those of the shared matrices A and B."""
-    chosen = list(projections)
-    return {p.width for p in chosen}, {role.rows for p in chosen for role in p.roles}
