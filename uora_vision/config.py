@@ -104,6 +104,19 @@ class UoraConfig:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
 
+def chosen(config: UoraConfig | None, options: dict[str, Any]) -> UoraConfig:
+    """The options of a call: those of `config`, or the defaults, with single ones changed.
+
+    Raises:
+        OptionError: `config` is no config, or an option does not exist.
+    """
+    if config is not None and not isinstance(config, UoraConfig):
+        raise OptionError(
+            f"config takes a UoraConfig, got {config!r:.60}; single options are keywords: rank=..., targets=..."
+        )
+    return (config or UoraConfig()).replace(**options)
+
+
 def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import UoraConfig
+from ..config import UoraConfig, chosen
 from ..structure.planning import planned
 from ..structure.survey import Survey
 from .apply import apply_plan, take_out
@@ -49,7 +49,7 @@ def inject(
     library = check_room(survey, name)
     active = library.active if library else None
     with disabled(model) if library else nullcontext():
-        what = planned(survey, (config or UoraConfig()).replace(**options), example_input)
+        what = planned(survey, chosen(config, options), example_input)
     apply_plan(survey, what, name)
     if example_input is not None:
         try:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..config import UoraConfig
+from ..config import UoraConfig, chosen
 from ..errors import ConfigError, TargetError
 from ..tables import render
 from ..weights.quantised import is_quantised
@@ -92,7 +92,7 @@ def plan(model: nn.Module, config: UoraConfig | None = None, *, example_input: A
         ConfigError, OptionError: an option is wrong.
         TargetError: nothing in the model matches a term.
     """
-    return planned(Survey(model), (config or UoraConfig()).replace(**options), example_input)
+    return planned(Survey(model), chosen(config, options), example_input)
 
 
 def planned(survey: Survey, config: UoraConfig, example_input: Any = None) -> Plan:
@@ -112,9 +112,9 @@ def planned(survey: Survey, config: UoraConfig, example_input: Any = None) -> Pl
             "targets='conv' adapts convolutions as flattened matrices, targets='other' other Linear layers; for a "
             "transformer of your own see uora_vision.register_rule."
         )
-    chosen = _match(found, config.targets) - _match(found, config.exclude)
-    chosen &= _in_blocks(found, config.blocks)
-    if not chosen:
+    asked = _match(found, config.targets) - _match(found, config.exclude)
+    asked &= _in_blocks(found, config.blocks)
+    if not asked:
         raise TargetError(
             f"targets {'+'.join(config.targets)!r}, exclude {'+'.join(config.exclude)!r} and blocks {config.blocks} "
             f"together leave nothing; this model has: {_inventory(found)}"
@@ -123,7 +123,7 @@ def planned(survey: Survey, config: UoraConfig, example_input: Any = None) -> Pl
     for finding in findings:
         site = finding.site
         mine = range(number, number := number + len(finding.roles))
-        roles = tuple(role for i, role in zip(mine, finding.roles, strict=True) if i in chosen)
+        roles = tuple(role for i, role in zip(mine, finding.roles, strict=True) if i in asked)
         if roles:
             projections.append(
                 Projection(

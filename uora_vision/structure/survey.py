@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..weights.kinds import check_module
 from .candidates import Site, find_sites
 from .heads import head_names, output_names
 from .hidden import Hidden, find_hidden, stand_in
@@ -40,9 +41,13 @@ class Survey:
 
     Args:
         model: with or without adapters.
+
+    Raises:
+        OptionError: this is no model.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        check_module(model)
         self.model = model
 
     @classmethod
