@@ -131,7 +131,7 @@ def test_every_package_that_is_imported_is_declared() -> None:
         "        if name.partition('.')[0] in ('numpy', 'rich', 'timm', 'transformers', 'typer'):\n"
         "            raise ModuleNotFoundError(name)\n"
         "sys.meta_path.insert(0, Block())\n"
-        "import uora_vision"
+        "from uora_vision import *"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=root)
     assert declared == {"torch", "safetensors", "rich", "lazy-loader", "numpy"}

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import UoraWarning
 from ..maths import linear
 from ..maths.bank import Bank
 from ..maths.convolution import Geometry, convolve
+from ..maths.forms import WIDE
 from ..weights.matrix import Form, to_matrix
 from ..weights.role import Role
 
@@ -29,6 +33,9 @@ CHILD = "uora"
 
 REDUCED = "_uora_reduced"
 """Where a bank keeps the `Reduced` of its adapters."""
+
+_CAST = "_uora_cast"
+"""Of a bank: whether it was said that its adapters are cast to a half type."""
 
 
 class Adapter(nn.Module):
@@ -72,6 +79,21 @@ class Adapter(nn.Module):
         self.b = nn.Parameter(torch.zeros(sum(role.rows for role in roles), device=device, dtype=torch.float32))
         self.d = nn.Parameter(torch.full((len(roles), rank), d_init, device=device, dtype=torch.float32))
         self._own: tuple[int, ...] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
+        """As in nn.Module, which moves and casts parameters by it; a cast to a half type is warned of, once a model."""
+        narrow = self.b.dtype not in WIDE
+        super()._apply(fn, recurse)
+        if not narrow and self.b.dtype not in WIDE and not self.bank.__dict__.get(_CAST):
+            self.bank.__dict__[_CAST] = True
+            warnings.warn(
+                f"the adapter's b and d are cast to {self.b.dtype} with the model: steps below half a unit in the last "
+                "place, most of a young adapter's, are rounded away. Cast the base before inject() or load(), which "
+                "keep b and d in float32, or train under torch.autocast.",
+                UoraWarning,
+                stacklevel=2,
+            )
+        return self
 
     def own_name(self, role: int, side: str) -> str:
         """Name of a role's own matrix in the bank's log."""

@@ -22,6 +22,7 @@ from ..maths.redraw_log import Interpolation, pack_log, unpack_log
 from ..weights.sharded import clear, joined
 from .adapter import Adapter, own_matrices
 from .library import active_entry, adapters, bank_of
+from .optimizers import DecayWatch, check_optimizer, warn_of_decay
 
 if TYPE_CHECKING:
     import numpy as np
@@ -104,11 +105,15 @@ class Reinitializer:
         interpolation: `linear`, or `spherical`, which keeps the matrices orthonormal.
         relative: whether tau is a multiple of the role's median |d|.
         reset_moments: whether the optimizer's moments of a fired d_i are set to 0.
-        optimizer: needed for `reset_moments`.
+        optimizer: that trains the adapter; it is looked at here, and needed for `reset_moments`.
 
     Raises:
         StateError: the model is not injected.
-        ConfigError: an option cannot be used.
+        ConfigError: an option cannot be used, or the optimizer lacks some b or d.
+
+    Warns:
+        UoraWarning: the optimizer lets b or d decay. Without an optimizer, the same is seen in a step in which no
+            gradient reaches d, as in the first one after `inject`. Also if d is of a half type.
     """
 
     def __init__(
@@ -159,8 +164,15 @@ class Reinitializer:
         self._members = self._group()
         self._counts = torch.zeros(len(self._places), rank, dtype=torch.int64, device=self._device)
         self._history: list[Tensor] = []
+        if optimizer is not None:
+            check_optimizer(optimizer, model)
+        self._watch = None if optimizer is not None else DecayWatch(self._d())
         # The log of a model that was trained before goes on; it holds one redraw of a matrix per step.
         self.steps = self.bank.log[-1].step if self.bank.log else 0
+
+    def _d(self) -> Tensor:
+        """Every d of the adapter, (roles, r)."""
+        return joined([a.d.detach() for a in self._adapters.values()])
 
     @property
     def _device(self) -> torch.device:
@@ -199,7 +211,10 @@ class Reinitializer:
         if self._places[0][0] not in (active_entry(self.model).modules or ()):
             raise StateError("another adapter is active than the one that this Reinitializer was made for")
         self.steps += 1
-        d = joined([a.d for a in self._adapters.values()]).abs()
+        d = self._d()
+        watch = self._watch if self.optimizer is None else None
+        decayed = watch.decayed(d) if watch else d.new_zeros((), dtype=torch.bool)
+        d = d.abs()
         tau = self.threshold(self.steps) if callable(self.threshold) else self.threshold
         if not (_is_number(tau) and tau >= 0):
             raise ConfigError(
@@ -208,9 +223,14 @@ class Reinitializer:
         below = d < (tau * d.median(dim=1, keepdim=True).values if self.relative else tau)
         self._counts = self._counts.to(d.device)
         self._counts += below
-        # Both in one transfer: it is the step's only wait for the device.
-        below, fired = torch.stack([below, below & (self._counts % self.every == 0)]).cpu()
-        if not fired.any():
+        seen = torch.stack([below, below & (self._counts % self.every == 0), decayed.expand_as(below)])
+        # All in one transfer: it is the step's only wait for the device.
+        below, fired, _ = seen = seen.cpu()
+        _, fires, decays = seen.flatten(1).any(dim=1).tolist()
+        if decays:
+            self._watch = None
+            warn_of_decay()
+        if not fires:
             return 0
         fired = self._redraw_layers(fired) if self.scope == "layer" else self._redraw_shared(fired, below)
         places = fired.nonzero()
