@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, UoraWarning
+from ..tables import shortened
 from .library import adapters
 
 
@@ -37,14 +38,14 @@ def check_optimizer(optimizer: Any, model: nn.Module) -> None:
         frozen = " They are frozen: set requires_grad_(True) on them." if _any_frozen(vectors, missing) else ""
         raise ConfigError(
             f"the optimizer has {len(vectors) - len(missing)} of the {len(vectors)} vectors b and d of the adapter; it "
-            f"lacks {_short(missing)}. Make it after inject() or activate(), of uora_vision.param_groups(model, "
+            f"lacks {shortened(missing, 4)}. Make it after inject() or activate(), of uora_vision.param_groups(model, "
             f"lr=...).{frozen}"
         )
     decaying = [name for name, p in vectors.items() if decay[id(p)]]
     if decaying:
         warnings.warn(
-            f"the optimizer lets {len(decaying)} of the {len(vectors)} vectors b and d decay ({_short(decaying)}): a d "
-            f"under weight decay falls below the threshold by itself and is re-drawn. {REMEDY}",
+            f"{len(decaying)} of the {len(vectors)} vectors b and d decay in this optimizer ({shortened(decaying, 4)}): "
+            f"a d under weight decay falls below the threshold by itself and is re-drawn. {REMEDY}",
             UoraWarning,
             stacklevel=3,
         )
@@ -89,7 +90,3 @@ def _of_deepspeed(optimizer: Any) -> bool:
 
 def _any_frozen(vectors: dict[str, nn.Parameter], names: list[str]) -> bool:
     return any(not vectors[name].requires_grad for name in names)
-
-
-def _short(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -15,6 +15,7 @@ from ..maths.bank import Bank
 from ..private import no_steps_in_backward
 from ..structure.example import call, float_tensors
 from ..structure.survey import Survey
+from ..tables import shortened
 from .adapter import Adapter
 from .library import active_entry, adapters_in
 
@@ -52,8 +53,8 @@ def verify(model: nn.Module, example_input: Any) -> dict[str, float]:
     frozen = [a.name for a in adapters if not (a.b.requires_grad and a.d.requires_grad)]
     if frozen:
         raise DeadAdapterError(
-            f"{len(frozen)} of {len(adapters)} adapters are frozen: {_short(frozen)}. Something after inject() has set "
-            "requires_grad to False on their b or d; set it to True, or freeze only what has no '.uora' in its name."
+            f"{len(frozen)} of {len(adapters)} adapters are frozen: {shortened(frozen)}. Something after inject() has "
+            "set requires_grad to False on their b or d: set it to True, or freeze the rest by name."
         )
     parts = {name: t for name, t in entry.base.items() if isinstance(t, nn.Parameter)}
     with _as_before(model), _noise(model, adapters):
@@ -63,16 +64,17 @@ def verify(model: nn.Module, example_input: Any) -> dict[str, float]:
         dead = {name: why for name, (_, why) in alive.items() if why}
     if dead:
         raise DeadAdapterError(
-            f"{len(dead)} of {len(norms)} adapters would not train on this input: {_short(list(dead.values()), '; ')}. "
-            "Exclude them, or give an input on which the model uses them. In a base that is not pretrained, frozen "
-            "norms or gates that start at zero (SwinV2, layer scale) stop every gradient."
+            f"{len(dead)} of {len(norms)} adapters would not train on this input: "
+            f"{shortened(list(dead.values()), between='; ')}. Exclude them, or give an input on which the model uses "
+            "them. In a base that is not pretrained, frozen norms or gates that start at zero (SwinV2, layer scale) "
+            "stop every gradient."
         )
     still, reached = _in_training(model, example_input, adapters, parts)
     if still:
         raise DeadAdapterError(
             f"{len(still)} of {len(norms)} adapters get a gradient in evaluation mode, but not as the model trains: "
-            f"{_short(list(still.values()), '; ')}. Reentrant checkpointing stops every gradient where its inputs need "
-            "none, as behind a frozen embedding: use torch.utils.checkpoint with use_reentrant=False "
+            f"{shortened(list(still.values()), between='; ')}. Reentrant checkpointing stops every gradient where its "
+            "inputs need none, as behind a frozen embedding: use torch.utils.checkpoint with use_reentrant=False "
             "(gradient_checkpointing_kwargs={'use_reentrant': False}), or enable_input_require_grads()."
         )
     left = [f"{n} is frozen" if not p.requires_grad else f"{n} gets no gradient" for n, p in parts.items()
@@ -80,7 +82,7 @@ def verify(model: nn.Module, example_input: Any) -> dict[str, float]:
     if left:
         warnings.warn(
             f"the adapters train, but of {len(parts)} trained parts of the base {len(left)} would not on this input: "
-            f"{_short(left, '; ')}",
+            f"{shortened(left, between='; ')}",
             UoraWarning,
             stacklevel=2,
         )
@@ -193,7 +195,3 @@ def _as_before(model: nn.Module) -> Iterator[None]:
                 t.copy_(value)
         for m, training in flags.items():
             m.training = training
-
-
-def _short(items: list[str], between: str = ", ") -> str:
-    return between.join(items[:8]) + (f"{between}and {len(items) - 8} more" if len(items) > 8 else "")

@@ -12,11 +12,11 @@ from torch import nn
 
 from ..config import UoraConfig, chosen
 from ..errors import ConfigError, TargetError
-from ..tables import render
+from ..tables import render, shortened
 from ..weights.quantised import is_quantised
 from ..weights.role import ATTENTION, CONV, MLP, OTHER, Role
 from .checks import check_model, check_weights
-from .corrections import Difference, corrected, differences, uses_of
+from .corrections import Difference, corrected, differences, followed, uses_of
 from .survey import Survey
 from .targets import GROUPS, Projection, Skipped
 from .trace import trace
@@ -33,12 +33,15 @@ class Plan:
         skipped: weights that are left.
         differences: where a trace showed the weights to adapt otherwise than the rules have them; the plan follows the
             trace. None if there was no example input to trace.
+        unfollowed: paths of the weights to adapt of which the trace shows no more than that they are used, if that:
+            what the model does with their output was lost to it.
     """
 
     config: UoraConfig
     projections: tuple[Projection, ...]
     skipped: tuple[Skipped, ...]
     differences: tuple[Difference, ...] | None = None
+    unfollowed: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -52,6 +55,7 @@ class Plan:
             "projections": [{"path": p.path, **asdict(p)} for p in self.projections],
             "skipped": [asdict(s) for s in self.skipped],
             "differences": None if self.differences is None else [asdict(d) for d in self.differences],
+            "unfollowed": list(self.unfollowed),
         }
 
     def to_json(self) -> str:
@@ -75,8 +79,16 @@ class Plan:
         text = render(title, ("role", "count", "out x in", "reached", "rule or reason", "parameters"), table)
         if self.differences is None:
             return text
+        total = len(self.projections)
+        if not self.differences and not self.unfollowed:
+            return f"{text}\nThe trace confirms it: it followed {total} of {total} weights."
+        if self.unfollowed:
+            text += (
+                f"\nThe trace followed {total - len(self.unfollowed)} of {total} weights. What the model does with the "
+                f"output of the others it does not show: {shortened(self.unfollowed)}."
+            )
         if not self.differences:
-            return f"{text}\nThe trace confirms it."
+            return text
         rows_ = [(d.path, d.kind, d.message) for d in self.differences]
         return text + render("What the trace shows otherwise", ("weight", "", "trace"), rows_)
 
@@ -144,13 +156,14 @@ def planned(survey: Survey, config: UoraConfig, example_input: Any = None) -> Pl
             skipped.append(Skipped(site.path, site.shape, "not asked for" if finding.roles and not outside else reason))
     check_weights(survey, projections)
     adapted = {p.path for p in projections}
-    differing = None
+    differing, lost = None, ()
     if seen is not None:
         ruled = [f for f in ruled if f.site.path in adapted]
         # Kernels take the codes of a quantised weight out of sight.
         hidden = {f.site.path for f in ruled if is_quantised(f.site.weight)}
         differing = tuple(d for d in differences(ruled, seen) if d.kind != "unused" or d.path not in hidden)
-    return Plan(config, tuple(projections), tuple(skipped), differing)
+        lost = tuple(f.site.path for f in findings if f.site.path in adapted and not followed(f, seen))
+    return Plan(config, tuple(projections), tuple(skipped), differing, lost)
 
 
 def _match(found: list[tuple[Finding, Role]], terms: Any) -> set[int]:
