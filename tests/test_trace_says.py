@@ -19,11 +19,11 @@ class Attention(nn.Module):
         self.qkv, self.proj, self.leave = nn.Linear(32, 96), nn.Linear(32, 32), leave
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.qkv(x)
+        b, n, c = x.shape
+        y = self.qkv(x).reshape(b, n, 3, 4, c // 4)
         if self.leave:
             y = torch.from_numpy(y.detach().numpy().copy())
-        b, n, c = x.shape
-        q, k, v = y.reshape(b, n, 3, 4, c // 4).permute(2, 0, 3, 1, 4)
+        q, k, v = y.permute(2, 0, 3, 1, 4)
         return self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from ..config import UoraConfig, chosen
+from ..errors import UoraWarning
 from ..structure.planning import planned
 from ..structure.survey import Survey
 from .apply import apply_plan, take_out
@@ -44,6 +46,10 @@ def inject(
         StateError: the model already has an adapter of that name.
         ConfigError, OptionError, TargetError: see `plan`.
         DeadAdapterError: see `verify`.
+
+    Warns:
+        UoraWarning: parts of the model look new and do not train wholly; all are named, with the option that trains
+            them. `train=()` says that this is meant.
     """
     survey = Survey(model)
     library = check_room(survey, name)
@@ -51,6 +57,8 @@ def inject(
     with disabled(model) if library else nullcontext():
         what = planned(survey, chosen(config, options), example_input)
     apply_plan(survey, what, name)
+    if what.new:
+        warnings.warn(what.news, UoraWarning, stacklevel=2)
     if example_input is not None:
         try:
             verify(model, example_input)

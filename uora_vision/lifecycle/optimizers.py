@@ -44,8 +44,8 @@ def check_optimizer(optimizer: Any, model: nn.Module) -> None:
     decaying = [name for name, p in vectors.items() if decay[id(p)]]
     if decaying:
         warnings.warn(
-            f"{len(decaying)} of the {len(vectors)} vectors b and d decay in this optimizer ({shortened(decaying, 4)}): "
-            f"a d under weight decay falls below the threshold by itself and is re-drawn. {REMEDY}",
+            f"{len(decaying)} of the {len(vectors)} vectors b and d decay in the optimizer ({shortened(decaying, 3)}) "
+            f"and a d that decays falls below the threshold by itself and is re-drawn. {REMEDY}",
             UoraWarning,
             stacklevel=3,
         )

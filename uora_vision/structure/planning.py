@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import json
+import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
-from ..config import UoraConfig, chosen
+from ..config import BasePart, UoraConfig, chosen
 from ..errors import ConfigError, TargetError
 from ..tables import render, shortened
 from ..weights.quantised import is_quantised
 from ..weights.role import ATTENTION, CONV, MLP, OTHER, Role
 from .checks import check_model, check_weights
 from .corrections import Difference, corrected, differences, followed, uses_of
+from .heads import matching
+from .paths import lies_within
 from .survey import Survey
 from .targets import GROUPS, Projection, Skipped
 from .trace import trace
@@ -35,6 +40,8 @@ class Plan:
             trace. None if there was no example input to trace.
         unfollowed: paths of the weights to adapt of which the trace shows no more than that they are used, if that:
             what the model does with their output was lost to it.
+        trained: paths of the modules and parameters of the base that train wholly, besides norms and biases.
+        new: paths of modules that look new and do not train wholly. `train` takes them.
     """
 
     config: UoraConfig
@@ -42,11 +49,18 @@ class Plan:
     skipped: tuple[Skipped, ...]
     differences: tuple[Difference, ...] | None = None
     unfollowed: tuple[str, ...] = ()
+    trained: tuple[str, ...] = ()
+    new: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
         """Number of parameters that the adapters would train."""
         return sum(p.parameters(self.config.rank) for p in self.projections)
+
+    @property
+    def news(self) -> str:
+        """What looks new and does not train wholly, and the option that trains it."""
+        return say_new(self.new, self.config.train)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -56,6 +70,8 @@ class Plan:
             "skipped": [asdict(s) for s in self.skipped],
             "differences": None if self.differences is None else [asdict(d) for d in self.differences],
             "unfollowed": list(self.unfollowed),
+            "trained": list(self.trained),
+            "new": list(self.new),
         }
 
     def to_json(self) -> str:
@@ -71,12 +87,20 @@ class Plan:
                 key = (role.kind, f"{role.rows} x {p.shape[1]}", ", ".join(p.seen) or reach, p.rule)
                 rows[key] += 1
                 counts[key] += role.rows + rank
-        for s in self.skipped:
-            rows["", f"{s.shape[0]} x {s.shape[1]}", "left", s.reason] += 1
         table = [(label, n, shape, what, why, f"{counts[key]:,}" if counts[key] else "")
                  for key, n in rows.items() for label, shape, what, why in [key]]  # fmt: skip
         title = f"{len(self.projections)} weights to adapt at rank {rank}: {self.parameters:,} parameters"
         text = render(title, ("role", "count", "out x in", "reached", "rule or reason", "parameters"), table)
+        left = Counter(
+            (re.sub(r"(?<![^.])\d+(?![^.])", "*", s.path), f"{s.shape[0]} x {s.shape[1]}", s.reason)
+            for s in self.skipped
+        )
+        text += "\n" + render("Left as it is", ("path", "count", "out x in", "reason"),
+                              [(path, n, shape, why) for (path, shape, why), n in left.items()])  # fmt: skip
+        if self.trained:
+            text += f"\nTrains wholly: {', '.join(self.trained)}."
+        if self.new:
+            text += f"\n{self.news}"
         if self.differences is None:
             return text
         total = len(self.projections)
@@ -124,6 +148,7 @@ def planned(survey: Survey, config: UoraConfig, example_input: Any = None) -> Pl
             "targets='conv' adapts convolutions as flattened matrices, targets='other' other Linear layers; for a "
             "transformer of your own see uora_vision.register_rule."
         )
+    trained, new = trained_parts(survey, config.train)
     asked = _match(found, config.targets) - _match(found, config.exclude)
     asked &= _in_blocks(found, config.blocks)
     if not asked:
@@ -136,6 +161,9 @@ def planned(survey: Survey, config: UoraConfig, example_input: Any = None) -> Pl
         site = finding.site
         mine = range(number, number := number + len(finding.roles))
         roles = tuple(role for i, role in zip(mine, finding.roles, strict=True) if i in asked)
+        if finding.roles and lies_within(site.path, trained):
+            skipped.append(Skipped(site.path, site.shape, "trains wholly"))
+            continue
         if roles:
             projections.append(
                 Projection(
@@ -163,7 +191,38 @@ def planned(survey: Survey, config: UoraConfig, example_input: Any = None) -> Pl
         hidden = {f.site.path for f in ruled if is_quantised(f.site.weight)}
         differing = tuple(d for d in differences(ruled, seen) if d.kind != "unused" or d.path not in hidden)
         lost = tuple(f.site.path for f in findings if f.site.path in adapted and not followed(f, seen))
-    return Plan(config, tuple(projections), tuple(skipped), differing, lost)
+    return Plan(config, tuple(projections), tuple(skipped), differing, lost, trained, new)
+
+
+def trained_parts(survey: Survey, train: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Paths of what trains wholly, and of what looks new and does not.
+
+    Raises:
+        TargetError: a path or pattern fits nothing.
+    """
+    parts, terms = survey.parts, [term for term in train if term not in get_args(BasePart)]
+    names = [*survey.modules, *survey.weights]
+    found = matching(terms, names)
+    for term, paths in found.items():
+        if not paths:
+            near = [n for n in names if n.endswith(f".{term}")] or difflib.get_close_matches(term, names, 3)
+            hint = f"; there are {shortened(near)}" if near else ""
+            raise TargetError(
+                f"train={term!r} is neither {', '.join(get_args(BasePart))} nor the path of a module or parameter{hint}"
+            )
+    paths = [path for paths in found.values() for path in paths]
+    paths = [path for path in paths if not any(path != other and lies_within(path, (other,)) for other in paths)]
+    trained = (*(parts.heads if "head" in train else ()), *paths)
+    return trained, tuple(path for path in parts.new if not lies_within(path, trained)) if train else ()
+
+
+def say_new(new: Sequence[str], train: Sequence[str]) -> str:
+    """That some parts look new and do not train wholly, and the option that trains them."""
+    option = (*train, *new) if len(new) <= 4 else (*train, new[0], "...")
+    return (
+        f"{len(new)} {'part' if len(new) == 1 else 'parts'} of the model may be new, and would stay frozen or get "
+        f"a low-rank update: {shortened(new)}. What was not pretrained trains wholly with train={tuple(option)!r}."
+    )
 
 
 def _match(found: list[tuple[Finding, Role]], terms: Any) -> set[int]:
