@@ -109,7 +109,7 @@ def find_parts(
     outputs += [head for head in heads if any(lies_within(path, (head,)) for path in outputs)]
     heads = [p for p in dict.fromkeys(heads) if not lies_within(p, tuple(outputs))]
     if not roots:
-        new += _behind(modules, blocks, (*heads, *outputs))
+        new += _behind(kinds, blocks, (*heads, *outputs))
     return Parts(tuple(heads), tuple(p for p in dict.fromkeys(new) if not lies_within(p, heads)), tuple(outputs))
 
 
@@ -149,12 +149,15 @@ def _sort(
             heads.append(inner)
 
 
-def _behind(modules: Mapping[str, nn.Module], blocks: Mapping[str, str | None], known: tuple[str, ...]) -> list[str]:
-    """What comes after the last block of a model that nobody knows, and holds a layer of its own."""
+def _behind(kinds: Mapping[str, str], blocks: Mapping[str, str | None], known: tuple[str, ...]) -> list[str]:
+    """What comes after the last block of a model that nobody knows, with a layer of its own. Blocks have attention,
+    if any has; two layers alone behind them are a head, several pairs are blocks too."""
     paths = list(blocks)
-    last = max((i for i, p in enumerate(paths) if blocks[p] is not None), default=len(paths))
-    behind = [p for p in paths[last + 1 :] if not lies_within(p, known)]
-    return list(dict.fromkeys(_top(p, [b for b in blocks.values() if b]) for p in behind))
+    attending = {b for p, b in blocks.items() if b and kinds.get(p) == ATTENTION}
+    real = sorted(attending or {b for b in blocks.values() if b})
+    last = max((i for i, p in enumerate(paths) if blocks[p] in real), default=len(paths))
+    tops = dict.fromkeys(_top(p, real) for p in paths[last + 1 :] if not lies_within(p, known))
+    return [top for top in tops if len({b for b in blocks.values() if b and lies_within(b, (top,))}) < 2]
 
 
 def _top(path: str, blocks: list[str]) -> str:

@@ -54,6 +54,8 @@ def walk(
     }
     blocks = _blocks({path: (decided[path][0].path, kind) for path, kind in kinds.items()})
     parts = find_parts(model, modules, kinds, {path: blocks.get(path) for path in decided})
+    attending = [path for path, kind in kinds.items() if kind == ATTENTION]
+    plain = [new for new in parts.new if not any(lies_within(path, (new,)) for path in attending)]
     numbers: dict[str, int] = {}
     findings = []
     for site in sites:
@@ -63,7 +65,7 @@ def walk(
             rule, roles = "part of the head", ()
         elif lies_within(site.path, parts.outputs):
             rule, roles = "output embedding", ()
-        elif block is None and kinds.get(site.path) == MLP and lies_within(site.path, parts.new):
+        elif kinds.get(site.path) == MLP and lies_within(site.path, plain):
             rule, roles = _left(site)  # two layers behind the last block are a head, and no MLP of the base
         projects = block is not None and any(role.group not in (CONV, OTHER) for role in roles)
         number = numbers.setdefault(block, len(numbers)) if projects and block is not None else None
