@@ -94,7 +94,8 @@ def find_parts(
     """
     roots = [p for p, m in modules.items() if _is_base(m)]
     roots = [p for p in roots if not any(p != other and lies_within(p, (other,)) for other in roots)]
-    heads, new, outputs = [*head_names(model, modules)], [], [*output_names(model, modules)]
+    heads, outputs = [*head_names(model, modules)], [*output_names(model, modules)]
+    new: list[str] = []
     for root in roots:
         within = {p[len(root) :].lstrip("."): m for p, m in modules.items() if lies_within(p, (root,)) or not root}
         base, own = modules[root], output_names(modules[root], within)

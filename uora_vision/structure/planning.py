@@ -60,7 +60,7 @@ class Plan:
     @property
     def news(self) -> str:
         """What looks new and does not train wholly, and the option that trains it."""
-        return say_new(self.new, self.config.train)
+        return say_new(self.new, tuple(self.config.train))
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -148,7 +148,7 @@ def planned(survey: Survey, config: UoraConfig, example_input: Any = None) -> Pl
             "targets='conv' adapts convolutions as flattened matrices, targets='other' other Linear layers; for a "
             "transformer of your own see uora_vision.register_rule."
         )
-    trained, new = trained_parts(survey, config.train)
+    trained, new = trained_parts(survey, tuple(config.train))
     asked = _match(found, config.targets) - _match(found, config.exclude)
     asked &= _in_blocks(found, config.blocks)
     if not asked:
@@ -184,7 +184,7 @@ def planned(survey: Survey, config: UoraConfig, example_input: Any = None) -> Pl
             skipped.append(Skipped(site.path, site.shape, "not asked for" if finding.roles and not outside else reason))
     check_weights(survey, projections)
     adapted = {p.path for p in projections}
-    differing, lost = None, ()
+    differing, lost = None, tuple[str, ...]()
     if seen is not None:
         ruled = [f for f in ruled if f.site.path in adapted]
         # Kernels take the codes of a quantised weight out of sight.
