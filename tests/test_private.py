@@ -131,3 +131,13 @@ def test_importing_the_package_takes_nothing_heavy() -> None:
         "import sys, uora_vision; print([m for m in ('timm', 'transformers', 'open_clip', 'rich') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_hooks_after_a_gradient_is_added_up() -> None:
+    p, seen = nn.Parameter(torch.ones(2)), []
+    p.register_post_accumulate_grad_hook(lambda _: seen.append(1))
+    with private.no_steps_in_backward([p, torch.ones(1)]):
+        p.sum().backward()
+    assert not seen
+    p.sum().backward()
+    assert seen == [1]

@@ -10,6 +10,7 @@ from .errors import (
     StateError,
     TargetError,
     UoraError,
+    UoraWarning,
 )  # fmt: skip
 from .lifecycle.counts import Summary, summary
 from .lifecycle.injection import inject, remove
@@ -47,6 +48,7 @@ __all__ = [
     "ThresholdWave",
     "UoraConfig",
     "UoraError",
+    "UoraWarning",
     "__version__",
     "activate",
     "active_adapter",

@@ -40,7 +40,9 @@ class UoraConfig:
         token_sampling: while training, the gradients of b and d of a Linear layer are estimated, without bias, from one
             token drawn out of every `token_sampling`. Time and saved activations fall, noise rises:
             docs/performance.md. 1 for the exact gradients.
-        train: parts of the base that train besides: any of `head`, `norm`, `bias`.
+        train: parts of the base that train besides: any of `head`, `norm`, `bias`, and paths of modules or parameters,
+            or patterns over these (`decoder`, `*.embed_tokens`, as PEFT's modules_to_save); they are not adapted then.
+            Heads are what is named so and what stands around a base model; see `plan`.
     """
 
     rank: int = 256
@@ -53,7 +55,7 @@ class UoraConfig:
     init: Init = "haar"
     dropout: float = 0.0
     token_sampling: int = 1
-    train: BasePart | Iterable[BasePart] = ("head",)
+    train: str | Iterable[str] = ("head",)
 
     def __post_init__(self) -> None:
         set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
@@ -82,8 +84,6 @@ class UoraConfig:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if not self.targets:
             raise ConfigError("targets is empty; name what to adapt, such as 'attention+mlp'")
-        if unknown := set(self.train) - set(get_args(BasePart)):
-            raise ConfigError(f"train takes {', '.join(get_args(BasePart))}; got {', '.join(sorted(unknown))}")
 
     def replace(self, **options: Any) -> UoraConfig:
         """A copy with some options changed.
@@ -102,6 +102,19 @@ class UoraConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `UoraConfig(**d)` is its inverse."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+
+def chosen(config: UoraConfig | None, options: dict[str, Any]) -> UoraConfig:
+    """The options of a call: those of `config`, or the defaults, with single ones changed.
+
+    Raises:
+        OptionError: `config` is no config, or an option does not exist.
+    """
+    if config is not None and not isinstance(config, UoraConfig):
+        raise OptionError(
+            f"config takes a UoraConfig, got {config!r:.60}; single options are keywords: rank=..., targets=..."
+        )
+    return (config or UoraConfig()).replace(**options)
 
 
 def _is_whole(value: object) -> bool:

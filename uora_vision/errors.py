@@ -1,4 +1,8 @@
-"""Every error this library raises on purpose derives from `UoraError` and the built-in type that fits."""
+"""Errors raised on purpose derive from `UoraError` and the built-in type that fits; warnings are `UoraWarning`s."""
+
+
+class UoraWarning(UserWarning):
+    """Something works, and probably not as it was meant: a part that stays frozen, a vector that decays."""
 
 
 class UoraError(Exception):

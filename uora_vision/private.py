@@ -8,6 +8,8 @@ them goes away. Not listed are the three registries of nn.Module, `_parameters`,
 from __future__ import annotations
 
 import types
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,8 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 __all__ = [
     "BITSANDBYTES_PACKS", "TORCH_UNSENT", "ComputedFlatWeights", "forget_flat_weights", "is_wrapped", "name_or_path",
-    "packed_for_inference", "pads", "renew_flat_weights", "seen_through", "tree_leaves", "tree_map", "tree_map_only",
-    "unseen", "unwrapped",
+    "no_steps_in_backward", "packed_for_inference", "pads", "renew_flat_weights", "seen_through", "tree_leaves",
+    "tree_map", "tree_map_only", "unseen", "unwrapped",
 ]  # fmt: skip
 
 TORCH_UNSENT = "_ddp_params_and_buffers_to_ignore"
@@ -65,6 +67,22 @@ def seen_through(function: Any) -> Any:
     copy = types.FunctionType(function.__code__, own, function.__name__, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
+
+
+@contextmanager
+def no_steps_in_backward(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, a backward pass does not run what was registered to happen after a gradient is added up, as the step of
+    an optimizer is that keeps no gradients. torch gives no public way to take such a hook off that another registered.
+    """
+    there = [hooks for p in parameters if (hooks := getattr(p, "_post_accumulate_grad_hooks", None))]
+    before = [dict(hooks) for hooks in there]
+    for hooks in there:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, known in zip(there, before, strict=True):
+            hooks.update(known)
 
 
 unseen = torch._C.DisableTorchFunction

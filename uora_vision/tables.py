@@ -1,4 +1,4 @@
-"""Tables as text, through rich."""
+"""Tables as text, through rich, and lists that may be long."""
 
 from __future__ import annotations
 
@@ -24,3 +24,8 @@ def render(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]],
     with console.capture() as captured:
         console.print(table)
     return "\n".join(line.rstrip() for line in captured.get().rstrip().splitlines())
+
+
+def shortened(items: Sequence[str], most: int = 8, between: str = ", ") -> str:
+    """The first of some items, and how many more there are."""
+    return between.join(items[:most]) + (f"{between}and {len(items) - most} more" if len(items) > most else "")

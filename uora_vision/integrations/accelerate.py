@@ -53,12 +53,14 @@ def prepare_reinitializer(
 
     Raises:
         StateError: the model is not injected, or was not prepared by this accelerator.
-        ConfigError: an option cannot be used.
+        ConfigError: an option cannot be used, or the optimizer lacks some b or d. One that decays them is warned of
+            (`UoraWarning`).
     """
     inner = injected_in(model)
     if _index(accelerator._models, inner) is None:
         raise StateError("accelerator.prepare() comes first, then prepare_reinitializer() with what it returned")
-    reinit = AcceleratedReinitializer(inner, innermost(optimizer), **options)
+    reinit = AcceleratedReinitializer(inner, optimizer, **options)
+    reinit.optimizer = innermost(optimizer)
 
     def whole(models: list[nn.Module], i: int) -> nn.Module:
         return accelerator.unwrap_model(models[i], keep_torch_compile=False)

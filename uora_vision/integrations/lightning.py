@@ -14,6 +14,7 @@ except ImportError:
 
 from ..errors import StateError
 from ..lifecycle.library import adapters, bank_of
+from ..lifecycle.optimizers import check_optimizer
 from ..lifecycle.reinit import Reinitializer
 from .state import after_step, frozen_names, injected_in, keep_missing_base
 
@@ -29,6 +30,7 @@ class UoraCallback(Callback):
 
     Raises, in fit:
         StateError: the module holds no injected model, no optimizer trains it, or a checkpoint has no such state.
+        ConfigError: the optimizer that has d lacks some of b and d. One that decays them is warned of (`UoraWarning`).
     """
 
     def __init__(self, **options: Any) -> None:
@@ -53,7 +55,10 @@ class UoraCallback(Callback):
         optimizer = next((o for o in trainer.optimizers if _trains(o, model)), None)
         if optimizer is None:
             raise StateError("no optimizer has the adapter's d; configure_optimizers must give it, see param_groups()")
+        made = self.reinit
         reinit = self._reinit(model, optimizer)
+        if reinit is made:  # else it has looked at the optimizer itself
+            check_optimizer(optimizer, model)
         reinit.optimizer = optimizer
         # Not a hook of Lightning: they also come after a step that the gradient scaler skipped.
         self._ends.append(after_step(optimizer, reinit.step))

@@ -11,7 +11,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from ..errors import StateError
 from ..lifecycle.library import bank_of
+from ..lifecycle.optimizers import check_optimizer
 from ..lifecycle.reinit import Reinitializer
+from ..lifecycle.trained_parts import param_groups
 from ..storage.folder import TENSOR_FILE
 from ..storage.save_load import save
 from .state import after_step, injected_in, innermost, restore, trained_d
@@ -30,6 +32,7 @@ class UoraCallback(TrainerCallback):
 
     Raises, when training begins:
         StateError: the model is not injected, or there is no state to resume from.
+        ConfigError: the optimizer lacks some b or d. One that decays them is warned of (`UoraWarning`).
     """
 
     def __init__(self, **options: Any) -> None:
@@ -49,7 +52,9 @@ class UoraCallback(TrainerCallback):
     ) -> None:
         model, optimizer = injected_in(given["model"]), innermost(given["optimizer"])
         if self.reinit is None or self.reinit.bank is not bank_of(model):
-            self.reinit = Reinitializer(model, optimizer=optimizer, **self.options)
+            self.reinit = Reinitializer(model, optimizer=given["optimizer"], **self.options)
+        else:
+            check_optimizer(given["optimizer"], model)
         self.reinit.optimizer = optimizer
         if state.global_step:
             self._load(model, [f for f in (self.resumed, args.resume_from_checkpoint) if f], args, state.global_step)
@@ -106,17 +111,31 @@ def adapter_only(base: type[T]) -> type[T]:
     """A Trainer, derived from `base`, whose checkpoints hold an adapter (see `save`) in place of the whole model.
 
     Resuming and `load_best_model_at_end` read it, and `load(model, folder)` reads what `save_model(folder)` writes.
-    The trainer's model must be the injected one. Its `UoraCallback`s are attached.
+    The trainer's model must be the injected one. Its `UoraCallback`s are attached. The optimizer gets the groups of
+    `param_groups`, in which b and d do not decay, and takes one argument more:
+
+        trainer = adapter_only(Trainer)(model=model, args=args, head_lr=1e-3, callbacks=[UoraCallback()])
+
+    Args of the class that is returned:
+        head_lr: learning rate of the head; that of the arguments if None.
     """
 
     class AdapterOnly(base):  # type: ignore[misc, valid-type]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
+        def __init__(self, *args: Any, head_lr: float | None = None, **kwargs: Any) -> None:
+            self.head_lr = head_lr
             super().__init__(*args, **kwargs)
             for callback in self._uora():
                 callback.attach(self)
 
         def _uora(self) -> list[UoraCallback]:
             return [c for c in self.callback_handler.callbacks if isinstance(c, UoraCallback)]
+
+        def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+            given = self.optimizer is not None
+            optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+            if not given:
+                _regroup(optimizer, self.model, self.head_lr, self.args.weight_decay)
+            return optimizer
 
         def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
             if not self.args.should_save:
@@ -136,6 +155,28 @@ def adapter_only(base: type[T]) -> type[T]:
 
     AdapterOnly.__name__ = AdapterOnly.__qualname__ = f"AdapterOnly{base.__name__}"
     return AdapterOnly
+
+
+def _regroup(optimizer: Any, model: torch.nn.Module, head_lr: float | None, weight_decay: float) -> None:
+    """Give a fresh optimizer the groups of `param_groups`. One whose groups have options of their own (GaLore), or that
+    is none of torch's, keeps its groups, and the callback looks at them."""
+    plain = isinstance(optimizer, torch.optim.Optimizer)
+    if not plain or any(group.keys() - optimizer.defaults.keys() - {"params"} for group in optimizer.param_groups):
+        return
+    lr = optimizer.defaults["lr"]
+    groups = param_groups(injected_in(model), lr, head_lr, weight_decay)
+    held = {id(p) for group in groups for p in group["params"]}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in held]
+    for name, params in (
+        ("outside", [p for p in rest if p.dim() > 1]),
+        ("outside_vectors", [p for p in rest if p.dim() < 2]),
+    ):
+        rate = lr if head_lr is None else head_lr
+        groups.append({"name": name, "params": params, "lr": rate, "weight_decay": weight_decay * (name == "outside")})
+    optimizer.param_groups.clear()
+    for group in groups:
+        if group["params"]:
+            optimizer.add_param_group(group)
 
 
 def _folders(args: TrainingArguments, step: int) -> list[Path]:

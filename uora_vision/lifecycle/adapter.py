@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import UoraWarning
 from ..maths import linear
 from ..maths.bank import Bank
 from ..maths.convolution import Geometry, convolve
+from ..maths.forms import WIDE
 from ..maths.update import Update
 from ..maths.widths import OwnMatrix
 from ..weights.matrix import Form, to_matrix
@@ -20,6 +24,9 @@ CHILD = "uora"
 
 REDUCED = "_uora_reduced"
 """Where a bank keeps the `Reduced` of its adapters."""
+
+_CAST = "_uora_cast"
+"""Of a bank: whether it was said that its adapters are cast to a half type."""
 
 
 class Adapter(nn.Module):
@@ -67,6 +74,21 @@ class Adapter(nn.Module):
     def own(self, role: int) -> tuple[OwnMatrix, OwnMatrix]:
         """A and B that a role may have of its own."""
         return self.bank.widths.own(self.bank.config.layout, self.origin, self.width, self.roles[role])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
+        """As in nn.Module, which moves and casts parameters by it; a cast to a half type is warned of, once a model."""
+        narrow = self.b.dtype not in WIDE
+        super()._apply(fn, recurse)
+        if not narrow and self.b.dtype not in WIDE and not self.bank.__dict__.get(_CAST):
+            self.bank.__dict__[_CAST] = True
+            warnings.warn(
+                f"the adapter's b and d are cast to {self.b.dtype} with the model: steps below half a unit in the last "
+                "place, most of a young adapter's, are rounded away. Cast the base before inject() or load(), which "
+                "keep b and d in float32, or train under torch.autocast.",
+                UoraWarning,
+                stacklevel=2,
+            )
+        return self
 
     def refresh_own(self, role: int) -> None:
         """Take over a role's own rows from the bank, after they were re-drawn there.

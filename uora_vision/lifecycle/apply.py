@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import UoraWarning
 from ..maths.bank import Bank
 from ..maths.forms import WIDE
 from ..maths.redraw_log import BankState
@@ -52,6 +53,7 @@ def apply_plan(
         warnings.warn(
             f"{len(coarse)} weights ({coarse[0]}, ...) are read by the model itself and stored in a half type: small "
             "updates to them are rounded away. Keep the base in float32 and use torch.autocast.",
+            UoraWarning,
             stacklevel=3,
         )
     entry = Entry(config, layout, bank or bank_for(model, what), {}, state or BankState(), vector)
@@ -142,5 +144,5 @@ def _copy(t: Tensor, trains: bool = False) -> Tensor:
 def _trains(name: str, p: Tensor) -> bool:
     if p.is_floating_point() or p.is_complex():
         return True
-    warnings.warn(f"{name} is of {p.dtype} and does not train", stacklevel=4)
+    warnings.warn(f"{name} is of {p.dtype} and does not train", UoraWarning, stacklevel=4)
     return False

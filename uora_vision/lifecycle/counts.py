@@ -6,9 +6,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..structure.paths import lies_within
+from ..structure.planning import say_new
+from ..structure.survey import Survey
 from ..tables import render
 from ..weights.quantised import full_shape
-from .library import adapters
+from .library import active_entry, adapters_in
 
 
 @dataclass(frozen=True, repr=False)
@@ -21,6 +24,8 @@ class Summary:
         adapter_parameters: trained by the adapters.
         other_trained: trained besides (head, norms, biases).
         total: parameters of the base.
+        new: paths of modules that look new and do not train wholly.
+        train: the option of the adapter.
     """
 
     rows: tuple[tuple[str, int, str, int], ...]
@@ -28,6 +33,8 @@ class Summary:
     adapter_parameters: int
     other_trained: int
     total: int
+    new: tuple[str, ...] = ()
+    train: tuple[str, ...] = ()
 
     @property
     def trained(self) -> int:
@@ -38,12 +45,13 @@ class Summary:
         rows: list[tuple[object, ...]] = [(*row, share(row[3])) for row in self.rows]
         rows.append(("head and other base parts", "", "", self.other_trained, share(self.other_trained)))
         count = sum(row[1] for row in self.rows)
-        return render(
+        table = render(
             f"UORA at rank {self.rank} on {self.total:,} frozen or trained base parameters",
             ("role", "count", "out x in", "trained", "share of base"),
             rows,
             ("total", count, "", self.trained, share(self.trained)),
         )
+        return f"{table}\n{say_new(self.new, self.train)}" if self.new else table
 
 
 def summary(model: nn.Module) -> Summary:
@@ -52,7 +60,11 @@ def summary(model: nn.Module) -> Summary:
     Raises:
         StateError: the model is not injected.
     """
-    found = adapters(model)
+    survey, train = Survey(model), tuple(active_entry(model).config.train)
+    found = adapters_in(survey)
+    flags = {name: held.tensor.requires_grad for name, held in survey.parameters.items()}
+    frozen = [name for name, trains in flags.items() if not trains]
+    new = [path for path in survey.parts.new if any(lies_within(name, (path,)) for name in frozen)]
     rank = next(iter(found.values())).d.shape[1]
     rows: dict[tuple[str, str], list[int]] = {}
     for adapter in found.values():
@@ -71,4 +83,6 @@ def summary(model: nn.Module) -> Summary:
         adapter_parameters=mine,
         other_trained=trained - mine + frozen_vectors,
         total=everything - mine,
+        new=tuple(new) if train else (),
+        train=train,
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..config import UoraConfig
+from ..config import UoraConfig, chosen
+from ..errors import UoraWarning
 from ..structure.planning import planned
 from ..structure.survey import Survey
 from .apply import apply_plan, take_out
@@ -44,13 +46,19 @@ def inject(
         StateError: the model already has an adapter of that name.
         ConfigError, OptionError, TargetError: see `plan`.
         DeadAdapterError: see `verify`.
+
+    Warns:
+        UoraWarning: parts of the model look new and do not train wholly; all are named, with the option that trains
+            them. `train=()` says that this is meant.
     """
     survey = Survey(model)
     library = check_room(survey, name)
     active = library.active if library else None
     with disabled(model) if library else nullcontext():
-        what = planned(survey, (config or UoraConfig()).replace(**options), example_input)
+        what = planned(survey, chosen(config, options), example_input)
     apply_plan(survey, what, name)
+    if what.new:
+        warnings.warn(what.news, UoraWarning, stacklevel=2)
     if example_input is not None:
         try:
             verify(model, example_input)

@@ -13,14 +13,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import StateError
+from ..errors import OptionError, StateError
 from ..maths.bank import Bank
 from ..maths.redraw_log import BankState
 from ..private import TORCH_UNSENT
 from ..structure.paths import joined
 from ..structure.survey import Survey, held_at
 from ..structure.targets import Projection
-from ..weights.kinds import is_adapted
+from ..weights.kinds import check_module, is_adapted
 from ..weights.sharded import is_sharded
 from .adapter import CHILD, Adapter, child
 from .entry import Entry, holders, place
@@ -46,8 +46,11 @@ def check_room(survey: Survey, name: str) -> Library | None:
 
     Raises:
         StateError: there is no room for one of that name.
+        OptionError: this is no model, or no name.
     """
     model = survey.model
+    if not isinstance(name, str) or not name:
+        raise OptionError(f"the name of an adapter must be a string that is not empty, got {name!r}")
     if LIBRARY in model.__dict__:
         library = library_of(model)
         if name in library.entries:
@@ -226,6 +229,7 @@ def library_of(model: nn.Module) -> Library:
     Raises:
         StateError: there are none.
     """
+    check_module(model)
     library = model.__dict__.get(LIBRARY)
     if MERGED in model.__dict__:
         raise StateError(f"the adapters of this {type(model).__name__} are merged reversibly; unmerge() it first")

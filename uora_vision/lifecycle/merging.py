@@ -14,7 +14,7 @@ from ..errors import ConfigError, DeadAdapterError, StateError
 from ..maths.forms import folded
 from ..structure.example import call, evaluating, float_tensors
 from ..structure.survey import Survey
-from ..weights.kinds import raw
+from ..weights.kinds import check_module, raw
 from ..weights.matrix import from_matrix, to_matrix
 from ..weights.quantised import dequantised, float_type, is_quantised
 from .adapter import CHILD, Adapter
@@ -29,8 +29,9 @@ class MergeReport:
     Args:
         weights: number of merged weights.
         weight_error: largest |stored - exact| over all entries of the merged weights, from rounding to their type.
-        output_error: largest |merged - unmerged| of the outputs in eval mode, None without an example input.
-        output_scale: largest |output| of the unmerged model, None without an example input.
+        output_error: largest |merged - unmerged| of the outputs in eval mode, None without an example input or where
+            no output is of floats, as where the model gives labels.
+        output_scale: largest |output| of the unmerged model, None where output_error is.
     """
 
     weights: int
@@ -101,6 +102,7 @@ def merge(
         ConfigError: a share is not finite, or `shares` comes with `reversible`.
         DeadAdapterError: a merged weight would not be finite; nothing is changed.
     """
+    check_module(model)
     if MERGED in model.__dict__:
         raise StateError("this model is merged already; unmerge() it first")
     library = library_of(model)
@@ -156,13 +158,13 @@ def merge(
             weights[name].copy_(weight)
     _replace(model, plain)
     report = MergeReport(len(merged), max(error for _, error in merged.values()))
-    if before is not None:
+    if before:
         after = _outputs(model, example_input)
-        error = max((x - y).abs().max().item() for x, y in zip(before, after or [], strict=True))
-        report = MergeReport(report.weights, report.weight_error, error, max(x.abs().max().item() for x in before))
+        error = max(_size(x - y) for x, y in zip(before, after or [], strict=True))
+        report = MergeReport(report.weights, report.weight_error, error, max(map(_size, before)))
     if on_report is not None:
         on_report(report)
-    elif before is not None:
+    elif example_input is not None and shares is None:
         print(report)
     return model
 
@@ -180,6 +182,7 @@ def unmerge(model: nn.Module) -> nn.Module:
         StateError: the model was not merged reversibly, or its weights were replaced, cast or reshaped since; it stays
             merged then.
     """
+    check_module(model)
     merged = model.__dict__.get(MERGED)
     if not isinstance(merged, Merged):
         raise StateError(f"this {type(model).__name__} was not merged with merge(model, reversible=True)")
@@ -295,6 +298,11 @@ def _replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
     for path, module in list(model.named_modules(remove_duplicate=False)) if new else ():
         if module in new:
             model.set_submodule(path, new[module])
+
+
+def _size(t: Tensor) -> float:
+    """Largest |entry|, 0 if there is none."""
+    return t.abs().max().item() if t.numel() else 0.0
 
 
 def _outputs(model: nn.Module, example_input: Any) -> list[Tensor] | None:

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +22,10 @@ from ..maths.redraw_log import Interpolation, pack_log, unpack_log
 from ..weights.sharded import clear, joined
 from .adapter import Adapter
 from .library import active_entry, adapters, bank_of
+from .optimizers import DecayWatch, check_optimizer, warn_of_decay
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Scope = Literal["shared", "quorum", "layer"]
 
@@ -41,11 +44,20 @@ class ThresholdSchedule(Protocol):
 
 @dataclass(frozen=True)
 class AlphaDecay:
-    """Alpha falls with every firing of an index, to a floor: a helper in the author's code."""
+    """Alpha falls by `by` with every firing of an index, from `start` to `floor`: a helper in the author's code.
+
+    Raises:
+        ConfigError: it would not fall, or leave [0, 1].
+    """
 
     start: float = 1.0
     by: float = 0.05
     floor: float = 0.5
+
+    def __post_init__(self) -> None:
+        numbers = all(map(_is_number, (self.start, self.by, self.floor)))
+        if not numbers or not 0 <= self.floor <= self.start <= 1 or self.by < 0:
+            raise ConfigError(f"AlphaDecay needs 0 <= floor <= start <= 1 and by >= 0, got {self}")
 
     def __call__(self, draws: Tensor) -> Tensor:
         return (self.start - self.by * draws.to(torch.float64)).clamp(min=self.floor)
@@ -53,12 +65,23 @@ class AlphaDecay:
 
 @dataclass(frozen=True)
 class ThresholdWave:
-    """The threshold goes up from `low` to `high` and down again by `by` every `steps`, as in the author's code."""
+    """The threshold goes up from `low` to `high` and down again by `by` every `steps`, as in the author's code.
+
+    Raises:
+        ConfigError: the numbers give no such wave.
+    """
 
     low: float = 1e-6
     high: float = 1e-4
     by: float = 1e-6
     steps: int = 1000
+
+    def __post_init__(self) -> None:
+        numbers = all(map(_is_number, (self.low, self.high, self.by)))
+        if not numbers or not 0 <= self.low <= self.high or self.by <= 0:
+            raise ConfigError(f"ThresholdWave needs 0 <= low <= high and by > 0, got {self}")
+        if not _is_whole(self.steps):
+            raise ConfigError(f"ThresholdWave needs a whole number of at least 1 as steps, got {self}")
 
     def __call__(self, step: int) -> float:
         span = max(1, round((self.high - self.low) / self.by))
@@ -82,11 +105,15 @@ class Reinitializer:
         interpolation: `linear`, or `spherical`, which keeps the matrices orthonormal.
         relative: whether tau is a multiple of the role's median |d|.
         reset_moments: whether the optimizer's moments of a fired d_i are set to 0.
-        optimizer: needed for `reset_moments`.
+        optimizer: that trains the adapter; it is looked at here, and needed for `reset_moments`.
 
     Raises:
         StateError: the model is not injected.
-        ConfigError: an option cannot be used.
+        ConfigError: an option cannot be used, or the optimizer lacks some b or d.
+
+    Warns:
+        UoraWarning: the optimizer lets b or d decay. Without an optimizer, the same is seen in a step in which no
+            gradient reaches d, as in the first one after `inject`. Also if d is of a half type.
     """
 
     def __init__(
@@ -106,7 +133,7 @@ class Reinitializer:
             raise ConfigError(f"threshold must be finite and at least 0, got {threshold!r}")
         if not callable(alpha) and not (_is_number(alpha) and 0 <= alpha <= 1):
             raise ConfigError(f"alpha must be in [0, 1], got {alpha!r}")
-        if not isinstance(every, int) or every < 1:
+        if not _is_whole(every):
             raise ConfigError(f"every must be a whole number of at least 1, got {every!r}")
         if not (_is_number(quorum) and 0 < quorum <= 1):
             raise ConfigError(f"quorum must be in (0, 1], got {quorum!r}")
@@ -137,8 +164,15 @@ class Reinitializer:
         self._members = self._group()
         self._counts = torch.zeros(len(self._places), rank, dtype=torch.int64, device=self._device)
         self._history: list[Tensor] = []
+        if optimizer is not None:
+            check_optimizer(optimizer, model)
+        self._watch = None if optimizer is not None else DecayWatch(self._d())
         # The log of a model that was trained before goes on; it holds one redraw of a matrix per step.
         self.steps = self.bank.log[-1].step if self.bank.log else 0
+
+    def _d(self) -> Tensor:
+        """Every d of the adapter, (roles, r)."""
+        return joined([a.d.detach() for a in self._adapters.values()])
 
     @property
     def _device(self) -> torch.device:
@@ -156,7 +190,10 @@ class Reinitializer:
 
     def history(self) -> np.ndarray:
         """Every firing so far, (n, 3) int64: optimizer step, layer number (see `layers`), index."""
-        return torch.cat([torch.zeros(0, 3, dtype=torch.int64), *self._history]).numpy()
+        return self._firings().numpy()
+
+    def _firings(self) -> Tensor:
+        return torch.cat([torch.zeros(0, 3, dtype=torch.int64), *self._history])
 
     @torch.no_grad()
     def step(self) -> int:
@@ -174,14 +211,26 @@ class Reinitializer:
         if self._places[0][0] not in (active_entry(self.model).modules or ()):
             raise StateError("another adapter is active than the one that this Reinitializer was made for")
         self.steps += 1
-        d = joined([a.d for a in self._adapters.values()]).abs()
+        d = self._d()
+        watch = self._watch if self.optimizer is None else None
+        decayed = watch.decayed(d) if watch else d.new_zeros((), dtype=torch.bool)
+        d = d.abs()
         tau = self.threshold(self.steps) if callable(self.threshold) else self.threshold
+        if not (_is_number(tau) and tau >= 0):
+            raise ConfigError(
+                f"the schedule of the threshold must give a finite number of at least 0, and gave {tau!r}"
+            )
         below = d < (tau * d.median(dim=1, keepdim=True).values if self.relative else tau)
         self._counts = self._counts.to(d.device)
         self._counts += below
-        # Both in one transfer: it is the step's only wait for the device.
-        below, fired = torch.stack([below, below & (self._counts % self.every == 0)]).cpu()
-        if not fired.any():
+        seen = torch.stack([below, below & (self._counts % self.every == 0), decayed.expand_as(below)])
+        # All in one transfer: it is the step's only wait for the device.
+        below, fired, _ = seen = seen.cpu()
+        _, fires, decays = seen.flatten(1).any(dim=1).tolist()
+        if decays:
+            self._watch = None
+            warn_of_decay()
+        if not fires:
             return 0
         fired = self._redraw_layers(fired) if self.scope == "layer" else self._redraw_shared(fired, below)
         places = fired.nonzero()
@@ -197,7 +246,7 @@ class Reinitializer:
         return {
             "steps": self.steps,
             "counts": self._counts.cpu().clone(),
-            "history": torch.from_numpy(self.history()),
+            "history": self._firings(),
             "log": log,
             "matrices": matrices,
             "layers": self.layers,
@@ -261,7 +310,17 @@ class Reinitializer:
 
     def _alphas(self, matrix: str, indices: Tensor) -> Tensor:
         if callable(self.alpha):
-            return self.alpha(self.bank.draws(matrix)[indices])
+            alphas = self.alpha(self.bank.draws(matrix)[indices])
+            if (
+                not isinstance(alphas, Tensor)
+                or alphas.shape != indices.shape
+                or not ((alphas >= 0) & (alphas <= 1)).all()
+            ):
+                raise ConfigError(
+                    f"the schedule of alpha must give {len(indices)} shares in [0, 1], one a direction, and gave "
+                    f"{alphas!r}"
+                )
+            return alphas
         return torch.full((len(indices),), float(self.alpha), dtype=torch.float64)
 
     def _clear_moments(self, fired: Tensor) -> None:
@@ -277,4 +336,8 @@ class Reinitializer:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
+from ..config import BasePart
+from ..structure.heads import matching
 from ..structure.paths import lies_within
 from ..structure.survey import Survey
-from .library import adapters_in
+from .library import LIBRARY, active_entry, adapters_in
 
 
 def trained_base(survey: Survey) -> dict[str, Tensor]:
@@ -22,15 +24,31 @@ def trained_base(survey: Survey) -> dict[str, Tensor]:
 
 
 def base_parameters(survey: Survey, parts: Iterable[str]) -> list[str]:
-    """Names of the base's parameters that belong to `head`, `norm` or `bias`; of a tied one the first."""
+    """Names of the base's parameters that train: those of heads, norms and biases, and of paths and patterns, as asked;
+    of a tied one the first.
+
+    A part of a wrapper or around a base model, which only its place makes a head, is left where it was frozen beside
+    others that train: that was done on purpose.
+    """
+    terms = [part for part in parts if part not in get_args(BasePart)]
+    paths = [path for found in matching(terms, [*survey.modules, *survey.weights]).values() for path in found]
+    library = survey.model.__dict__.get(LIBRARY)
+    flags = library.flags if library else {n: held.tensor.requires_grad for n, held in survey.parameters.items()}
+    kept = {name for name, flag in flags.items() if not flag} if any(flags.values()) else set()
     first = {id(held.tensor): name for name, held in survey.parameters.items()}
     chosen = []
     for name, (module, key) in survey.weights.items():
-        head = lies_within(name, survey.heads)
+        full = first[id(module._parameters[key])]
+        head = lies_within(full, survey.parts.heads) and (full not in kept or lies_within(full, survey.heads))
         norm = "norm" in type(module).__name__.lower()
         bias = key == "bias" or key.endswith("_bias")
-        if ("head" in parts and head) or ("norm" in parts and norm) or ("bias" in parts and bias):
-            chosen.append(first[id(module._parameters[key])])
+        if (
+            lies_within(name, paths)
+            or ("head" in parts and head)
+            or ("norm" in parts and norm)
+            or ("bias" in parts and bias)
+        ):
+            chosen.append(full)
     return list(dict.fromkeys(chosen))
 
 
@@ -45,7 +63,7 @@ def param_groups(
 
     Args:
         lr: learning rate of b and d, and of norms and biases that train.
-        head_lr: of the head; `lr` if None.
+        head_lr: of heads and of what `train` named by its path; `lr` if None.
         weight_decay: of the head's matrices. Vectors never decay: a decaying d would fire by itself.
 
     Returns:
@@ -56,14 +74,18 @@ def param_groups(
     """
     survey = Survey(model)
     vectors = {id(p) for adapter in adapters_in(survey).values() for p in adapter.parameters()}
+    asked = [term for term in active_entry(model).config.train if term not in ("norm", "bias")]
+    heads = {id(survey.tensors[name].tensor) for name in base_parameters(survey, asked)} | {
+        id(held.tensor) for name, held in survey.parameters.items() if lies_within(name, survey.parts.heads)
+    }
     groups: dict[str, list[nn.Parameter]] = {"adapter": [], "base": [], "head": [], "head_vectors": []}
-    for name, (module, key) in survey.parameters.items():
+    for module, key in survey.parameters.values():
         p = module._parameters[key]
         assert p is not None
         if id(p) in vectors:
             groups["adapter"].append(p)
         elif p.requires_grad:
-            in_head = lies_within(name, survey.heads)
+            in_head = id(p) in heads
             groups[("head" if p.dim() > 1 else "head_vectors") if in_head else "base"].append(p)
     rates = {"adapter": lr, "base": lr}
     return [

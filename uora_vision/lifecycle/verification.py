@@ -1,82 +1,197 @@
-"""Proof that every adapter trains: none is silently out of the model's path."""
+"""Whether every adapter gets a gradient, on an example and as the model stands."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import DeadAdapterError
-from ..structure.example import call, evaluating, float_tensors
+from ..errors import DeadAdapterError, UoraWarning
+from ..maths.bank import Bank
+from ..private import no_steps_in_backward
+from ..structure.example import call, float_tensors
 from ..structure.survey import Survey
-from .library import adapters_in
+from ..tables import shortened
+from .adapter import Adapter
+from .library import active_entry, adapters_in
+
+TRIES = 16
+"""How often a run in training mode is repeated while an adapter gets no gradient: chance may leave out its layer."""
 
 
 def verify(model: nn.Module, example_input: Any) -> dict[str, float]:
-    """One forward and backward with b (and trained parts that are all zero, as fresh heads are) set to small random
-    values, and a look at every gradient.
+    """Run the model forward and backward, in evaluation mode and as it trains, and look at the gradients of b and d.
 
-    Parameters, buffers, gradients, training flags and random state are as before afterwards.
+    As it trains: with its hooks, its checkpointing and what is frozen in it; in training mode, as its modules stand if
+    any of them is in training mode. For this b, and trained parts that are all zero, as fresh heads are, have small
+    random values. Parameters, buffers, gradients, training flags and random state are as before afterwards.
+
+    What this does not show: that the loss of the training uses this output, or that the optimizer has b and d
+    (`Reinitializer` looks at the optimizer).
 
     Args:
         model: an injected model.
         example_input: its input: a tensor, a tuple of arguments or a dict of keyword arguments.
 
     Returns:
-        The norm of the gradient of every role's b, by name (`blocks.0.attn.qkv.q`).
+        The norm of the gradient of every role's b in evaluation mode, by name (`blocks.0.attn.qkv.q`).
 
     Raises:
-        DeadAdapterError: names the adapters whose b or d gets no gradient, or one that is not finite.
-    """
-    survey = Survey(model)
-    adapters = list(adapters_in(survey).values())
-    vectors = [p for adapter in adapters for p in (adapter.b, adapter.d)]
-    device = vectors[0].device
-    wanted = [p.requires_grad for p in vectors]
-    # A fresh head is often all zeros and hides every adapter from the loss until its first step.
-    mine = {id(p) for p in vectors}
-    trained = [held.tensor for held in survey.parameters.values()]
-    zero = [t for t in trained if t.requires_grad and id(t) not in mine and not t.any()]
-    changed: list[Tensor] = [*(adapter.b for adapter in adapters), *zero]
-    saved = [t.detach().clone() for t in changed]
-    generator, noise = torch.Generator(device).manual_seed(0), torch.Generator().manual_seed(0)
-    try:
-        with evaluating(model), torch.enable_grad():
-            for p in vectors:
-                p.requires_grad_(True)
-            with torch.no_grad():
-                for t in changed:
-                    t.normal_(std=0.1, generator=generator)
-            output = call(model, example_input)
-            outputs = float_tensors(output)
-            loss = sum((t.float() * torch.randn(t.shape, generator=noise).to(t.device)).sum() for t in outputs)
-            grads: Sequence[Tensor | None] = [None] * len(vectors)
-            if isinstance(loss, Tensor) and loss.requires_grad:
-                grads = torch.autograd.grad(loss, vectors, allow_unused=True)
-    finally:
-        with torch.no_grad():
-            for t, value in zip(changed, saved, strict=True):
-                t.copy_(value)
-        for p, want in zip(vectors, wanted, strict=True):
-            p.requires_grad_(want)
+        StateError: the model is not injected.
+        DeadAdapterError: names the adapters whose b or d is frozen, or gets no gradient, or one that is not finite.
 
-    norms, dead = {}, []
-    for adapter, grad_b, grad_d in zip(adapters, grads[::2], grads[1::2], strict=True):
-        first = 0
+    Warns:
+        UoraWarning: a trained part of the base (a head) is frozen or gets no gradient, or the model does not run in
+            training mode on this input, so that it was seen in evaluation mode alone.
+    """
+    entry = active_entry(model)
+    adapters = list(adapters_in(Survey(model)).values())
+    frozen = [a.name for a in adapters if not (a.b.requires_grad and a.d.requires_grad)]
+    if frozen:
+        raise DeadAdapterError(
+            f"{len(frozen)} of {len(adapters)} adapters are frozen: {shortened(frozen)}. Something after inject() has "
+            "set requires_grad to False on their b or d: set it to True, or freeze the rest by name."
+        )
+    parts = {name: t for name, t in entry.base.items() if isinstance(t, nn.Parameter)}
+    with _as_before(model), _noise(model, adapters):
+        model.eval()
+        alive = _alive(adapters, _backward(model, example_input))
+        norms = {name: norm for name, (norm, _) in alive.items()}
+        dead = {name: why for name, (_, why) in alive.items() if why}
+    if dead:
+        raise DeadAdapterError(
+            f"{len(dead)} of {len(norms)} adapters would not train on this input: "
+            f"{shortened(list(dead.values()), between='; ')}. Exclude them, or give an input on which the model uses "
+            "them. In a base that is not pretrained, frozen norms or gates that start at zero (SwinV2, layer scale) "
+            "stop every gradient."
+        )
+    still, reached = _in_training(model, example_input, adapters, parts)
+    if still:
+        raise DeadAdapterError(
+            f"{len(still)} of {len(norms)} adapters get a gradient in evaluation mode, but not as the model trains: "
+            f"{shortened(list(still.values()), between='; ')}. Reentrant checkpointing stops every gradient where its "
+            "inputs need none, as behind a frozen embedding: use torch.utils.checkpoint with use_reentrant=False "
+            "(gradient_checkpointing_kwargs={'use_reentrant': False}), or enable_input_require_grads()."
+        )
+    left = [f"{n} is frozen" if not p.requires_grad else f"{n} gets no gradient" for n, p in parts.items()
+            if not p.requires_grad or n not in reached]  # fmt: skip
+    if left:
+        warnings.warn(
+            f"the adapters train, but of {len(parts)} trained parts of the base {len(left)} would not on this input: "
+            f"{shortened(left, between='; ')}",
+            UoraWarning,
+            stacklevel=2,
+        )
+    return norms
+
+
+def _in_training(
+    model: nn.Module, example_input: Any, adapters: list[Adapter], parts: dict[str, nn.Parameter]
+) -> tuple[dict[str, str], set[str]]:
+    """Which adapters get no gradient in training mode, and which parts of the base do. Several runs count as one."""
+    dead: dict[str, str] | None = None
+    reached: set[str] = set()
+    training = any(m.training for m in model.modules() if not isinstance(m, Bank | Adapter))
+    with _as_before(model), _noise(model, adapters):
+        if not training:
+            model.train()
+        for _ in range(TRIES):
+            try:
+                backward = _backward(model, example_input)
+            except Exception as error:  # broad on purpose: some models want labels, or more samples, to train
+                warnings.warn(
+                    "the gradients were looked at in evaluation mode alone; in training mode the model does not run on "
+                    f"this input: {type(error).__name__}: {error}",
+                    UoraWarning,
+                    stacklevel=3,
+                )
+                model.eval()
+                backward = _backward(model, example_input)
+            found = {name: why for name, (_, why) in _alive(adapters, backward).items() if why}
+            reached |= {name for name, p in parts.items() if p.grad is not None and p.grad.any()}
+            dead = found if dead is None else {name: why for name, why in dead.items() if name in found}
+            if not dead:
+                break
+    return dead or {}, reached
+
+
+def _backward(model: nn.Module, example_input: Any) -> Callable[[], None]:
+    """The forward pass; what is returned does the backward one. Not by torch.autograd.grad, which reentrant checkpoints
+    refuse."""
+    for p in model.parameters():
+        p.grad = None
+    noise = torch.Generator().manual_seed(0)
+    outputs = list(float_tensors(call(model, example_input)))
+
+    def backward() -> None:
+        loss = sum((t.float() * torch.randn(t.shape, generator=noise).to(t.device)).sum() for t in outputs)
+        if isinstance(loss, Tensor) and loss.requires_grad:
+            loss.backward()
+
+    return backward
+
+
+def _alive(adapters: list[Adapter], backward: Callable[[], None]) -> dict[str, tuple[float, str]]:
+    """The norm of the gradient of every role's b, and what is wrong with it, "" if nothing is."""
+    backward()
+    found = {}
+    for adapter in adapters:
+        grad_b, grad_d, first = adapter.b.grad, adapter.d.grad, 0
         for k, role in enumerate(adapter.roles):
             b = 0.0 if grad_b is None else grad_b[first : first + role.rows].norm().item()
             d = 0.0 if grad_d is None else grad_d[k].norm().item()
             first += role.rows
-            norms[f"{adapter.name}.{role.name}"] = b
-            if not (0 < b < float("inf") and 0 < d < float("inf")):
-                dead.append(f"{adapter.name}.{role.name} (gradient norm of b {b:g}, of d {d:g})")
-    if dead:
-        shown = "; ".join(dead[:8]) + (f"; and {len(dead) - 8} more" if len(dead) > 8 else "")
-        raise DeadAdapterError(
-            f"{len(dead)} of {len(norms)} adapters would not train on this input: {shown}. Exclude them, or give an "
-            "input on which the model uses them. In a base that is not pretrained, frozen norms or gates that start at "
-            "zero (SwinV2, layer scale) stop every gradient."
-        )
-    return norms
+            name = f"{adapter.name}.{role.name}"
+            trains = 0 < b < float("inf") and 0 < d < float("inf")
+            found[name] = b, "" if trains else f"{name} (gradient norm of b {b:g}, of d {d:g})"
+    return found
+
+
+@contextmanager
+def _noise(model: nn.Module, adapters: list[Adapter]) -> Iterator[None]:
+    """Inside, b and trained parts that are all zero have small random values: with b = 0, d gets no gradient, and a
+    head of zeros hides every adapter from the loss until its first step."""
+    device = adapters[0].b.device
+    mine = {id(p) for a in adapters for p in (a.b, a.d)}
+    zero = [p for p in model.parameters() if p.requires_grad and id(p) not in mine and not p.any()]
+    changed = [*(a.b for a in adapters), *zero]
+    saved = [p.detach().clone() for p in changed]
+    generator = torch.Generator(device).manual_seed(0)
+    try:
+        with torch.no_grad():
+            for p in changed:
+                p.normal_(std=0.1, generator=generator)
+        yield
+    finally:
+        with torch.no_grad():
+            for p, value in zip(changed, saved, strict=True):
+                p.copy_(value)
+
+
+@contextmanager
+def _as_before(model: nn.Module) -> Iterator[None]:
+    """Inside, gradients are enabled; afterwards gradients, buffers, training flags and random state are as before."""
+    flags = {m: m.training for m in model.modules()}
+    gradients = [(p, p.grad) for p in model.parameters()]
+    buffers = [
+        (m, key, t, t.detach().clone())
+        for m in model.modules() if not isinstance(m, Bank | Adapter)
+        for key, t in m._buffers.items() if t is not None
+    ]  # fmt: skip
+    devices = sorted({p.device.index for p, _ in gradients if p.is_cuda})
+    try:
+        with torch.random.fork_rng(devices), torch.enable_grad(), no_steps_in_backward(model.parameters()):
+            yield
+    finally:
+        for p, grad in gradients:
+            p.grad = grad
+        with torch.no_grad():
+            for m, key, t, value in buffers:
+                m._buffers[key] = t
+                t.copy_(value)
+        for m, training in flags.items():
+            m.training = training

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..errors import FormatError, StateError
+from ..errors import FormatError, StateError, UoraWarning
 from ..lifecycle.library import LIBRARY
 from ..structure.paths import lies_within, submodule
 from ..structure.targets import Projection
@@ -124,7 +124,9 @@ def _check_weights(stored: Stored, base: Base, paths: tuple[str, ...]) -> None:
         sketch = base.sketch(paths)
     except (StateError, ImportError, RuntimeError) as reason:
         warnings.warn(
-            f"whether this is the base that the adapter was made for could not be told: {reason}", stacklevel=4
+            f"whether this is the base that the adapter was made for could not be told: {reason}",
+            UoraWarning,
+            stacklevel=4,
         )
         return
     if sketch is not None and made_for.sketch is not None and distance(sketch, made_for.sketch) > CLOSE:

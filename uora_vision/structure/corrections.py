@@ -11,7 +11,7 @@ from ..weights.role import ATTENTION, CONV, OTHER, Role
 from .candidates import Site
 from .paths import joined
 from .rules import COORDINATES
-from .trace import Trace
+from .trace import ROLES, Trace
 from .walk import Finding
 
 TRACED = "seen in the trace"
@@ -25,7 +25,7 @@ class Difference:
         path: of the weight.
         kind: `unused`: the example does not reach it; `reach`: it is read where the rules have it called; `rows`: the
             rules divide its rows otherwise than the model does; `names`: attention takes as q, k or v what the rules,
-            following the model's own names, call otherwise (DaViT's attention over channels).
+            following the model's own names, call otherwise (DaViT's attention over channels), or know nothing of.
         message: what the trace shows.
     """
 
@@ -64,10 +64,10 @@ def corrected(finding: Finding, trace: Trace) -> Finding:
     return replace(finding, roles=(Role(finding.roles[0].name, group, 0, rows),), rule=TRACED)
 
 
-def differences(findings: Iterable[Finding], trace: Trace) -> tuple[Difference, ...]:
-    """Where a trace shows weights otherwise than the rules have them."""
+def differences(ruled: Iterable[Finding], trace: Trace) -> tuple[Difference, ...]:
+    """Where a trace shows weights otherwise than the rules have them, and all that `corrected` makes of it."""
     out: list[Difference] = []
-    for finding in findings:
+    for finding in ruled:
         site, roles = finding.site, finding.roles
         name = parameter_name(site)
         if name in trace.unused or name not in trace.uses:
@@ -85,7 +85,21 @@ def differences(findings: Iterable[Finding], trace: Trace) -> tuple[Difference, 
                 out.append(Difference(site.path, "rows", message))
             elif message := _names_message(within, flows):
                 out.append(Difference(site.path, "names", message))
+            elif (changed := corrected(finding, trace).roles) != roles:
+                kind: Literal["rows", "names"] = "rows" if len(changed) > 1 else "names"
+                out.append(Difference(site.path, kind, f"it is {_listed(changed)}, and called {_listed(roles)}"))
     return tuple(out)
+
+
+def followed(finding: Finding, trace: Trace) -> bool:
+    """Whether a trace saw all that a plan says of a weight: that it is used and, of one that is divided or a query, key
+    or value, where its rows go."""
+    name, roles = parameter_name(finding.site), finding.roles
+    if name not in trace.uses:
+        return False
+    return (
+        name in trace.rows or name in trace.flows or not (len(roles) > 1 or any(set(r.name) <= {*ROLES} for r in roles))
+    )
 
 
 def uses_of(site: Site, trace: Trace) -> tuple[str, ...]:
@@ -134,6 +148,10 @@ def _names_message(roles: tuple[Role, ...], flows: dict[str, tuple[int, ...]]) -
             if role.name != name and role.name in ("q", "k", "v") and mine <= set(rows):
                 return f"rows {_short(rows)} are taken as {name}, and called {role.name}"
     return ""
+
+
+def _listed(roles: tuple[Role, ...]) -> str:
+    return " and ".join(f"{role.name} ({role.rows} rows)" for role in roles)
 
 
 def _short(rows: tuple[int, ...]) -> str:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import json
+import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
-from ..config import UoraConfig
+from ..config import BasePart, UoraConfig, chosen
 from ..errors import ConfigError, TargetError
-from ..tables import render
+from ..tables import render, shortened
 from ..weights.quantised import is_quantised
 from ..weights.role import ATTENTION, CONV, MLP, OTHER, Role
 from .checks import check_model, check_weights
-from .corrections import Difference, corrected, differences, uses_of
+from .corrections import Difference, corrected, differences, followed, uses_of
+from .heads import matching
+from .paths import lies_within
 from .survey import Survey
 from .targets import GROUPS, Projection, Skipped
 from .trace import trace
@@ -33,17 +38,29 @@ class Plan:
         skipped: weights that are left.
         differences: where a trace showed the weights to adapt otherwise than the rules have them; the plan follows the
             trace. None if there was no example input to trace.
+        unfollowed: paths of the weights to adapt of which the trace shows no more than that they are used, if that:
+            what the model does with their output was lost to it.
+        trained: paths of the modules and parameters of the base that train wholly, besides norms and biases.
+        new: paths of modules that look new and do not train wholly. `train` takes them.
     """
 
     config: UoraConfig
     projections: tuple[Projection, ...]
     skipped: tuple[Skipped, ...]
     differences: tuple[Difference, ...] | None = None
+    unfollowed: tuple[str, ...] = ()
+    trained: tuple[str, ...] = ()
+    new: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
         """Number of parameters that the adapters would train."""
         return sum(p.parameters(self.config.rank) for p in self.projections)
+
+    @property
+    def news(self) -> str:
+        """What looks new and does not train wholly, and the option that trains it."""
+        return say_new(self.new, tuple(self.config.train))
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -52,6 +69,9 @@ class Plan:
             "projections": [{"path": p.path, **asdict(p)} for p in self.projections],
             "skipped": [asdict(s) for s in self.skipped],
             "differences": None if self.differences is None else [asdict(d) for d in self.differences],
+            "unfollowed": list(self.unfollowed),
+            "trained": list(self.trained),
+            "new": list(self.new),
         }
 
     def to_json(self) -> str:
@@ -67,16 +87,32 @@ class Plan:
                 key = (role.kind, f"{role.rows} x {p.shape[1]}", ", ".join(p.seen) or reach, p.rule)
                 rows[key] += 1
                 counts[key] += role.rows + rank
-        for s in self.skipped:
-            rows["", f"{s.shape[0]} x {s.shape[1]}", "left", s.reason] += 1
         table = [(label, n, shape, what, why, f"{counts[key]:,}" if counts[key] else "")
                  for key, n in rows.items() for label, shape, what, why in [key]]  # fmt: skip
         title = f"{len(self.projections)} weights to adapt at rank {rank}: {self.parameters:,} parameters"
         text = render(title, ("role", "count", "out x in", "reached", "rule or reason", "parameters"), table)
+        left = Counter(
+            (re.sub(r"(?<![^.])\d+(?![^.])", "*", s.path), f"{s.shape[0]} x {s.shape[1]}", s.reason)
+            for s in self.skipped
+        )
+        text += "\n" + render("Left as it is", ("path", "count", "out x in", "reason"),
+                              [(path, n, shape, why) for (path, shape, why), n in left.items()])  # fmt: skip
+        if self.trained:
+            text += f"\nTrains wholly: {', '.join(self.trained)}."
+        if self.new:
+            text += f"\n{self.news}"
         if self.differences is None:
             return text
+        total = len(self.projections)
+        if not self.differences and not self.unfollowed:
+            return f"{text}\nThe trace confirms it: it followed {total} of {total} weights."
+        if self.unfollowed:
+            text += (
+                f"\nThe trace followed {total - len(self.unfollowed)} of {total} weights. What the model does with the "
+                f"output of the others it does not show: {shortened(self.unfollowed)}."
+            )
         if not self.differences:
-            return f"{text}\nThe trace confirms it."
+            return text
         rows_ = [(d.path, d.kind, d.message) for d in self.differences]
         return text + render("What the trace shows otherwise", ("weight", "", "trace"), rows_)
 
@@ -92,7 +128,7 @@ def plan(model: nn.Module, config: UoraConfig | None = None, *, example_input: A
         ConfigError, OptionError: an option is wrong.
         TargetError: nothing in the model matches a term.
     """
-    return planned(Survey(model), (config or UoraConfig()).replace(**options), example_input)
+    return planned(Survey(model), chosen(config, options), example_input)
 
 
 def planned(survey: Survey, config: UoraConfig, example_input: Any = None) -> Plan:
@@ -112,9 +148,10 @@ def planned(survey: Survey, config: UoraConfig, example_input: Any = None) -> Pl
             "targets='conv' adapts convolutions as flattened matrices, targets='other' other Linear layers; for a "
             "transformer of your own see uora_vision.register_rule."
         )
-    chosen = _match(found, config.targets) - _match(found, config.exclude)
-    chosen &= _in_blocks(found, config.blocks)
-    if not chosen:
+    trained, new = trained_parts(survey, tuple(config.train))
+    asked = _match(found, config.targets) - _match(found, config.exclude)
+    asked &= _in_blocks(found, config.blocks)
+    if not asked:
         raise TargetError(
             f"targets {'+'.join(config.targets)!r}, exclude {'+'.join(config.exclude)!r} and blocks {config.blocks} "
             f"together leave nothing; this model has: {_inventory(found)}"
@@ -123,7 +160,10 @@ def planned(survey: Survey, config: UoraConfig, example_input: Any = None) -> Pl
     for finding in findings:
         site = finding.site
         mine = range(number, number := number + len(finding.roles))
-        roles = tuple(role for i, role in zip(mine, finding.roles, strict=True) if i in chosen)
+        roles = tuple(role for i, role in zip(mine, finding.roles, strict=True) if i in asked)
+        if finding.roles and lies_within(site.path, trained):
+            skipped.append(Skipped(site.path, site.shape, "trains wholly"))
+            continue
         if roles:
             projections.append(
                 Projection(
@@ -144,13 +184,45 @@ def planned(survey: Survey, config: UoraConfig, example_input: Any = None) -> Pl
             skipped.append(Skipped(site.path, site.shape, "not asked for" if finding.roles and not outside else reason))
     check_weights(survey, projections)
     adapted = {p.path for p in projections}
-    differing = None
+    differing, lost = None, tuple[str, ...]()
     if seen is not None:
         ruled = [f for f in ruled if f.site.path in adapted]
         # Kernels take the codes of a quantised weight out of sight.
         hidden = {f.site.path for f in ruled if is_quantised(f.site.weight)}
         differing = tuple(d for d in differences(ruled, seen) if d.kind != "unused" or d.path not in hidden)
-    return Plan(config, tuple(projections), tuple(skipped), differing)
+        lost = tuple(f.site.path for f in findings if f.site.path in adapted and not followed(f, seen))
+    return Plan(config, tuple(projections), tuple(skipped), differing, lost, trained, new)
+
+
+def trained_parts(survey: Survey, train: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Paths of what trains wholly, and of what looks new and does not.
+
+    Raises:
+        TargetError: a path or pattern fits nothing.
+    """
+    parts, terms = survey.parts, [term for term in train if term not in get_args(BasePart)]
+    names = [*survey.modules, *survey.weights]
+    found = matching(terms, names)
+    for term, paths in found.items():
+        if not paths:
+            near = [n for n in names if n.endswith(f".{term}")] or difflib.get_close_matches(term, names, 3)
+            hint = f"; there are {shortened(near)}" if near else ""
+            raise TargetError(
+                f"train={term!r} is neither {', '.join(get_args(BasePart))} nor the path of a module or parameter{hint}"
+            )
+    paths = [path for paths in found.values() for path in paths]
+    paths = [path for path in paths if not any(path != other and lies_within(path, (other,)) for other in paths)]
+    trained = (*(parts.heads if "head" in train else ()), *paths)
+    return trained, tuple(path for path in parts.new if not lies_within(path, trained)) if train else ()
+
+
+def say_new(new: Sequence[str], train: Sequence[str]) -> str:
+    """That some parts look new and do not train wholly, and the option that trains them."""
+    option = (*train, *new) if len(new) <= 4 else (*train, new[0], "...")
+    return (
+        f"{len(new)} {'part' if len(new) == 1 else 'parts'} of the model may be new, and would stay frozen or get "
+        f"a low-rank update: {shortened(new)}. What was not pretrained trains wholly with train={tuple(option)!r}."
+    )
 
 
 def _match(found: list[tuple[Finding, Role]], terms: Any) -> set[int]:

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..weights.kinds import check_module
 from .candidates import Site, find_sites
-from .heads import head_names, output_names
+from .heads import Parts, head_names
 from .hidden import Hidden, find_hidden, stand_in
 from .paths import joined, submodule
 from .walk import Finding, walk
@@ -40,9 +41,13 @@ class Survey:
 
     Args:
         model: with or without adapters.
+
+    Raises:
+        OptionError: this is no model.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        check_module(model)
         self.model = model
 
     @classmethod
@@ -87,13 +92,8 @@ class Survey:
         return self.parameters | self.buffers
 
     @cached_property
-    def outputs(self) -> tuple[str, ...]:
-        """See `output_names`."""
-        return output_names(self.model, self.modules)
-
-    @cached_property
     def heads(self) -> tuple[str, ...]:
-        """See `head_names`."""
+        """The heads by name alone; saved adapters count parameters besides these. See `parts` for what trains."""
         return head_names(self.model, self.modules)
 
     @cached_property
@@ -116,8 +116,16 @@ class Survey:
     @cached_property
     def findings(self) -> dict[str, Finding]:
         """What the rules say of each candidate, by path."""
-        found = walk(list(self.candidates.values()), self.modules, self.heads, self.outputs)
-        return {finding.site.path: finding for finding in found}
+        return {finding.site.path: finding for finding in self._walked[0]}
+
+    @property
+    def parts(self) -> Parts:
+        """What heads there are; see `find_parts`."""
+        return self.shown._walked[1]
+
+    @cached_property
+    def _walked(self) -> tuple[tuple[Finding, ...], Parts]:
+        return walk(self.model, list(self.candidates.values()), self.modules)
 
 
 def held_at(model: nn.Module, name: str) -> Held | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from ..weights.role import CONV, OTHER, Role
+from ..weights.role import ATTENTION, CONV, MLP, OTHER, Role
 from .candidates import Site, Unit, units
+from .heads import Parts, find_parts
 from .paths import lies_within
 from .rules import POSITION, ROUTERS, TALKING_HEADS, apply_rules
 
@@ -34,32 +35,42 @@ class Finding:
 
 
 def walk(
-    sites: Sequence[Site], modules: Mapping[str, nn.Module], heads: Sequence[str], outputs: Sequence[str]
-) -> Iterator[Finding]:
-    """Every weight that could be adapted, in the model's order, with what the rules say of it.
+    model: nn.Module, sites: Sequence[Site], modules: Mapping[str, nn.Module]
+) -> tuple[tuple[Finding, ...], Parts]:
+    """Every weight that could be adapted, in the model's order, with what the rules say of it, and the heads.
 
     Args:
         sites: these weights.
         modules: of the model, by path.
-        heads: paths of the modules that make predictions.
-        outputs: paths of the modules that make logits over a vocabulary.
     """
     decided: dict[str, tuple[Unit, str, tuple[Role, ...]]] = {}
     for unit in units(sites, modules):
         known = apply_rules(unit)
         for name, site in unit.members.items():
-            if lies_within(site.path, heads):
-                decided[site.path] = unit, "part of the head", ()
-            elif lies_within(site.path, outputs):
-                decided[site.path] = unit, "output embedding", ()
-            else:
-                decided[site.path] = unit, *known.get(name, _left(site))
-    blocks: dict[str, int] = {}
+            decided[site.path] = unit, *known.get(name, _left(site))
+    decided = {site.path: decided[site.path] for site in sites}
+    kinds = {
+        path: roles[0].group for path, (_, _, roles) in decided.items() if roles and roles[0].group in (ATTENTION, MLP)
+    }
+    blocks = _blocks({path: (decided[path][0].path, kind) for path, kind in kinds.items()})
+    parts = find_parts(model, modules, kinds, {path: blocks.get(path) for path in decided})
+    attending = [path for path, kind in kinds.items() if kind == ATTENTION]
+    plain = [new for new in parts.new if not any(lies_within(path, (new,)) for path in attending)]
+    numbers: dict[str, int] = {}
+    findings = []
     for site in sites:
-        unit, rule, roles = decided[site.path]
-        projects = any(role.group not in (CONV, OTHER) for role in roles)
-        path = _block(f"{unit.path}.") if projects else None
-        yield Finding(site, roles, rule, None if path is None else blocks.setdefault(path, len(blocks)))
+        _, rule, roles = decided[site.path]
+        block = blocks.get(site.path)
+        if lies_within(site.path, parts.heads):
+            rule, roles = "part of the head", ()
+        elif lies_within(site.path, parts.outputs):
+            rule, roles = "output embedding", ()
+        elif kinds.get(site.path) == MLP and lies_within(site.path, plain):
+            rule, roles = _left(site)  # two layers behind the last block are a head, and no MLP of the base
+        projects = block is not None and any(role.group not in (CONV, OTHER) for role in roles)
+        number = numbers.setdefault(block, len(numbers)) if projects and block is not None else None
+        findings.append(Finding(site, roles, rule, number))
+    return tuple(findings), parts
 
 
 def _left(site: Site) -> tuple[str, tuple[Role, ...]]:
@@ -78,7 +89,26 @@ def _left(site: Site) -> tuple[str, tuple[Role, ...]]:
     return UNKNOWN, tuple(Role(f"{name}_{g}", group, g * rows, rows) for g in range(site.groups))
 
 
-def _block(path: str) -> str | None:
-    """The innermost numbered module: `blocks.3.attn.` lies in `blocks.3`."""
-    match = re.match(r"(.*\.\d+|\d+)\.", path)
-    return match[1] if match else None
+def _blocks(owners: Mapping[str, tuple[str, str]]) -> dict[str, str | None]:
+    """The path of the block around each weight: of the innermost numbered module, or of one further out if that first
+    brings attention and MLP together, as where several of each stand beside each other in a block.
+
+    Args:
+        owners: path of the unit and group of each weight, by its path.
+    """
+    levels = {path: [unit[: m.end() - 1] for m in _NUMBERED.finditer(f"{unit}.")] for path, (unit, _) in owners.items()}
+    held: dict[str, set[str]] = {}
+    for path, tops in levels.items():
+        for top in tops:
+            held.setdefault(top, set()).add(owners[path][1])
+    whole = {top for top, kinds in held.items() if len(kinds) > 1}
+    stages = {top for top in whole if any(other.startswith(f"{top}.") for other in whole)}
+    found: dict[str, str | None] = {}
+    for path, tops in levels.items():
+        own = [top for top in reversed(tops) if top in whole - stages]
+        found[path] = own[0] if own else tops[-1] if tops else None
+    return found
+
+
+_NUMBERED = re.compile(r"(?:(?<=\.)|^)(?:\w*_)?\d+\.")
+"""A numbered module in a path: `3`, or `encoder_layer_3`."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
+from ..errors import OptionError
 from .matrix import Form
 from .quantised import is_quantised_linear
 
@@ -16,6 +17,28 @@ class Adapted:
 
     _parameters: dict[str, Any]
     __dict__: dict[str, Any]
+
+
+def check_module(model: object) -> None:
+    """Whether this is a model: adapters go into modules that were made already.
+
+    Raises:
+        OptionError: it is something else.
+    """
+    if isinstance(model, nn.Module):
+        return
+    if model is None:
+        hint = "a function that builds the model may lack its return"
+    elif isinstance(model, str):
+        hint = f"make the model first, as with timm.create_model({model!r}, pretrained=True), and give that"
+    elif isinstance(model, type):
+        hint = "make an instance of the class, and give that"
+    elif isinstance(model, Mapping):
+        hint = "build the model, load the weights into it with load_state_dict(), and give that"
+    else:
+        hint = "where an object keeps its model in an attribute, as a pipeline does, give that"
+    given = f"the class {model.__name__}" if isinstance(model, type) else f"{type(model).__name__} {model!r:.60}"
+    raise OptionError(f"a model is wanted, a torch.nn.Module, and this is {given}; {hint}")
 
 
 def raw(module: Any, name: str) -> Any:
