@@ -19,8 +19,8 @@ from conftest import kill, small_vit, trained, wake
 from golden import DATA, golden_adapter, golden_images, golden_model, state
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_inject import assert_same, snapshot
 from torch import Tensor, nn
+from unchanged import assert_same, snapshot
 
 import uora_vision as uora
 from uora_vision.maths.bank import Bank

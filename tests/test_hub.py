@@ -19,8 +19,8 @@ import pytest
 import torch
 from conftest import small_vit, trained
 from golden import DATA, golden_model, state
-from test_inject import assert_same, snapshot
 from torch import Tensor
+from unchanged import assert_same, snapshot
 
 import uora_vision as uora
 from uora_vision.storage.folder import CONFIG_FILE, TENSOR_FILE

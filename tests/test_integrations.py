@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import small_vit, wake
+from conftest import banks, small_vit, wake
 from safetensors import safe_open
-from test_reinit import banks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 

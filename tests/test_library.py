@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import kill, small_vit, wake
-from test_inject import assert_same, snapshot
 from torch import Tensor, nn
+from unchanged import assert_same, snapshot
 
 import uora_vision as uora
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 import transformers as tf
 from conftest import small_vit, wake
+from families import FAMILIES, small
 from open_clip.model import CLIP
-from test_families import FAMILIES, small
 from torch import Tensor, nn
 
 import uora_vision as uora
