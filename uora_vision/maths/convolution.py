@@ -1,4 +1,4 @@
-"""The adapted projection as a convolution: `functional` with a convolution in place of the product.
+"""The adapted projection as a convolution: `linear` with a convolution in place of the product.
 
 A kernel (out, in / groups, *size) is the matrix (out, in / groups * size), so A is a bank of r small kernels and
 u = conv(x, A) has r channels per group. The gradients of b and d need g and u alone, and u (or x, if that is smaller)

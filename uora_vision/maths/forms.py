@@ -1,4 +1,4 @@
-"""The forms of the adapted projection as plain functions of tensors; `functional.py` says what they mean and makes them
+"""The forms of the adapted projection as plain functions of tensors; `linear.py` says what they mean and makes them
 differentiable."""
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Batches in which every sample has its own adapter.
 
 The adapters are taken out of the model, and in their place sit modules that compute every sample with its own
-(`mixed.py` has the arithmetic, `probe.py` finds the samples). Parts of the base that adapters train (heads) are
-computed for each adapter's samples apart.
+(`mixed_batch.py` has the arithmetic, `find_samples.py` finds the samples). Parts of the base that adapters train
+(heads) are computed for each adapter's samples apart.
 """
 
 from __future__ import annotations
