@@ -154,7 +154,7 @@ class TestBase:
         model = small_vit()
         base = Base(model)
         uora.load(model, tmp_path, base=base, name="first")
-        for name in ("find_sites", "walk"):
+        for name in ("find_candidates", "walk"):
             monkeypatch.setattr(f"uora_vision.structure.survey.{name}", lambda *_: pytest.fail("looked again"))
         for name in ("check_model", "check_weights", "sketch_of", "weights_digest"):
             monkeypatch.setattr(f"uora_vision.storage.base.{name}", lambda *_: pytest.fail("looked again"))

@@ -38,6 +38,8 @@ def test_a_tied_frozen_weight_does_not_count_as_changing() -> None:
 
 def test_the_library_imports_no_training_tool() -> None:
     package = Path(uora.__file__).parent
-    tool = re.compile(r"^(?:try:\n    )?(?:from|import) (?:transformers|trl|lightning|pytorch_lightning|accelerate)", re.M)
+    tool = re.compile(
+        r"^(?:try:\n    )?(?:from|import) (?:transformers|trl|lightning|pytorch_lightning|accelerate)", re.M
+    )
     found = {p.name for p in package.rglob("*.py") if tool.search(p.read_text())}
     assert found == {"accelerate.py", "lightning.py", "transformers.py"}

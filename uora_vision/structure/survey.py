@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .candidates import Site, find_sites
+from .candidates import Candidate, find_candidates
 from .heads import head_names, output_names
 from .hidden import Hidden, find_hidden, stand_in
 from .paths import joined, submodule
@@ -109,15 +109,15 @@ class Survey:
         return Survey(stand_in(self.model, {})) if self.hidden or scripted else self
 
     @cached_property
-    def candidates(self) -> dict[str, Site]:
+    def candidates(self) -> dict[str, Candidate]:
         """Every weight that could be adapted, by path, in the model's order; those that nothing hides."""
-        return {site.path: site for site in find_sites(self.modules)}
+        return {candidate.path: candidate for candidate in find_candidates(self.modules)}
 
     @cached_property
     def findings(self) -> dict[str, Finding]:
         """What the rules say of each candidate, by path."""
         found = walk(list(self.candidates.values()), self.modules, self.heads, self.outputs)
-        return {finding.site.path: finding for finding in found}
+        return {finding.candidate.path: finding for finding in found}
 
 
 def held_at(model: nn.Module, name: str) -> Held | None:

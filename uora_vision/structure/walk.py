@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..weights.role import CONV, OTHER, Role
-from .candidates import Site, Unit, units
+from .candidates import Candidate, Unit, units
 from .paths import lies_within
 from .rules import POSITION, ROUTERS, TALKING_HEADS, apply_rules
 
@@ -21,61 +21,64 @@ class Finding:
     """What the walk says of one weight: its roles, or why it has none.
 
     Args:
-        site: where it is.
+        candidate: where it is.
         roles: the projections in it, empty if it is never adapted.
         rule: name of the rule that decided, or the reason for leaving it.
         block: number of its block through the model, None outside of blocks.
     """
 
-    site: Site
+    candidate: Candidate
     roles: tuple[Role, ...]
     rule: str
     block: int | None
 
 
 def walk(
-    sites: Sequence[Site], modules: Mapping[str, nn.Module], heads: Sequence[str], outputs: Sequence[str]
+    candidates: Sequence[Candidate], modules: Mapping[str, nn.Module], heads: Sequence[str], outputs: Sequence[str]
 ) -> Iterator[Finding]:
     """Every weight that could be adapted, in the model's order, with what the rules say of it.
 
     Args:
-        sites: these weights.
+        candidates: these weights.
         modules: of the model, by path.
         heads: paths of the modules that make predictions.
         outputs: paths of the modules that make logits over a vocabulary.
     """
     decided: dict[str, tuple[Unit, str, tuple[Role, ...]]] = {}
-    for unit in units(sites, modules):
+    for unit in units(candidates, modules):
         known = apply_rules(unit)
-        for name, site in unit.members.items():
-            if lies_within(site.path, heads):
-                decided[site.path] = unit, "part of the head", ()
-            elif lies_within(site.path, outputs):
-                decided[site.path] = unit, "output embedding", ()
+        for name, candidate in unit.members.items():
+            if lies_within(candidate.path, heads):
+                decided[candidate.path] = unit, "part of the head", ()
+            elif lies_within(candidate.path, outputs):
+                decided[candidate.path] = unit, "output embedding", ()
             else:
-                decided[site.path] = unit, *known.get(name, _left(site))
+                decided[candidate.path] = unit, *known.get(name, _left(candidate))
     blocks: dict[str, int] = {}
-    for site in sites:
-        unit, rule, roles = decided[site.path]
+    for candidate in candidates:
+        unit, rule, roles = decided[candidate.path]
         projects = any(role.group not in (CONV, OTHER) for role in roles)
         path = _block(f"{unit.path}.") if projects else None
-        yield Finding(site, roles, rule, None if path is None else blocks.setdefault(path, len(blocks)))
+        yield Finding(candidate, roles, rule, None if path is None else blocks.setdefault(path, len(blocks)))
 
 
-def _left(site: Site) -> tuple[str, tuple[Role, ...]]:
+def _left(candidate: Candidate) -> tuple[str, tuple[Role, ...]]:
     """Of a weight that no rule knows: adapted on request only, or never."""
-    if ROUTERS.search(site.module_path):
+    if ROUTERS.search(candidate.module_path):
         return "routes to experts", ()
-    if POSITION.search(site.path):
+    if POSITION.search(candidate.path):
         return "position bias", ()
-    if TALKING_HEADS.search(site.module_path):
+    if TALKING_HEADS.search(candidate.module_path):
         return "mixes heads", ()
-    kernel = site.form == "kernel"
-    name, rows = re.sub(r"\W", "_", site.module_path.rpartition(".")[2]) or "weight", site.shape[0] // site.groups
+    kernel = candidate.form == "kernel"
+    name, rows = (
+        re.sub(r"\W", "_", candidate.module_path.rpartition(".")[2]) or "weight",
+        candidate.shape[0] // candidate.groups,
+    )
     group = CONV if kernel else OTHER
-    if site.groups == 1:
+    if candidate.groups == 1:
         return UNKNOWN, (Role(name, group, 0, rows),)
-    return UNKNOWN, tuple(Role(f"{name}_{g}", group, g * rows, rows) for g in range(site.groups))
+    return UNKNOWN, tuple(Role(f"{name}_{g}", group, g * rows, rows) for g in range(candidate.groups))
 
 
 def _block(path: str) -> str | None:
