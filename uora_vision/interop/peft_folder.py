@@ -69,8 +69,8 @@ def adapted_weights(model: nn.Module) -> list[Adapted]:
     survey = Survey(model)
     check_whole(survey)
     library, found = library_of(model), adapters_in(survey)
-    layout = library.entries[library.active or ""].layout
-    return [Adapted(p, m, found[p.path]) for p, m in zip(layout.projections, layout.modules, strict=True)]
+    placement = library.entries[library.active or ""].placement
+    return [Adapted(p, m, found[p.path]) for p, m in zip(placement.projections, placement.modules, strict=True)]
 
 
 def check_expressible(model: nn.Module, weights: list[Adapted], method: str) -> None:

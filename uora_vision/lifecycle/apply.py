@@ -18,7 +18,7 @@ from ..structure.survey import Survey
 from ..structure.targets import widths
 from ..weights.quantised import is_quantised
 from .adapter import CHILD, REDUCED
-from .entry import Entry, Layout
+from .entry import Entry, Placement
 from .library import DEFAULT, LIBRARY, Library
 from .trained_parts import STATISTICS, base_parameters
 
@@ -45,8 +45,10 @@ def apply_plan(
     """
     model, config = survey.model, what.config
     library = model.__dict__.get(LIBRARY) or Library(survey)
-    layout = _layout(survey, library, what)
-    weights: list[Any] = [m._parameters[p.tensor] for m, p in zip(layout.modules, layout.projections, strict=True)]
+    placement = _placement(survey, library, what)
+    weights: list[Any] = [
+        m._parameters[p.tensor] for m, p in zip(placement.modules, placement.projections, strict=True)
+    ]
     coarse = [p.path for p, w in zip(what.projections, weights, strict=True) if p.read and w.dtype not in WIDE]
     if coarse:
         warnings.warn(
@@ -54,7 +56,7 @@ def apply_plan(
             "updates to them are rounded away. Keep the base in float32 and use torch.autocast.",
             stacklevel=3,
         )
-    entry = Entry(config, layout, bank or bank_for(model, what), {}, state or BankState(), vector)
+    entry = Entry(config, placement, bank or bank_for(model, what), {}, state or BankState(), vector)
     if activate:
         entry.materialise()
     first = not library.entries
@@ -103,13 +105,13 @@ def take_out(model: nn.Module, library: Library) -> nn.Module:
     return model
 
 
-def _layout(survey: Survey, library: Library, what: Plan) -> Layout:
+def _placement(survey: Survey, library: Library, what: Plan) -> Placement:
     """That of an adapter which sits at the same places, or a new one."""
     for entry in library.entries.values():
-        layout = entry.layout
-        if layout.rank == what.config.rank and layout.projections == what.projections:
-            return layout
-    return Layout.of(survey, what.projections, what.config.rank)
+        placement = entry.placement
+        if placement.rank == what.config.rank and placement.projections == what.projections:
+            return placement
+    return Placement.of(survey, what.projections, what.config.rank)
 
 
 def bank_for(model: nn.Module, what: Plan, first: Mapping[str, Tensor] | None = None) -> Bank:

@@ -143,8 +143,8 @@ class Library:
             for module in modules:
                 module.take_own()
             new.settled = True
-        if old and new and old.layout is new.layout:
-            for p, owner, module in zip(new.layout.projections, new.layout.modules, modules, strict=True):
+        if old and new and old.placement is new.placement:
+            for p, owner, module in zip(new.placement.projections, new.placement.modules, modules, strict=True):
                 owner._modules[child(p.tensor)] = module
         else:
             if old:
@@ -155,12 +155,12 @@ class Library:
         self.active = name
 
     def attach(self, model: nn.Module, entry: Entry, modules: tuple[Any, ...]) -> None:
-        """Put modules of an entry's layout where its adapters sit."""
-        layout = entry.layout
-        for p, owner, module in zip(layout.projections, layout.modules, modules, strict=True):
+        """Put modules of an entry's placement where its adapters sit."""
+        placement = entry.placement
+        for p, owner, module in zip(placement.projections, placement.modules, modules, strict=True):
             attach(owner, p.tensor, module, p.read)
-        forbid_fusing(model, (p.module_path for p in layout.projections))
-        self._keep_from_sending(model, layout.projections)
+        forbid_fusing(model, (p.module_path for p in placement.projections))
+        self._keep_from_sending(model, placement.projections)
 
     def detach(self, survey: Survey) -> None:
         """Take out whatever sits in the model."""
@@ -189,7 +189,7 @@ class Library:
         if new and (old is None or new.bank is not old.bank):
             new.bank.swap(new.state)
         if new:
-            device = next(p.device for m in new.layout.modules for p in m._parameters.values() if p is not None)
+            device = next(p.device for m in new.placement.modules for p in m._parameters.values() if p is not None)
             if model._modules.get(CHILD) is not new.bank:
                 model.add_module(CHILD, new.bank.to(device))
             new.bank.config = new.config

@@ -111,8 +111,8 @@ def merge(
     else:
         names = _checked(library, shares, reversible)
         check_switch(model, library)
-    layouts = [known_name(library, name).layout for name in names]
-    owners = {p.path: (m, p) for x in layouts for p, m in zip(x.projections, x.modules, strict=True)}
+    placements = [known_name(library, name).placement for name in names]
+    owners = {p.path: (m, p) for x in placements for p, m in zip(x.projections, x.modules, strict=True)}
     weights = {path: raw(module, p.tensor) for path, (module, p) in owners.items()}
     packed = {path: module for path, (module, _) in owners.items() if is_quantised(weights[path])}
     if packed and not dequantize:
@@ -187,13 +187,13 @@ def unmerge(model: nn.Module) -> nn.Module:
     entry = library.entries[library.active or ""]
     weights = {
         p.path: owner._parameters.get(p.tensor)
-        for p, owner in zip(entry.layout.projections, entry.layout.modules, strict=True)
+        for p, owner in zip(entry.placement.projections, entry.placement.modules, strict=True)
     }
     there = set(model.modules())
     gone = [path for path, old in merged.originals.items() if not _like(weights[path], old)]
     gone += [
         p.path
-        for p, owner in zip(entry.layout.projections, entry.layout.modules, strict=True)
+        for p, owner in zip(entry.placement.projections, entry.placement.modules, strict=True)
         if owner not in there and owner not in merged.replaced.values()
     ]
     if gone:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import StateError
-from ..lifecycle.entry import Entry, Layout
+from ..lifecycle.entry import Entry, Placement
 from ..maths.bank import Bank
 from ..maths.forms import WIDE
 from ..maths.redraw_log import BankState
@@ -106,16 +106,20 @@ class Table:
         return out.to(y.dtype).reshape(y.shape)
 
 
-def tables(layout: Layout, bank: Bank, members: list[Entry | None]) -> Iterator[tuple[nn.Module, Projection, Table]]:
+def tables(
+    placement: Placement, bank: Bank, members: list[Entry | None]
+) -> Iterator[tuple[nn.Module, Projection, Table]]:
     """For each weight of a plan: what its adapters have there."""
-    weight: Any = layout.modules[0]._parameters[layout.projections[0].tensor]
+    weight: Any = placement.modules[0]._parameters[placement.projections[0].tensor]
     vectors = [None if e is None else e.values().to(weight.device) for e in members]
     some = next(v for v in vectors if v is not None)
-    parts = iter(torch.stack([torch.zeros_like(some) if v is None else v for v in vectors]).split(layout.sizes, dim=1))
+    parts = iter(
+        torch.stack([torch.zeros_like(some) if v is None else v for v in vectors]).split(placement.sizes, dim=1)
+    )
     states = [BankState() if e is None else e.state for e in members]
     shared: dict[tuple[str, str], tuple[Tensor, ...] | None] = {}
-    for owner, p in zip(layout.modules, layout.projections, strict=True):
-        b, d = next(parts), next(parts).unflatten(1, (len(p.roles), layout.rank))
+    for owner, p in zip(placement.modules, placement.projections, strict=True):
+        b, d = next(parts), next(parts).unflatten(1, (len(p.roles), placement.rank))
         matrices, ds, fixes = [], [], []
         for k, role in enumerate(p.roles):
             sides = [("A", p.shape[1]), ("B", role.rows)]

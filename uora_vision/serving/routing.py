@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.functional import linear
 
 from ..errors import StateError
-from ..lifecycle.entry import Entry, Layout, holders
+from ..lifecycle.entry import Entry, Placement, holders
 from ..lifecycle.library import Library, check_switch, known_name, library_of
 from ..lifecycle.surgery import attach
 from ..maths.bank import Bank
@@ -135,13 +135,13 @@ class _Route:
         self.sites: dict[str, tuple[nn.Module, Projection, Routed]] = {}
         self.parts: dict[nn.Module, dict[str, list[Tensor]]] = {}
         entries = [None if name is None else library.entries[name] for name in names]
-        groups: dict[tuple[Layout, Bank], list[Entry | None]] = {}
+        groups: dict[tuple[Placement, Bank], list[Entry | None]] = {}
         for entry in entries:
             if entry is not None:
-                key = entry.layout, entry.bank
-                groups[key] = [e if e and (e.layout, e.bank) == key else None for e in entries]
-        for (layout, bank), members in groups.items():
-            for owner, p, table in tables(layout, bank, members):
+                key = entry.placement, entry.bank
+                groups[key] = [e if e and (e.placement, e.bank) == key else None for e in entries]
+        for (placement, bank), members in groups.items():
+            for owner, p, table in tables(placement, bank, members):
                 _, first, routed = self.sites.setdefault(p.path, (owner, p, Routed(self, p.path, p.form)))
                 if p.read and not first.read:
                     self.sites[p.path] = owner, p, routed
