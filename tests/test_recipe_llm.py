@@ -21,7 +21,7 @@ from common.language.answers import held_out_loss
 from common.language.dialogues import encode, prepare_template, prompt_ids, read_dialogues
 from common.language.models import load_tokenizer
 from common.language.sft import make_trainer
-from common.training.methods import Adapted
+from common.training.methods import AdaptedModel
 from datasets import Dataset
 from llm_runs import CHAT, loaded, pretrained, questions
 from recipe_runs import Call, assert_it_redraws_by_uora_alone, assert_the_options_reach_uora, caller, run, trained
@@ -173,7 +173,7 @@ def test_packed_examples_do_not_see_each_other(backbone: Path, tmp_path: Path) -
     texts = ["the owl lives in the city .", "likes bread .", "the bear is red ."]
     dialogues = [[{"role": "user", "content": "the fox"}, {"role": "assistant", "content": text}] for text in texts]
     rows = encode(dialogues, tokenizer, 64, "a test").rows
-    adapted = Adapted(uora.inject(model, rank=4), model, [], MethodOptions(Method.uora, 4))
+    adapted = AdaptedModel(uora.inject(model, rank=4), model, [], MethodOptions(Method.uora, 4))
     settings = {"output_dir": str(tmp_path), "max_length": 64, "packing": True, "eval_packing": False, "report_to": []}
     trainer = make_trainer(
         adapted, {**settings, "use_cpu": True, "bf16": False}, model=model, train_dataset=rows, eval_dataset=rows,

@@ -35,7 +35,7 @@ PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
-class Adapted:
+class AdaptedWeight:
     """An adapted weight.
 
     Args:
@@ -60,7 +60,7 @@ class Adapted:
         return torch.float32 if is_quantised(weight) else torch.promote_types(torch.float32, weight.dtype)
 
 
-def adapted_weights(model: nn.Module) -> list[Adapted]:
+def adapted_weights(model: nn.Module) -> list[AdaptedWeight]:
     """What the active adapter adapts.
 
     Raises:
@@ -70,10 +70,10 @@ def adapted_weights(model: nn.Module) -> list[Adapted]:
     check_whole(survey)
     library, found = library_of(model), adapters_in(survey)
     placement = library.entries[library.active or ""].placement
-    return [Adapted(p, m, found[p.path]) for p, m in zip(placement.projections, placement.modules, strict=True)]
+    return [AdaptedWeight(p, m, found[p.path]) for p, m in zip(placement.projections, placement.modules, strict=True)]
 
 
-def check_expressible(model: nn.Module, weights: list[Adapted], method: str) -> None:
+def check_expressible(model: nn.Module, weights: list[AdaptedWeight], method: str) -> None:
     """Whether PEFT computes with an adapter of every weight.
 
     Args:
@@ -103,12 +103,12 @@ def check_expressible(model: nn.Module, weights: list[Adapted], method: str) -> 
         )
 
 
-def in_attention(w: Adapted) -> bool:
+def in_attention(w: AdaptedWeight) -> bool:
     """Whether a weight is one that PEFT's LoRA adapts with the whole nn.MultiheadAttention that it is in."""
     return w.projection.tensor == "in_proj_weight"
 
 
-def _reason(w: Adapted, modules: Mapping[str, nn.Module], method: str) -> str | None:
+def _reason(w: AdaptedWeight, modules: Mapping[str, nn.Module], method: str) -> str | None:
     p, module = w.projection, w.module
     if method == "LoRA" and in_attention(w):
         return _attention_reason(p.module_path, modules)
