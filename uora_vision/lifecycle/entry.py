@@ -114,7 +114,7 @@ def holders(survey: Survey, names: Iterable[str]) -> dict[str, list[tuple[nn.Mod
     return found
 
 
-def place(module: nn.Module, key: str, value: Tensor) -> None:
+def replace_tensor(module: nn.Module, key: str, value: Tensor) -> None:
     """Put a tensor where another of that name was. The head of another number of classes has another width."""
     old = module._parameters.get(key, module._buffers.get(key))
     if old is not None and value.device != old.device:

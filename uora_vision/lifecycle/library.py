@@ -23,7 +23,7 @@ from ..structure.targets import Projection
 from ..weights.kinds import is_adapted
 from ..weights.sharded import is_sharded
 from .adapter import CHILD, Adapter, child
-from .entry import Entry, holders, place
+from .entry import Entry, holders, replace_tensor
 from .fusing import allow_fusing, forbid_fusing
 from .surgery import adapters_of, attach, detach
 
@@ -206,7 +206,7 @@ class Library:
         different = [name for name, value in values.items() if value is not tensors[name]]
         for name, places in holders(survey, different).items() if different else ():
             for module, key in places:
-                place(module, key, values[name])
+                replace_tensor(module, key, values[name])
 
     def _keep_from_sending(self, model: nn.Module, projections: tuple[Projection, ...]) -> None:
         """Tell DistributedDataParallel to leave the matrices alone: by default it sends every buffer of the first

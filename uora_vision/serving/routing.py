@@ -93,7 +93,7 @@ class Routed(nn.Module):
 
     def add_update(self, x: Tensor, y: Tensor, rows: tuple[int, int] | None = None) -> Tensor:
         """y plus each sample's update; of some rows of the weight alone, given as (start, number)."""
-        where = self.route.place(self.path, x)
+        where = self.route.pattern_of(self.path, x)
         if where is None:
             return y
         index = self.route.index.to(x.device)
@@ -173,7 +173,7 @@ class _Route:
                 stack.enter_context(Reads(read))
             yield
 
-    def place(self, path: str, x: Tensor) -> Pattern | None:
+    def pattern_of(self, path: str, x: Tensor) -> Pattern | None:
         """Where the samples are in the input of a layer; None while that is being found out."""
         if self.recorder is not None:
             self.recorder.see(path, x)
@@ -241,7 +241,7 @@ class _Part:
 
     def __call__(self, x: Tensor) -> Tensor:
         module: Any = self.module
-        where = self.route.place(self.route.paths[module], x)
+        where = self.route.pattern_of(self.route.paths[module], x)
         if where is None:
             return type(module).forward(module, x)
         rows = where.rows(self.route.index.to(x.device), x.shape[where.axis])

@@ -40,7 +40,7 @@ class Base:
         self.survey = Survey.of(model)
         self.model = self.survey.model
         check_model(self.survey)
-        self._places: dict[tuple[StoredProjection, ...], tuple[Projection, ...]] = {}
+        self._projections_of: dict[tuple[StoredProjection, ...], tuple[Projection, ...]] = {}
         self._digests: dict[tuple[str, ...], str | None] = {}
         self._sketches: dict[tuple[str, ...], tuple[float, ...] | None] = {}
 
@@ -92,18 +92,18 @@ class Base:
             self.sketch(paths),
         )
 
-    def places(self, stored: Stored) -> tuple[Projection, ...]:
+    def projections_of(self, stored: Stored) -> tuple[Projection, ...]:
         """Where the projections of a saved adapter are in this model.
 
         Raises:
             FormatError: one is not there.
             StateError, TargetError: one cannot be adapted as it is.
         """
-        if stored.projections not in self._places:
-            found = _places(stored, self)
+        if stored.projections not in self._projections_of:
+            found = _projections_of(stored, self)
             check_weights(self.survey, found)
-            self._places[stored.projections] = found
-        return self._places[stored.projections]
+            self._projections_of[stored.projections] = found
+        return self._projections_of[stored.projections]
 
     def _weights(self, paths: tuple[str, ...]) -> list[Weight]:
         candidates = [self.survey.shown.candidates[path] for path in paths]
@@ -123,7 +123,7 @@ def published_name(model: nn.Module) -> str | None:
     return os.path.basename(name.rstrip("/")) if os.path.isabs(name) else name
 
 
-def _places(stored: Stored, base: Base) -> tuple[Projection, ...]:
+def _projections_of(stored: Stored, base: Base) -> tuple[Projection, ...]:
     found: list[Candidate | None] = []
     shown = base.survey.shown
     for p in stored.projections:

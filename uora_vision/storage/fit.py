@@ -47,7 +47,7 @@ def fit(stored: Stored, base: Base, check_base: bool = True) -> Fitted:
     known = made_for.architecture and base.architecture
     if check_base and known and made_for.architecture != base.architecture:
         raise FormatError(f"the adapter was made for {made_for.architecture}; this model is {base.architecture}")
-    projections = base.places(stored)
+    projections = base.projections_of(stored)
     moved = [p.path for p in projections] != [p.path for p in stored.projections]
     if not moved and made_for.parameter_tensors not in (None, base.parameter_tensors):
         raise FormatError(
