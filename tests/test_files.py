@@ -22,7 +22,7 @@ from unchanged import assert_same, snapshot
 
 import uora_vision as uora
 from uora_vision.maths.bank import Bank
-from uora_vision.storage.folder import CONFIG_FILE, TENSOR_FILE, read
+from uora_vision.storage.folder import CONFIG_FILE, TENSOR_FILE, read_folder
 
 LOADER = """
 import sys, torch, uora_vision as uora
@@ -193,7 +193,7 @@ class TestVersions:
         model = golden_adapter()
         uora.save(model, tmp_path)
         assert same(load_file(tmp_path / TENSOR_FILE), load_file(DATA / "adapter_v3" / TENSOR_FILE))
-        today, then = read(tmp_path), read(DATA / "adapter_v3")
+        today, then = read_folder(tmp_path), read_folder(DATA / "adapter_v3")
         assert today.identity == then.identity and today.bank_fingerprint == then.bank_fingerprint
         assert today.projections == then.projections
 

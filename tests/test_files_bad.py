@@ -20,7 +20,7 @@ from golden import DATA, golden_adapter
 from unchanged import assert_same, snapshot
 
 import uora_vision as uora
-from uora_vision.storage.folder import CONFIG_FILE, TENSOR_FILE, read
+from uora_vision.storage.folder import CONFIG_FILE, TENSOR_FILE, read_folder
 
 DESCRIBED = json.loads(metadata_of(DATA / "adapter_v3")["config"])
 # Of version 2's options there are two copies, which are compared.
@@ -295,14 +295,14 @@ class TestFiles:
         action, text = FILES[damage]
         action(folder)
         with pytest.raises(uora.FormatError, match=text):
-            read(folder)
+            read_folder(folder)
         assert target.outcome(folder) == "refused"
         assert not (folder / "trapped").exists()
 
     def test_of_version_2_without_its_configuration(self, target: Target, old: Path) -> None:
         (old / CONFIG_FILE).unlink()
         with pytest.raises(uora.FormatError, match="does not exist"):
-            read(old)
+            read_folder(old)
 
     def test_the_copy_of_the_configuration_is_not_needed(self, target: Target, folder: Path) -> None:
         (folder / CONFIG_FILE).unlink()

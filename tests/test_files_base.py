@@ -15,7 +15,7 @@ from unchanged import assert_same, snapshot
 
 import uora_vision as uora
 from uora_vision.storage.base import Base
-from uora_vision.storage.folder import read
+from uora_vision.storage.folder import read_folder
 
 
 class Wrapped(nn.Module):
@@ -136,7 +136,7 @@ class TestBase:
 
     def test_what_the_base_is_called_is_kept(self, tmp_path: Path) -> None:
         uora.save(trained(), tmp_path)
-        assert read(tmp_path).identity.name == "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+        assert read_folder(tmp_path).identity.name == "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 
     def test_a_folder_of_the_writers_machine_is_not_told(self, tmp_path: Path) -> None:
         from transformers import ViTConfig, ViTModel

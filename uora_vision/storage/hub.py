@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import HubError
-from .folder import CONFIG_FILE, TENSOR_FILE, read, write
+from .folder import CONFIG_FILE, TENSOR_FILE, read_folder, write_folder
 from .snapshot import collect
 from .stored import Stored
 
@@ -62,10 +62,10 @@ def push_to_hub(
     if isinstance(what, nn.Module):
         adapter = collect(what)
     else:
-        adapter = read(what)
+        adapter = read_folder(what)
         metrics = metrics if metrics is not None else _metrics_beside(Path(what))
     with _hub(repository) as hub, tempfile.TemporaryDirectory() as folder:
-        write(adapter, folder)
+        write_folder(adapter, folder)
         (Path(folder) / CARD_FILE).write_text(card(adapter, repository, data, metrics), encoding="utf-8")
         api = hub.HfApi(token=token, library_name="uora_vision")
         api.create_repo(repository, private=private, exist_ok=True)

@@ -19,7 +19,7 @@ from ..structure.survey import Survey
 from ..weights.sharded import writes
 from .base import Base
 from .fit import Fitted, fit
-from .folder import read, write
+from .folder import read_folder, write_folder
 from .hub import is_repository, local_copy
 from .snapshot import collect, rebuilt
 from .stored import SaveBanks, Stored
@@ -49,7 +49,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, save_banks: SaveBa
     survey = Survey(model)
     adapter = collect(survey, save_banks=save_banks)
     parameters = [held.tensor for held in survey.parameters.values()]
-    return write(adapter, folder) if writes(parameters) else Path(folder)
+    return write_folder(adapter, folder) if writes(parameters) else Path(folder)
 
 
 def load(
@@ -89,7 +89,7 @@ def load(
         check_switch(model, library)
     if is_repository(folder):
         folder = local_copy(os.fspath(folder), revision)
-    stored = read(folder)
+    stored = read_folder(folder)
     base = base or Base(survey)
     try:
         fitted = fit(stored, base, check_base)
