@@ -24,7 +24,7 @@ def on_meta(spec: str) -> tuple[nn.Module, Any]:
     import torch
 
     with torch.device("meta"):
-        return _made(spec, None, None, False)
+        return _create(spec, None, None, False)
 
 
 def with_weights(spec: str, stored: Stored, checkpoint: str | None = None) -> tuple[nn.Module, Any]:
@@ -42,11 +42,11 @@ def with_weights(spec: str, stored: Stored, checkpoint: str | None = None) -> tu
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model, example = _made(spec, stored, checkpoint, True)
+        model, example = _create(spec, stored, checkpoint, True)
     return model.eval(), example
 
 
-def _made(spec: str, stored: Stored | None, checkpoint: str | None, weights: bool) -> tuple[nn.Module, Any]:
+def _create(spec: str, stored: Stored | None, checkpoint: str | None, weights: bool) -> tuple[nn.Module, Any]:
     library, _, name = spec.partition("/")
     makers = {"timm": _timm, "open_clip": _open_clip, "transformers": _transformers}
     if library not in makers or not name:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .candidates import Candidate, find_candidates
 from .heads import head_names, output_names
-from .hidden import Hidden, find_hidden, stand_in
+from .hidden import Hidden, find_hidden, plain_copy
 from .paths import joined, submodule
 from .walk import Finding, walk
 
@@ -106,7 +106,7 @@ class Survey:
         """The model as the rules can look at it: this one or, where something is hidden, that of a stand-in on the meta
         device that has the same paths and classes and shows it."""
         scripted = any(isinstance(module, torch.jit.ScriptModule) for module in self.modules.values())
-        return Survey(stand_in(self.model, {})) if self.hidden or scripted else self
+        return Survey(plain_copy(self.model, {})) if self.hidden or scripted else self
 
     @cached_property
     def candidates(self) -> dict[str, Candidate]:
