@@ -33,7 +33,7 @@ def facts(stored: Stored, size: int) -> dict[str, Any]:
         "weights": len(stored.projections),
         "roles": sum(len(p.roles) for p in stored.projections),
         "parameters": len(stored.vector),
-        "base_parameters": {name: t.numel() for name, t in stored.base.items()},
+        "base_parameters": {name: t.numel() for name, t in stored.parts.items()},
         "bytes": size,
         "versions": stored.versions,
         "firings": firings(stored),
@@ -68,7 +68,7 @@ def describe(stored: Stored, size: int) -> str:
     lines = [
         f"base       {i.shown} ({i.class_name}), fingerprint {i.fingerprint or 'unknown'}",
         f"adapter    rank {c.rank}, seed {c.seed}, layout {c.layout}, init {c.init}, {'+'.join(c.targets)[:80]}",
-        f"parameters {found['parameters']:,} in b and d; {head:,} in {len(stored.base)} trained tensors of the base",
+        f"parameters {found['parameters']:,} in b and d; {head:,} in {len(stored.parts)} trained tensors of the base",
         f"size       {size:,} B",
         f"written by {', '.join(f'{name} {version}' for name, version in stored.versions.items())}",
     ]

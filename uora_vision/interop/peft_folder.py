@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import ExportError
 from ..lifecycle.adapter import Adapter
 from ..lifecycle.library import adapters_in, check_whole, library_of
-from ..lifecycle.trained_parts import STATISTICS, trained_base
+from ..lifecycle.trained_parts import STATISTICS, trained_tensors
 from ..storage.base import published_name
 from ..storage.folder import CONFIG_FILE, TENSOR_FILE, write_atomically
 from ..structure.candidates import is_read
@@ -193,8 +193,10 @@ def written_parts(model: nn.Module, targets: Iterable[str]) -> tuple[dict[str, A
     """
     library, targets = library_of(model), sorted(targets)
     entry = library.entries[library.active or ""]
-    parts = {**entry.base, **trained_base(Survey(model))}
-    still = [n for n, t in library.base.items() if n.endswith(STATISTICS) and n in parts and torch.equal(parts[n], t)]
+    parts = {**entry.parts, **trained_tensors(Survey(model))}
+    still = [
+        n for n, t in library.base_parts.items() if n.endswith(STATISTICS) and n in parts and torch.equal(parts[n], t)
+    ]
     parts = {name: t for name, t in parts.items() if name not in still}
     tensors: dict[str, Tensor] = {}
     owners = set()

@@ -65,20 +65,20 @@ def apply_plan(
         names += [n for n in survey.buffers if n.endswith(STATISTICS)]
         held = {n: survey.tensors[n].tensor for n in names}
         # The first adapter trains the parts of the base as they stand there; later ones have their own.
-        entry.base = held if first else {n: _copy(library.base.get(n, t), True) for n, t in held.items()}
+        entry.parts = held if first else {n: _copy(library.base_parts.get(n, t), True) for n, t in held.items()}
     else:
-        entry.base = dict(base)
-    kept = {n: _copy(survey.tensors[n].tensor) for n in entry.base if n not in library.base}
+        entry.parts = dict(base)
+    kept = {n: _copy(survey.tensors[n].tensor) for n in entry.parts if n not in library.base_parts}
     if first:
         model.__dict__[LIBRARY] = library
     try:
-        library.base |= kept
+        library.base_parts |= kept
         library.entries[name] = entry
         if first:
             for place in survey.parameters.values():
                 if place.tensor.is_floating_point() or place.tensor.is_complex():
                     place.tensor.requires_grad_(False)
-        for part in entry.base.values():
+        for part in entry.parts.values():
             if isinstance(part, nn.Parameter):
                 part.requires_grad_(True)
         if activate:

@@ -48,7 +48,7 @@ class Entry:
         config: its options.
         placement: where it sits.
         bank: its shared matrices, in common with all adapters that draw the same ones.
-        base: the parts of the base that it trained, by name.
+        parts: the parts of the base that it trained, by name.
         state: what re-draws made of the bank; of the active adapter, the bank itself has it.
         vector: every b and d, one after the other, float32; None once `modules` hold them.
         modules: made when it is first active, and kept, so that an optimizer still finds its parameters.
@@ -58,7 +58,7 @@ class Entry:
     config: UoraConfig
     placement: Placement
     bank: Bank
-    base: dict[str, Tensor]
+    parts: dict[str, Tensor]
     state: BankState = field(default_factory=BankState)
     vector: Tensor | None = None
     modules: tuple[Adapter, ...] | None = None

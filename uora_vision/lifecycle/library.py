@@ -121,7 +121,7 @@ class Library:
     def __init__(self, survey: Survey) -> None:
         self.entries: dict[str, Entry] = {}
         self.active: str | None = None
-        self.base: dict[str, Tensor] = {}
+        self.base_parts: dict[str, Tensor] = {}
         """The base's own values of the parts that some adapter trains."""
         self.flags = {name: held.tensor.requires_grad for name, held in survey.parameters.items()}
         self.unsent: set[str] = set()
@@ -151,7 +151,7 @@ class Library:
                 self.detach(survey)
             if new:
                 self.attach(model, new, modules)
-        self._swap_base(survey, old.base if old else {}, new.base if new else {})
+        self._swap_parts(survey, old.parts if old else {}, new.parts if new else {})
         self.active = name
 
     def attach(self, model: nn.Module, entry: Entry, modules: tuple[Any, ...]) -> None:
@@ -176,7 +176,7 @@ class Library:
 
     def values(self, entry: Entry) -> Mapping[str, Tensor]:
         """The base's parts as this entry has them."""
-        return {name: entry.base.get(name, value) for name, value in self.base.items()}
+        return {name: entry.parts.get(name, value) for name, value in self.base_parts.items()}
 
     def state(self, entry: Entry) -> BankState:
         """What re-draws made of an entry's bank."""
@@ -194,7 +194,7 @@ class Library:
                 model.add_module(CHILD, new.bank.to(device))
             new.bank.config = new.config
 
-    def _swap_base(self, survey: Survey, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+    def _swap_parts(self, survey: Survey, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
         if not (changed := old.keys() | new.keys()):
             return
         there = {name: held_at(survey.model, name) for name in changed}
@@ -202,7 +202,7 @@ class Library:
         for name in changed:
             if isinstance(tensors[name], nn.Parameter) and name in new and not isinstance(new[name], nn.Parameter):
                 new[name] = nn.Parameter(new[name])
-        values = {name: new.get(name, self.base[name]) for name in changed}
+        values = {name: new.get(name, self.base_parts[name]) for name in changed}
         different = [name for name, value in values.items() if value is not tensors[name]]
         for name, places in holders(survey, different).items() if different else ():
             for module, key in places:
@@ -334,7 +334,7 @@ def check_switch(model: nn.Module, library: Library) -> None:
     if library.active is None:
         return
     entry = library.entries[library.active]
-    mine = {id(p) for module in entry.modules or () for p in module.parameters()} | set(map(id, entry.base.values()))
+    mine = {id(p) for module in entry.modules or () for p in module.parameters()} | set(map(id, entry.parts.values()))
     strange = [name for name, p in parameters.items() if p.requires_grad and id(p) not in mine]
     if strange:
         raise StateError(

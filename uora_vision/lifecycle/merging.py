@@ -145,7 +145,7 @@ def merge(
     if shares:
         library.switch(model, None)
         for name, value in parts.items():
-            library.base[name].copy_(value)
+            library.base_parts[name].copy_(value)
     if reversible:
         originals = {name: weight.detach().clone() for name, weight in weights.items() if name not in packed}
         _set_aside(model, originals, {new: old for old, new in plain.items()})
@@ -246,8 +246,8 @@ def _checked(library: Library, shares: Mapping[str, float], reversible: bool) ->
 def _parts(library: Library, shares: Mapping[str, float]) -> dict[str, Tensor]:
     """What becomes of the trained parts of the base."""
     parts = {}
-    for name, own in library.base.items():
-        changes = [(share, library.entries[n].base.get(name, own)) for n, share in shares.items()]
+    for name, own in library.base_parts.items():
+        changes = [(share, library.entries[n].parts.get(name, own)) for n, share in shares.items()]
         if odd := [t for _, t in changes if t.shape != own.shape]:
             raise StateError(
                 f"{name} has shape {tuple(odd[0].shape)} in an adapter and {tuple(own.shape)} in the base; only heads "

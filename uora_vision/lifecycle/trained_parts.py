@@ -12,7 +12,7 @@ from ..structure.survey import Survey
 from .library import adapters_in
 
 
-def trained_base(survey: Survey) -> dict[str, Tensor]:
+def trained_tensors(survey: Survey) -> dict[str, Tensor]:
     """The parts of the base that train, or move with training, by name."""
     vectors = {id(p) for adapter in adapters_in(survey).values() for p in adapter.parameters()}
     base = {name: held.tensor for name, held in survey.parameters.items()}

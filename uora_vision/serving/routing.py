@@ -197,8 +197,8 @@ class _Route:
     def _find_parts(self, entries: list[Entry | None]) -> None:
         """The trained parts of the base in which the adapters differ."""
         sites = {owner: (p, routed) for owner, p, routed in self.sites.values()}
-        for name, own in self.library.base.items():
-            values = [own if entry is None else entry.base.get(name, own) for entry in entries]
+        for name, own in self.library.base_parts.items():
+            values = [own if entry is None else entry.parts.get(name, own) for entry in entries]
             if all(v.shape == own.shape and torch.equal(v, own) for v in values):
                 continue
             for module, key in holders(Survey(self.model), [name])[name]:

@@ -107,7 +107,7 @@ def card(adapter: Stored, repository: str, data: str | None = None, metrics: Map
     if base.name and _REPOSITORY.fullmatch(base.name):
         head.append(f"base_model: {json.dumps(base.name)}")
     roles = sorted({role.kind for p in adapter.projections for role in p.roles})
-    count, trained = len(adapter.vector), sum(t.numel() for t in adapter.base.values())
+    count, trained = len(adapter.vector), sum(t.numel() for t in adapter.parts.values())
     rows = {
         "base": f"{_text(base.shown)} ({_text(base.class_name)})",
         "fingerprint of the base": base.fingerprint or "none",

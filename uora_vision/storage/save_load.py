@@ -106,7 +106,7 @@ def load(
 def _parts(stored: Stored, fitted: Fitted, base: Base) -> dict[str, Tensor]:
     """The trained parts of the base, as the model has to hold them."""
     parts: dict[str, Tensor] = {}
-    for saved, value in stored.base.items():
+    for saved, value in stored.parts.items():
         held = base.held[fitted.names[saved]].tensor
         if held.is_floating_point() != value.is_floating_point():
             raise FormatError(f"{saved} is of {value.dtype}, in this model of {held.dtype}")

@@ -64,7 +64,7 @@ def to_tensors(stored: Stored) -> dict[str, Tensor]:
     """The tensors of an adapter, by their name in the file."""
     log, _ = pack_log(stored.log)
     tensors = {VECTORS: stored.vector, ENTRIES: log["entries"], ALPHA: log["alpha"]}
-    tensors |= {f"{BASE}{name}": t for name, t in stored.base.items()}
+    tensors |= {f"{BASE}{name}": t for name, t in stored.parts.items()}
     optional = {ROWS: stored.rows, SHARED: stored.shared}
     tensors |= {name: t for name, t in optional.items() if t is not None}
     return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
@@ -129,7 +129,7 @@ def check(stored: Stored) -> None:
             f"vectors holds {len(stored.vector):,} numbers; the projections at rank {rank:,} need {length:,}"
         )
     _check_rows(projections)
-    for name, t in (("vectors", stored.vector), *((BASE + name, t) for name, t in stored.base.items())):
+    for name, t in (("vectors", stored.vector), *((BASE + name, t) for name, t in stored.parts.items())):
         if not t.isfinite().all():
             raise FormatError(f"{_where(stored, name)} holds NaN or infinite values")
     _check_log(stored)

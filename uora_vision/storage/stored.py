@@ -86,7 +86,7 @@ class Stored:
         config: its options.
         projections: the adapted weights.
         vector: b and d of the first projection, role after role, then of the next one, (n,).
-        base: trained parts of the base by name.
+        parts: trained parts of the base by name.
         log: the redraws of its banks.
         identity: of its base.
         bank_fingerprint: of A and B after the log; None if unknown.
@@ -98,7 +98,7 @@ class Stored:
     config: UoraConfig
     projections: tuple[StoredProjection, ...]
     vector: Tensor
-    base: dict[str, Tensor]
+    parts: dict[str, Tensor]
     log: list[Redraw]
     identity: Identity
     bank_fingerprint: str | None = None
