@@ -220,7 +220,7 @@ def test_of_two_processes_that_save_at_once_either_wins_whole(tmp_path: Path, ad
 
 
 class Run:
-    """A small training run with a checkpoint every other step: the adapter, and beside it optimizer and re-draws."""
+    """A small training run with a checkpoint every other step: the adapter, and beside it optimizer and redraws."""
 
     EVERY = 2
 

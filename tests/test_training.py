@@ -57,7 +57,7 @@ def test_a_compiled_model_matches_eager_also_after_firings(images: Tensor, scope
         outputs.append(compiled(images).detach())
         kill(model, {"blocks.0.attn.qkv.k": [1], "blocks.0.mlp.fc2.fc2": [0, 3]})
         assert reinit.step() >= 2
-        wake(model, seed=1)  # so that what was re-drawn is seen
+        wake(model, seed=1)  # so that what was redrawn is seen
     assert (outputs[0] - outputs[1]).abs().max() > 1e-3
 
 

@@ -39,7 +39,7 @@ def apply_plan(
         name: of the adapter.
         vector: its b and d, as `Entry` has them; fresh ones if None.
         base: its trained parts of the base; if None, those that its options name, with the values of the base.
-        state: what re-draws made of its bank.
+        state: what redraws made of its bank.
         activate: whether the model computes with it from now on.
         bank: its bank, see `bank_for`.
     """

@@ -49,7 +49,7 @@ class Entry:
         placement: where it sits.
         bank: its shared matrices, in common with all adapters that draw the same ones.
         parts: the parts of the base that it trained, by name.
-        state: what re-draws made of the bank; of the active adapter, the bank itself has it.
+        state: what redraws made of the bank; of the active adapter, the bank itself has it.
         vector: every b and d, one after the other, float32; None once `modules` hold them.
         modules: made when it is first active, and kept, so that an optimizer still finds its parameters.
         settled: whether the modules have taken over their own rows.

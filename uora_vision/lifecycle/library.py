@@ -1,6 +1,6 @@
 """The adapters of one model: any number of them by name, of which one is active.
 
-Only the active adapter is part of the model: its vectors are parameters, its re-drawn rows are in the bank, its head is
+Only the active adapter is part of the model: its vectors are parameters, its redrawn rows are in the bank, its head is
 the model's head. The others wait as plain tensors, beside the base, whose weights are never copied. A switch changes
 pointers, and the rows in which the banks of the two differ.
 """
@@ -179,7 +179,7 @@ class Library:
         return {name: entry.parts.get(name, value) for name, value in self.base_parts.items()}
 
     def state(self, entry: Entry) -> BankState:
-        """What re-draws made of an entry's bank."""
+        """What redraws made of an entry's bank."""
         active = self.active is not None and self.entries[self.active] is entry
         return entry.bank.state() if active else entry.state
 
@@ -210,9 +210,9 @@ class Library:
 
     def _keep_from_sending(self, model: nn.Module, projections: tuple[Projection, ...]) -> None:
         """Tell DistributedDataParallel to leave the matrices alone: by default it sends every buffer of the first
-        process to the others before each forward, and every process makes and re-draws its own, equal ones."""
+        process to the others before each forward, and every process makes and redraws its own, equal ones."""
         names = {f"{CHILD}.{name}" for name, _ in model.get_submodule(CHILD).named_buffers()}
-        for p in projections:  # what a re-draw in the scope `layer` will give it
+        for p in projections:  # what a redraw in the scope `layer` will give it
             path = joined(p.module_path, child(p.tensor))
             names |= {f"{path}.own_{part}_{k}" for k in range(len(p.roles)) for part in ("index", "a", "b")}
         there = set(getattr(model, TORCH_UNSENT, ()))

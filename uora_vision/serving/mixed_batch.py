@@ -4,7 +4,7 @@ A and B are shared, so one product with each serves all samples, and what differ
 
     y_s = x_s W^T + bias + ((x_s A^T * d_s) B^T) * b_s        for sample s
 
-Rows that an adapter has re-drawn are left out of the shared products (their d is 0 there) and added by small products
+Rows that an adapter has redrawn are left out of the shared products (their d is 0 there) and added by small products
 of that adapter's own rows. Adapters of another rank, seed, layout or plan have a table of their own.
 """
 
@@ -30,7 +30,7 @@ from .find_samples import Pattern
 
 @dataclass(frozen=True)
 class Fix:
-    """The re-drawn rows of the adapters of a batch, of one role; filled up to K for all with entries of weight 0.
+    """The redrawn rows of the adapters of a batch, of one role; filled up to K for all with entries of weight 0.
 
     Args:
         a: rows of A, (adapters, K, in).
@@ -147,7 +147,7 @@ def tables(
 
 
 def _redrawn(bank: Bank, states: list[BankState], names: list[tuple[str, str, int]]) -> tuple[Tensor, ...] | None:
-    """The directions (adapters, K) that adapters have re-drawn at one role, whether each is one or only fills up, and
+    """The directions (adapters, K) that adapters have redrawn at one role, whether each is one or only fills up, and
     the rows of A and of B there."""
     rank = bank.config.rank
     masks = torch.zeros(len(states), rank, dtype=torch.bool)

@@ -114,7 +114,7 @@ def card(adapter: Stored, repository: str, data: str | None = None, metrics: Map
         "adapted": f"{len(adapter.projections)} weights: {', '.join(map(_text, roles))}",
         "rank": f"{config.rank}, layout {config.layout}, drawn {config.init}, seed {config.seed}",
         "trained": f"{count:,} parameters of the adapter" + (f", {trained:,} of the base" if trained else ""),
-        "directions re-drawn": f"{sum(len(event.indices) for event in adapter.log):,}",
+        "directions redrawn": f"{sum(len(event.indices) for event in adapter.log):,}",
         "written by": ", ".join(f"{_text(name)} {_text(v)}" for name, v in sorted(adapter.versions.items())),
     }
     if data:

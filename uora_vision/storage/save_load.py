@@ -35,7 +35,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, save_banks: SaveBa
 
     Args:
         save_banks: put rows of A and B into the file too, so that loading need not rebuild them from seed and log:
-            `changed`, those that were re-drawn; `all`, which loads where torch draws other matrices from the seed, and
+            `changed`, those that were redrawn; `all`, which loads where torch draws other matrices from the seed, and
             is the default for matrices that were given, as by an adapter of PEFT's.
 
     Returns:

@@ -280,14 +280,14 @@ def _hex(value: Any, what: str) -> str | None:
 def _check_log(stored: Stored) -> None:
     rank, step = stored.config.rank, 0
     if len({(event.step, event.matrix) for event in stored.log}) < len(stored.log):
-        raise FormatError("the log re-draws a matrix twice at one step")
+        raise FormatError("the log redraws a matrix twice at one step")
     draws: dict[str, Tensor] = {}
     known = stored._widths() if stored.log else {}
     for event in stored.log:
         if event.matrix not in known:
-            raise FormatError(f"the log re-draws {shortened(event.matrix)}, which this adapter does not have")
+            raise FormatError(f"the log redraws {shortened(event.matrix)}, which this adapter does not have")
         if (last := int(event.indices.max())) >= rank:
-            raise FormatError(f"the log re-draws direction {last} of {event.matrix!r}; the rank is {rank}")
+            raise FormatError(f"the log redraws direction {last} of {event.matrix!r}; the rank is {rank}")
         if event.step < step:
             raise FormatError(f"the log goes back from step {step} to {event.step}")
         if not ((event.alpha >= 0) & (event.alpha <= 1)).all():

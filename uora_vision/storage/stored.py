@@ -90,7 +90,7 @@ class Stored:
         log: the redraws of its banks.
         identity: of its base.
         bank_fingerprint: of A and B after the log; None if unknown.
-        rows: every re-drawn row, matrix after matrix by name, (n,) float32; None if it is not in the file.
+        rows: every redrawn row, matrix after matrix by name, (n,) float32; None if it is not in the file.
         shared: the shared matrices, by name, (n,) float32; None if they are not in the file.
         versions: of the libraries that wrote it.
     """

@@ -33,7 +33,7 @@ COMPARED = {  # what stands beside the score in a comparison of methods, and its
     "trained_parameters_without_head": "without head",
     "adapter_bytes": "adapter",
     "seconds_per_step": "step",
-    "firings": "re-drawn",
+    "firings": "redrawn",
 }
 KEPT = {"other_accuracy": "other classes"}
 """What stands there besides, in the recipes that measure it."""

@@ -150,7 +150,7 @@ def train(
 
     Args:
         optimizer: of the parameters of `adapted`; see `make_optimizer`.
-        reinit: steps after the optimizer; None to re-draw nothing.
+        reinit: steps after the optimizer; None to redraw nothing.
         data: sized; gives an example for (epoch, index).
         display: shows progress.
         log: called with (step, numbers) after every step and every evaluation.

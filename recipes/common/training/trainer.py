@@ -138,7 +138,7 @@ def fit(
 
     Args:
         optimizer: of the parameters of `adapted`; see `make_optimizer`.
-        reinit: steps after the optimizer; None to re-draw nothing.
+        reinit: steps after the optimizer; None to redraw nothing.
         options: a recipe's options: those of `RunChoice` and `TrainChoice`.
         folder: of the run; checkpoints go to a folder inside.
         make: makes the Trainer, given `model`, `optimizers` and `callbacks`.
