@@ -75,7 +75,7 @@ from common.report.results import compare, finish
 from common.training.folder import CHECKPOINT, prepare_folder, record_config, write_json
 from common.training.loop import TrainOptions, make_optimizer, train
 from common.training.machine import make_accelerator
-from common.training.methods import Adapted
+from common.training.methods import AdaptedModel
 from common.training.tensorboard import tensorboard
 from common.vision.evaluation import sections
 from common.vision_language.contrastive import Matching, Naming, prompts, zero_shot
@@ -197,7 +197,7 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
     return metrics
 
 
-def adapt(dual: Dual, chosen: MethodOptions, towers: Towers) -> Adapted:
+def adapt(dual: Dual, chosen: MethodOptions, towers: Towers) -> AdaptedModel:
     """Adapt the towers by UORA, with one bank of random matrices for both, or by a method to compare it with.
 
     Raises:

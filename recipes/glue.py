@@ -90,7 +90,7 @@ from common.language.models import load_model, load_tokenizer, longest
 from common.report.results import compare, finish
 from common.training.folder import prepare_folder, record_config
 from common.training.loop import make_optimizer
-from common.training.methods import Adapted, apply_method
+from common.training.methods import AdaptedModel, apply_method
 from common.training.trainer import arguments, careful, fit
 from datasets import Dataset
 from rich.console import Console
@@ -139,7 +139,7 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
             model, rank=chosen.rank, targets=chosen.targets, seed=chosen.seed, token_sampling=chosen.token_sampling
         )
         groups = uora.param_groups(model, lr=chosen.lr, head_lr=chosen.head_lr, weight_decay=chosen.weight_decay)
-        adapted = Adapted(model, model, groups, chosen)
+        adapted = AdaptedModel(model, model, groups, chosen)
     else:
         adapted = apply_method(model, chosen)
     collate = DataCollatorWithPadding(tokenizer)

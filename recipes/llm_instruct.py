@@ -91,7 +91,7 @@ from common.report.page import Sheet
 from common.report.results import compare, finish
 from common.training.folder import CONFIG, METRICS, prepare_folder, record_config, write_json, write_text
 from common.training.loop import make_optimizer
-from common.training.methods import Adapted, apply_method
+from common.training.methods import AdaptedModel, apply_method
 from common.training.trainer import arguments, fit
 from datasets import Dataset
 from rich.console import Console
@@ -137,7 +137,7 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
             model, rank=chosen.rank, targets=chosen.targets, seed=chosen.seed, token_sampling=chosen.token_sampling
         )
         groups = uora.param_groups(model, lr=chosen.lr, head_lr=chosen.head_lr, weight_decay=chosen.weight_decay)
-        adapted = Adapted(model, model, groups, chosen)
+        adapted = AdaptedModel(model, model, groups, chosen)
     else:
         adapted = apply_method(model, chosen)
     if adapted.is_uora:
@@ -284,7 +284,7 @@ def serve(options: Options) -> None:
         chat.serve(talk, door, f"{made.method} on {Path(made.model).name}")
 
 
-def restore(options: Options, folder: Path) -> tuple[Adapted, Any, dict[torch.nn.Parameter, torch.Tensor]]:
+def restore(options: Options, folder: Path) -> tuple[AdaptedModel, Any, dict[torch.nn.Parameter, torch.Tensor]]:
     """The trained model of a run, its tokenizer, and for what was trained the values that make it the base again."""
     tokenizer = load_tokenizer(options.model)
     prepare_template(tokenizer, folder)
@@ -293,7 +293,7 @@ def restore(options: Options, folder: Path) -> tuple[Adapted, Any, dict[torch.nn
     if options.method in (Method.uora, Method.vera):
         uora.load(model, folder / "adapter")
         off = {adapter.b: torch.zeros_like(adapter.b) for adapter in uora.adapters(model).values()}
-        return Adapted(model, model, [], chosen), tokenizer, off
+        return AdaptedModel(model, model, [], chosen), tokenizer, off
     torch.manual_seed(options.seed)
     adapted = apply_method(model, chosen)
     off = {p: p.detach().clone() for p in adapted.model.parameters() if p.requires_grad}

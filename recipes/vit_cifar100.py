@@ -40,7 +40,7 @@ from common.data.loading import Images
 from common.report.results import compare
 from common.training.folder import prepare_folder
 from common.training.loop import make_optimizer
-from common.training.methods import DEFAULTS, Adapted, apply_method
+from common.training.methods import DEFAULTS, AdaptedModel, apply_method
 from common.vision.backbone import create_backbone, input_format
 from common.vision.classify import load_sets, train_images
 from common.vision.demo import NEW, OLD, ROWS, SHOTS, pretrain
@@ -73,7 +73,7 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
             model, rank=chosen.rank, targets=chosen.targets, seed=chosen.seed, token_sampling=chosen.token_sampling
         )
         groups = uora.param_groups(model, lr=chosen.lr, head_lr=chosen.head_lr, weight_decay=chosen.weight_decay)
-        adapted = Adapted(model, model, groups, chosen)
+        adapted = AdaptedModel(model, model, groups, chosen)
     else:
         adapted = apply_method(model, chosen)
     if adapted.is_uora:

@@ -104,3 +104,16 @@ def make_vit() -> Callable[..., nn.Module]:
 @pytest.fixture
 def images() -> Tensor:
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+
+
+def injected(model: nn.Module, rank: int = 8, **options: Any) -> nn.Module:
+    return wake(uora.inject(model, rank=rank, **options).eval())
+
+
+def outputs(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(x)
+
+
+def banks(model: nn.Module) -> dict[str, Tensor]:
+    return {name: t.clone() for name, t in model.uora.named_buffers()}

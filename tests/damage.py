@@ -8,17 +8,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from golden import golden_model, state
+from golden import DATA, golden_model, state
 from safetensors import safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
-from test_inject import assert_same, snapshot
 from torch import Tensor, nn
+from unchanged import assert_same, snapshot
 
 import uora_vision as uora
 from uora_vision.storage import folder as files
 from uora_vision.storage.base import Base
-from uora_vision.storage.folder import TENSOR_FILE
+from uora_vision.storage.folder import CONFIG_FILE, TENSOR_FILE
 
 Place = tuple[str | int, ...]
 
@@ -107,3 +107,10 @@ def put(value: Any, at: Place, new: Any) -> None:
 
 def drop(value: Any, at: Place) -> None:
     del look(value, at[:-1])[at[-1]]
+
+
+OLD = json.loads((DATA / "adapter_v2" / CONFIG_FILE).read_text())
+JUNK: list[Any] = [
+    None, True, -1, 0, 1, 3, 7, 2**31, 2**63, 10**400, 2.5, -0.0, 1e308, "q", "0" * 32, "f" * 512, [], [1], [[]], {},
+    {"a": 1},
+]  # fmt: skip

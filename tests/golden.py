@@ -35,7 +35,7 @@ def golden_model() -> nn.Module:
 
 
 def golden_adapter() -> nn.Module:
-    """Adapted, with a trained head and norms, and re-drawn rows of the whole bank and of single layers."""
+    """Adapted, with a trained head and norms, and redrawn rows of the whole bank and of single layers."""
     model = uora.inject(golden_model(), rank=4, seed=11, train=("head", "norm"))
     fill(model, 0)
     shared = uora.Reinitializer(model, threshold=1e-3, alpha=0.3)

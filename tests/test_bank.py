@@ -311,7 +311,7 @@ OWN = {own.name: own for own in (OwnMatrix(f"l.{name}", f"{name[-1]}32", 32) for
 def play(b: Bank, what: list[tuple[str, set[int], float, str, int]]) -> None:
     step, drawn = 1, set()
     for matrix, indices, alpha, interpolation, wait in what:
-        step += wait or (step, matrix) in drawn  # a matrix is re-drawn at most once a step
+        step += wait or (step, matrix) in drawn  # a matrix is redrawn at most once a step
         drawn.add((step, matrix))
         index = ids(*sorted(indices))
         b.redraw(OWN.get(matrix, matrix), index, torch.full((len(index),), alpha), step, interpolation)  # type: ignore[arg-type]
@@ -322,7 +322,7 @@ class TestLog:
         b = bank()
         play(b, [("A32", {0}, 0.0, "spherical", 0), ("l.q/A", {0}, 0.5, "linear", 0)])
         before = b.a(32).clone()
-        with pytest.raises(uora.ConfigError, match="A32 was re-drawn at step 1 already"):
+        with pytest.raises(uora.ConfigError, match="A32 was redrawn at step 1 already"):
             b.redraw("A32", ids(1), torch.zeros(1), 1, "spherical")
         assert torch.equal(b.a(32), before) and len(b.log) == 2
         b.redraw("A32", ids(1), torch.zeros(1), 2, "spherical")

@@ -1,4 +1,4 @@
-"""The benchmark of injecting and re-drawing: its memory count, its firings, and what it writes."""
+"""The benchmark of injecting and redrawing: its memory count, its firings, and what it writes."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ class TestInspect:
         size = sum(p.stat().st_size for p in files["adapter"].iterdir())
         for part in (
             "timm/test_vit.r160_in1k", "rank 4, seed 0", "24 weights, 36 roles", f"size       {size:,} B",
-            "325 in 2 trained tensors", "rows of A and B re-drawn, in 1 steps from 1 to 1", "blocks.5.mlp.fc2.fc2",
+            "325 in 2 trained tensors", "rows of A and B redrawn, in 1 steps from 1 to 1", "blocks.5.mlp.fc2.fc2",
         ):  # fmt: skip
             assert part in text, part
 
@@ -162,7 +162,7 @@ class TestInspect:
 
     def test_earlier_versions(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["inspect", str(DATA / "adapter_v2")]) == 0
-        assert "48 rows of A and B re-drawn, in 4 steps from 1 to 4" in capsys.readouterr().out
+        assert "48 rows of A and B redrawn, in 4 steps from 1 to 4" in capsys.readouterr().out
 
     def test_bad_input(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         fails(["inspect", tmp_path / "nothing"], "is no folder", capsys)

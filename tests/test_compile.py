@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import kill, wake
-from test_training import Checkpointed, assert_equal, gradients, injected
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch.nn.functional import cross_entropy
+from training import Checkpointed, assert_equal, gradients, injected
 
 import uora_vision as uora
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_functional import case
+from projections import case
 from torch.utils.flop_counter import FlopCounterMode
 
 from uora_vision.maths.cost import Shape, folds, joins, keeps_input

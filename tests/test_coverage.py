@@ -11,55 +11,24 @@ import coverage
 import pytest
 import torch
 from conftest import need_timm
+from families import HELD
 from proof.prove import prove
 from proof.zoo import Entry, entries
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
 DOCS = Path(__file__).parents[1] / "docs"
-# One for every way in which projections are held.
-FAMILIES = {
-    "Linear, called": "timm/test_vit",
-    "weight read, q k v biases apart": "timm/vit_small_patch16_dinov3_qkvb",
-    "windows, position MLP": "timm/swinv2_cr_tiny_ns_224",
-    "1x1 convolutions": "timm/test_convnext2",
-    "1x1 convolutional attention": "timm/mobilevitv2_050",
-    "interleaved heads": "timm/levit_128s",
-    "grouped convolution": "timm/efficientvit_b0",
-    "Conv1d": "timm/efficientvim_m1",
-    "parallel block": "timm/vit_pwee_patch16_reg1_gap_256",
-    "attention as pool, in a head": "timm/resnet50_clip",
-    "tokens": "timm/gmlp_ti16_224",
-    "LSTM": "timm/sequencer2d_s",
-    "lambda": "timm/lambda_resnet26t",
-    "halo": "timm/halonet26t",
-    "pure convolutional": "timm/test_resnet",
-    "nn.MultiheadAttention": "open_clip/ViT-S-32",
-    "separate q k v weights": "open_clip/coca_base",
-    "AttentionPool2d": "open_clip/RN50",
-    "transformers text tower": "open_clip/roberta-ViT-B-32",
-    "packed": "transformers/phi3",
-    "transposed": "transformers/gpt2",
-    "subclass with a forward of its own": "transformers/falcon_new",
-    "experts": "transformers/mixtral",
-    "transposed experts, interleaved gates": "transformers/gpt_oss",
-    "low-rank attention": "transformers/deepseek_v3",
-    "state space": "transformers/mamba",
-    "encoder and decoder": "transformers/t5",
-    "shared projections": "transformers/deberta-v2",
-    "vision and language": "transformers/llava",
-}
 
 
 def published() -> list[dict[str, Any]]:
     return json.loads((DOCS / "coverage.json").read_text())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", HELD)
 @pytest.mark.slow
 def test_every_way_to_hold_a_projection(family: str) -> None:
-    need_timm(FAMILIES[family])
-    (entry,) = entries(FAMILIES[family])
+    need_timm(HELD[family])
+    (entry,) = entries(HELD[family])
     row = prove(entry)
     assert row["failures"] == [] and row["dead"] == 0 and row["alive"] >= 1
     if row["projections"]:

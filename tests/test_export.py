@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,32 +13,17 @@ import timm
 import torch
 import transformers
 from conftest import small_vit, trained, wake
+from mechanisms import make as make_one
+from mechanisms import run
+from peft_models import close, loaded
 from safetensors.torch import load_file
-from test_inject import assert_same, snapshot
-from test_life import make as make_one
-from test_life import run
 from torch import Tensor, nn
+from unchanged import assert_same, snapshot
 
 import uora_vision as uora
 from uora_vision.export import to_peft_lora, to_peft_vera
 
 peft = pytest.importorskip("peft")
-
-
-def loaded(base: nn.Module, folder: Path) -> nn.Module:
-    """As PEFT's users load an adapter; nothing of the folder may be left over or missing."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.filterwarnings("error", message=".*missing adapter keys.*")
-        model = peft.PeftModel.from_pretrained(base, folder)
-    names = {name.replace(".default", "").replace(".modules_to_save", "") for name in model.state_dict()}
-    assert not set(load_file(folder / "adapter_model.safetensors")) - names
-    return model.eval()
-
-
-def close(got: Tensor, want: Tensor, base: Tensor, tolerance: float = 1e-5) -> None:
-    assert (want - base).abs().max() > 0.05 * want.abs().max(), "the adapter changes too little for a comparison"
-    assert (got - want).abs().max() < tolerance * want.abs().max()
 
 
 def check(

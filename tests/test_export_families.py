@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import need_timm, wake
+from families import FAMILIES as TIMM
+from families import HELD, small
 from proof.zoo import call, entries
-from test_coverage import FAMILIES as HELD
-from test_families import FAMILIES as TIMM
-from test_families import small
 from torch import Tensor, nn
 
 import uora_vision as uora

@@ -6,55 +6,12 @@ import copy
 from typing import Any
 
 import pytest
-import timm
 import torch
 from conftest import wake
+from families import FAMILIES, small
 from torch import Tensor, nn
 
 import uora_vision as uora
-
-PLAIN = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2}
-STAGED = {"img_size": 64, "embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2)}
-FAMILIES: dict[str, tuple[int, dict[str, Any]]] = {
-    "vit_base_patch16_224": (32, PLAIN),
-    "vit_small_patch14_reg4_dinov2": (32, PLAIN),
-    "vit_base_patch16_siglip_224": (32, PLAIN),
-    "vit_relpos_small_patch16_224": (32, PLAIN),
-    "vit_base_patch16_rpn_224": (32, PLAIN),
-    "deit3_small_patch16_224": (32, PLAIN),
-    "deit_tiny_distilled_patch16_224": (32, PLAIN),
-    "beit_base_patch16_224": (32, PLAIN),
-    "eva02_tiny_patch14_224": (32, PLAIN),
-    "vit_small_patch16_dinov3": (32, PLAIN),
-    "cait_xxs24_224": (32, PLAIN),
-    "xcit_nano_12_p16_224": (32, {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2}),
-    "aimv2_large_patch14_224": (32, PLAIN),
-    "samvit_base_patch16": (32, PLAIN),
-    "convit_tiny": (32, {**PLAIN, "local_up_to_layer": 1}),
-    "mixer_s16_224": (32, {"img_size": 32}),
-    "swin_tiny_patch4_window7_224": (64, {**STAGED, "window_size": 4}),
-    "swinv2_tiny_window8_256": (64, {**STAGED, "window_size": 4}),
-    "swinv2_cr_tiny_224": (64, {**STAGED, "window_size": 4}),
-    "hiera_tiny_224": (64, {"img_size": (64, 64), "embed_dim": 16, "stages": (1, 1), "num_heads": 1, "q_pool": 1,
-                            "mask_unit_size": (4, 4)}),
-    "davit_tiny": (64, {"depths": (1, 1), "embed_dims": (16, 32), "num_heads": (1, 2)}),
-    "pvt_v2_b0": (64, {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 24, 32), "num_heads": (1, 1, 2, 2)}),
-    "maxvit_rmlp_pico_rw_256": (64, {"img_size": 64, "depths": (1, 1), "embed_dim": (64, 128), "stem_width": 16}),
-    "tiny_vit_5m_224": (64, {"embed_dims": (16, 32, 32, 32), "depths": (1, 1, 1, 1),
-                             "num_heads": (2, 2, 2, 2), "window_sizes": (4, 4, 4, 2)}),
-    "convnext_tiny": (64, {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}),
-    "edgenext_xx_small": (64, {}),
-    "mobilevit_xxs": (64, {}),
-}  # fmt: skip
-
-
-def small(name: str) -> tuple[nn.Module, Tensor]:
-    size, options = FAMILIES[name]
-    model = timm.create_model(name, num_classes=5, **options).eval()
-    with torch.no_grad():
-        for p in model.parameters():  # as if trained: heads and biases start at 0, layer scales near it
-            p.add_(torch.randn_like(p) * (p.shape[1] ** -0.5 if p.dim() == 2 else 0.1))
-    return model, torch.randn(2, 3, size, size)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

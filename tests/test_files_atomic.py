@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import uora_vision as uora
 from uora_vision.integrations.state import restore
-from uora_vision.storage.folder import CONFIG_FILE, TENSOR_FILE, read, write, write_atomically
+from uora_vision.storage.folder import CONFIG_FILE, TENSOR_FILE, read_folder, write_atomically, write_folder
 from uora_vision.storage.stored import Stored
 
 
@@ -80,7 +80,7 @@ class TestInterrupted:
         self, tmp_path: Path, adapters: tuple[Stored, Stored], monkeypatch: pytest.MonkeyPatch, call: str, which: int
     ) -> None:
         old, new = adapters
-        write(old, tmp_path)
+        write_folder(old, tmp_path)
         real, calls = getattr(os, call), []
 
         def breaks(*args: Any, **kwargs: Any) -> Any:
@@ -91,13 +91,13 @@ class TestInterrupted:
 
         monkeypatch.setattr(os, call, breaks)
         if call == "replace" and which > 2:
-            write(new, tmp_path)
+            write_folder(new, tmp_path)
         else:
             with pytest.raises(OSError, match="No space"):
-                write(new, tmp_path)
+                write_folder(new, tmp_path)
         monkeypatch.undo()
         assert {f.name for f in tmp_path.iterdir()} == {CONFIG_FILE, TENSOR_FILE}, "temporary files are left"
-        found = read(tmp_path)
+        found = read_folder(tmp_path)
         assert same(found, old if call == "replace" and which == 1 else found) and any(same(found, a) for a in adapters)
 
     def test_between_the_two_files_of_the_first_save(
@@ -110,51 +110,51 @@ class TestInterrupted:
 
         monkeypatch.setattr("uora_vision.storage.folder.write_atomically", breaks)
         with pytest.raises(KeyboardInterrupt):
-            write(adapters[0], tmp_path)
-        assert not (tmp_path / CONFIG_FILE).exists() and same(read(tmp_path), adapters[0])
+            write_folder(adapters[0], tmp_path)
+        assert not (tmp_path / CONFIG_FILE).exists() and same(read_folder(tmp_path), adapters[0])
 
     def test_over_an_adapter_of_version_2(self, tmp_path: Path, adapters: tuple[Stored, Stored]) -> None:
         from golden import DATA
 
-        write(adapters[0], tmp_path)
+        write_folder(adapters[0], tmp_path)
         shutil.copy(DATA / "adapter_v2" / CONFIG_FILE, tmp_path)
-        assert same(read(tmp_path), adapters[0])
+        assert same(read_folder(tmp_path), adapters[0])
 
     @pytest.mark.parametrize("seed", [0, 1])
     def test_killed_at_random_moments(self, tmp_path: Path, adapters: tuple[Stored, Stored], seed: int) -> None:
         rng = random.Random(seed)
-        write(adapters[0], tmp_path)
+        write_folder(adapters[0], tmp_path)
 
         def endless() -> None:
             while True:
                 for adapter in adapters:
-                    write(adapter, tmp_path)
+                    write_folder(adapter, tmp_path)
 
         for _ in range(15):
             pid = child(endless)
             time.sleep(0.005 + rng.random() * 0.04)
             os.kill(pid, signal.SIGKILL)
             assert status(pid) == -signal.SIGKILL
-            found = read(tmp_path)
+            found = read_folder(tmp_path)
             assert any(same(found, a) for a in adapters)
         for leftover in tmp_path.glob(".*"):
             os.utime(leftover, (0, 0))
-        write(adapters[1], tmp_path)
+        write_folder(adapters[1], tmp_path)
         assert {f.name for f in tmp_path.iterdir()} == {CONFIG_FILE, TENSOR_FILE}, "what was killed is not tidied up"
 
 
 class TestNoRoom:
     def test_a_file_that_may_not_grow(self, tmp_path: Path, adapters: tuple[Stored, Stored]) -> None:
         old, new = adapters
-        write(old, tmp_path)
+        write_folder(old, tmp_path)
 
         def limited() -> None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-            write(new, tmp_path)
+            write_folder(new, tmp_path)
 
         assert status(child(limited)) == 3
-        assert {f.name for f in tmp_path.iterdir()} == {CONFIG_FILE, TENSOR_FILE} and same(read(tmp_path), old)
+        assert {f.name for f in tmp_path.iterdir()} == {CONFIG_FILE, TENSOR_FILE} and same(read_folder(tmp_path), old)
 
     @pytest.fixture
     def tiny(self, tmp_path: Path) -> Iterator[Path]:
@@ -168,28 +168,28 @@ class TestNoRoom:
         subprocess.run(["umount", str(place)], check=True)
 
     def test_a_full_disk(self, tiny: Path, adapters: tuple[Stored, Stored]) -> None:
-        write(adapters[0], tiny / "a")
+        write_folder(adapters[0], tiny / "a")
         (tiny / "filler").write_bytes(b"\0" * 4096 * 4)
         with pytest.raises(OSError) as raised:
-            write(adapters[1], tiny / "a")
+            write_folder(adapters[1], tiny / "a")
         assert raised.value.errno == errno.ENOSPC
         assert {f.name for f in (tiny / "a").iterdir()} == {CONFIG_FILE, TENSOR_FILE}
-        assert same(read(tiny / "a"), adapters[0])
+        assert same(read_folder(tiny / "a"), adapters[0])
 
     def test_a_folder_that_may_not_be_written_to(self, adapters: tuple[Stored, Stored]) -> None:
         place = Path(tempfile.mkdtemp())
         try:
-            write(adapters[0], place / "a")
+            write_folder(adapters[0], place / "a")
             (place / "a").chmod(0o555)
             place.chmod(0o755)
 
             def as_nobody() -> None:
                 if os.geteuid() == 0:
                     os.setuid(65534)
-                write(adapters[1], place / "a")
+                write_folder(adapters[1], place / "a")
 
             assert status(child(as_nobody)) == 3
-            assert same(read(place / "a"), adapters[0])
+            assert same(read_folder(place / "a"), adapters[0])
         finally:
             (place / "a").chmod(0o755)
             shutil.rmtree(place)
@@ -197,16 +197,18 @@ class TestNoRoom:
     def test_a_file_where_the_folder_would_be(self, tmp_path: Path, adapters: tuple[Stored, Stored]) -> None:
         (tmp_path / "a").write_text("here")
         with pytest.raises(OSError):
-            write(adapters[0], tmp_path / "a")
+            write_folder(adapters[0], tmp_path / "a")
         assert (tmp_path / "a").read_text() == "here"
 
 
 def test_of_two_processes_that_save_at_once_either_wins_whole(tmp_path: Path, adapters: tuple[Stored, Stored]) -> None:
-    write(adapters[0], tmp_path)
-    writers = [child(lambda adapter=adapter: [write(adapter, tmp_path) for _ in range(25)]) for adapter in adapters]
+    write_folder(adapters[0], tmp_path)
+    writers = [
+        child(lambda adapter=adapter: [write_folder(adapter, tmp_path) for _ in range(25)]) for adapter in adapters
+    ]
     reads = 0
     while writers:
-        found = read(tmp_path)
+        found = read_folder(tmp_path)
         assert any(same(found, a) for a in adapters)
         reads += 1
         for pid in list(writers):
@@ -218,7 +220,7 @@ def test_of_two_processes_that_save_at_once_either_wins_whole(tmp_path: Path, ad
 
 
 class Run:
-    """A small training run with a checkpoint every other step: the adapter, and beside it optimizer and re-draws."""
+    """A small training run with a checkpoint every other step: the adapter, and beside it optimizer and redraws."""
 
     EVERY = 2
 

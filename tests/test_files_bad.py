@@ -15,15 +15,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import small_vit, trained
-from damage import Place, Target, drop, look, metadata_of, places, put, rewrite
+from damage import JUNK, OLD, Place, Target, drop, look, metadata_of, places, put, rewrite
 from golden import DATA, golden_adapter
-from test_inject import assert_same, snapshot
+from unchanged import assert_same, snapshot
 
 import uora_vision as uora
-from uora_vision.storage.folder import CONFIG_FILE, TENSOR_FILE, read
+from uora_vision.storage.folder import CONFIG_FILE, TENSOR_FILE, read_folder
 
 DESCRIBED = json.loads(metadata_of(DATA / "adapter_v3")["config"])
-OLD = json.loads((DATA / "adapter_v2" / CONFIG_FILE).read_text())
 # Of version 2's options there are two copies, which are compared.
 OPTIONS = [p for p in places(OLD) if p[0] == "config"]
 REST = [p for p in places(OLD) if p not in OPTIONS]
@@ -45,10 +44,6 @@ ODD_NAMES = [
     "🦜",
     "\uff51",
 ]
-JUNK: list[Any] = [
-    None, True, -1, 0, 1, 3, 7, 2**31, 2**63, 10**400, 2.5, -0.0, 1e308, "q", "0" * 32, "f" * 512, [], [1], [[]], {},
-    {"a": 1},
-]  # fmt: skip
 
 
 def junk_for(value: Any) -> list[Any]:
@@ -300,14 +295,14 @@ class TestFiles:
         action, text = FILES[damage]
         action(folder)
         with pytest.raises(uora.FormatError, match=text):
-            read(folder)
+            read_folder(folder)
         assert target.outcome(folder) == "refused"
         assert not (folder / "trapped").exists()
 
     def test_of_version_2_without_its_configuration(self, target: Target, old: Path) -> None:
         (old / CONFIG_FILE).unlink()
         with pytest.raises(uora.FormatError, match="does not exist"):
-            read(old)
+            read_folder(old)
 
     def test_the_copy_of_the_configuration_is_not_needed(self, target: Target, folder: Path) -> None:
         (folder / CONFIG_FILE).unlink()

@@ -14,10 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from damage import Target, drop, metadata_of, places, put, rewrite
+from damage import JUNK, OLD, Target, drop, metadata_of, places, put, rewrite
 from golden import DATA
 from safetensors.torch import load_file
-from test_files_bad import JUNK, OLD
 
 from uora_vision.storage.folder import CONFIG_FILE, TENSOR_FILE
 

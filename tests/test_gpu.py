@@ -9,9 +9,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conftest import kill
-from test_training import injected
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from training import injected
 
 import uora_vision as uora
 

@@ -19,8 +19,8 @@ import pytest
 import torch
 from conftest import small_vit, trained
 from golden import DATA, golden_model, state
-from test_inject import assert_same, snapshot
 from torch import Tensor
+from unchanged import assert_same, snapshot
 
 import uora_vision as uora
 from uora_vision.storage.folder import CONFIG_FILE, TENSOR_FILE
@@ -276,7 +276,7 @@ def test_the_card_says_what_it_is_and_how_to_load_it() -> None:
         "| adapted | 8 weights: attn.k, attn.proj, attn.q, attn.v, mlp.fc1, mlp.fc2 |",
         "| rank | 8, layout shape, drawn haar, seed 0 |",
         f"| trained | {len(adapter.vector):,} parameters of the adapter, {7 * 65:,} of the base |",
-        f"| directions re-drawn | {sum(len(e.indices) for e in adapter.log):,} |",
+        f"| directions redrawn | {sum(len(e.indices) for e in adapter.log):,} |",
         r"| data | photos of \*things\* |",
         "| accuracy | 0.1235 |",
         r"| note | a\|b \<script\> |",

@@ -14,7 +14,7 @@ pytest.importorskip("trl")
 pytest.importorskip("lightning")
 import accelerate
 import transformers
-from test_integrations import arguments, bert, examples
+from training_tools import arguments, bert, examples
 
 from uora_vision.integrations.accelerate import prepare_reinitializer
 from uora_vision.integrations.transformers import UoraCallback, adapter_only

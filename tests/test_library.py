@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import kill, small_vit, wake
-from test_inject import assert_same, snapshot
 from torch import Tensor, nn
+from unchanged import assert_same, snapshot
 
 import uora_vision as uora
 
@@ -20,14 +20,14 @@ KINDS = {
     "narrow": {"rank": 4, "seed": 3},
     "slices": {"rank": 8, "layout": "slice"},
     "norms": {"rank": 8, "train": ("head", "norm")},
-    "re-drawn": {"rank": 8},
+    "redrawn": {"rank": 8},
     "own rows": {"rank": 8},
 }
-SCOPES = {"re-drawn": "shared", "own rows": "layer"}
+SCOPES = {"redrawn": "shared", "own rows": "layer"}
 
 
 def add(model: nn.Module, name: str, seed: int) -> nn.Module:
-    """An adapter as after training: b, d, what else trains, and rows that were re-drawn."""
+    """An adapter as after training: b, d, what else trains, and rows that were redrawn."""
     wake(uora.inject(model, name=name, **KINDS[name]), seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -100,7 +100,7 @@ class TestSwitching:
         for name in KINDS:
             uora.activate(many, name)
             banks[name] = id(next(iter(uora.adapters(many).values())).bank)
-        same = {banks[n] for n in ("plain", "qv", "norms", "re-drawn", "own rows")}
+        same = {banks[n] for n in ("plain", "qv", "norms", "redrawn", "own rows")}
         assert len(same) == 1 and len(set(banks.values())) == 3
 
     def test_delete(self, many: nn.Module, images: Tensor) -> None:
@@ -138,9 +138,9 @@ class TestTraining:
 
     def test_training_by_turns_is_training_one_after_the_other(self, images: Tensor) -> None:
         def run(turns: list[str]) -> list[Tensor]:
-            model = add(add(small_vit(), "re-drawn", 1), "qv", 2)
+            model = add(add(small_vit(), "redrawn", 1), "qv", 2)
             optimizers, reinits = {}, {}
-            for name in ("re-drawn", "qv"):
+            for name in ("redrawn", "qv"):
                 uora.activate(model, name)
                 optimizers[name] = torch.optim.AdamW(uora.param_groups(model, lr=0.01))
                 reinits[name] = uora.Reinitializer(model, threshold=0.1, relative=True)
@@ -149,9 +149,9 @@ class TestTraining:
                 self.train(model, optimizers[name], images)
                 reinits[name].step()
             assert reinits["qv"].firings
-            return [uora.activate(model, name)(images) for name in ("re-drawn", "qv")]
+            return [uora.activate(model, name)(images) for name in ("redrawn", "qv")]
 
-        first, second = run(["qv", "re-drawn"] * 3), run(["qv"] * 3 + ["re-drawn"] * 3)
+        first, second = run(["qv", "redrawn"] * 3), run(["qv"] * 3 + ["redrawn"] * 3)
         assert all(map(torch.equal, first, second))
 
     def test_a_reinitializer_of_another_adapter_says_so(self, many: nn.Module) -> None:
@@ -219,7 +219,7 @@ class TestErrors:
 
 
 class TestMerging:
-    @pytest.mark.parametrize("shares", [{"plain": 0.3, "own rows": -1.5, "re-drawn": 2.0}, {"qv": 1.0}])
+    @pytest.mark.parametrize("shares", [{"plain": 0.3, "own rows": -1.5, "redrawn": 2.0}, {"qv": 1.0}])
     def test_shares_of_several(self, shares: dict[str, float], images: Tensor) -> None:
         """Against dW = diag(b) B diag(d) A of each, and heads, written out in float64."""
         model, base = small_vit().double(), small_vit().double()

@@ -3,107 +3,28 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from conftest import wake
+from quantised_models import KINDS, TOKENS, WIDTH, codes, llama, logits, quantised_llama
 from torch import Tensor, nn
 
 import uora_vision as uora
-from uora_vision.export import to_peft_lora, to_peft_vera
 from uora_vision.maths.linear import add_update
 from uora_vision.maths.update import Update
 from uora_vision.weights.kinds import base_class
 from uora_vision.weights.matrix import Span
-from uora_vision.weights.quantised import dequantised, is_quantised
+from uora_vision.weights.quantised import dequantised
 
 bnb = pytest.importorskip("bitsandbytes", reason="the quantised layers are bitsandbytes'")
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    torchao = pytest.importorskip("torchao", reason="the quantised weights are torchao's")
-    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
-    from torchao.quantization.granularity import PerGroup
-
-WIDTH, TOKENS = 64, 6
-
-
-def bitsandbytes(make: Callable[[nn.Linear], nn.Linear]) -> Callable[[nn.Module], None]:
-    """Replaces every Linear but the head by what is made of it."""
-
-    def change(model: nn.Module) -> None:
-        for path, module in list(model.named_modules()):
-            if type(module) is nn.Linear and path != "lm_head":
-                new = make(module)
-                new.load_state_dict(module.state_dict())
-                new.support_avx512bf16_for_cpu = False  # or the layers' own outputs depend on the processor
-                model.set_submodule(path, new.to("cpu"))
-
-    return change
-
-
-def four_bit(kind: str, nested: bool) -> Callable[[nn.Module], None]:
-    return bitsandbytes(
-        lambda m: bnb.nn.Linear4bit(
-            m.in_features, m.out_features, m.bias is not None, quant_type=kind, compress_statistics=nested
-        )
-    )
-
-
-def ao(config: Any) -> Callable[[nn.Module], None]:
-    return lambda model: quantize_(model, config, lambda m, path: type(m) is nn.Linear and path != "lm_head")
-
-
-KINDS: dict[str, Callable[[nn.Module], None]] = {
-    "nf4": four_bit("nf4", nested=False),
-    "nf4 double": four_bit("nf4", nested=True),
-    "fp4": four_bit("fp4", nested=False),
-    "8bit": bitsandbytes(
-        lambda m: bnb.nn.Linear8bitLt(m.in_features, m.out_features, m.bias is not None, has_fp16_weights=False)
-    ),
-    "torchao int8": ao(Int8WeightOnlyConfig()),
-    "torchao int4": ao(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))),
-}
-EXACT = [kind for kind in KINDS if kind != "8bit"]
-"""bitsandbytes' 8-bit layers quantise their inputs too, so their outputs are not those of the dequantised matrix."""
-
-
-def llama(seed: int = 0, **options: Any) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        config = transformers.LlamaConfig(
-            vocab_size=50, hidden_size=WIDTH, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, attention_bias=True, max_position_embeddings=32, pad_token_id=0, **options,
-        )  # fmt: skip
-        model = transformers.LlamaForCausalLM(config)
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                p.normal_(std=0.1) if name.endswith("bias") else p
-                p.mul_(6.0) if p.dim() > 1 and "embed" not in name else p
-    return model.eval()
-
-
-def quantised_llama(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    model = llama().to(dtype)
-    KINDS[kind](model)
-    return model.eval()
 
 
 @pytest.fixture
 def tokens() -> Tensor:
     return torch.randint(1, 50, (2, TOKENS), generator=torch.Generator().manual_seed(3))
-
-
-def logits(model: nn.Module, tokens: Tensor) -> Tensor:
-    return model(input_ids=tokens).logits
-
-
-def codes(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if is_quantised(m._parameters.get("weight"))]
 
 
 def dense_weight(module: nn.Module) -> Tensor:
@@ -289,31 +210,6 @@ def reference_sum(layer: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_reversible_merge_gives_the_quantised_layers_back(kind: str, tokens: Tensor) -> None:
-    model = wake(uora.inject(quantised_llama(kind), rank=8, train=()), scale=0.3)
-    layers = {path: model.get_submodule(path) for path in uora.adapters(model)}
-    with torch.no_grad():
-        want = logits(model, tokens)
-        uora.merge(model, reversible=True, dequantize=True)
-        assert [type(m) for m in model.modules()] == [type(m) for m in llama().modules()]
-        assert not torch.equal(logits(model, tokens), want)
-        uora.unmerge(model)
-        assert torch.equal(logits(model, tokens), want)
-    assert all(model.get_submodule(path) is layer for path, layer in layers.items())
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_merge_into_a_half_type_states_its_rounding(kind: str, tokens: Tensor) -> None:
-    model = wake(uora.inject(quantised_llama(kind, torch.bfloat16), rank=8, train=()), scale=0.3)
-    reports: list[uora.MergeReport] = []
-    uora.merge(model, {"input_ids": tokens}, dequantize=True, on_report=reports.append)
-    weights = [m.weight for m in model.modules() if type(m) is nn.Linear]
-    assert {w.dtype for w in weights} == {torch.bfloat16}
-    assert 1e-4 < reports[0].weight_error < 2**-8 * max(w.abs().max().item() for w in weights)
-    assert reports[0].output_error is not None and reports[0].output_error > 0
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_models_train(kind: str, tokens: Tensor) -> None:
     model = uora.inject(quantised_llama(kind, torch.bfloat16), rank=8, train=()).train()
     optimizer = torch.optim.Adam(uora.param_groups(model, lr=1e-1))
@@ -379,41 +275,3 @@ def test_an_adapted_layer_is_never_packed_for_inference() -> None:
     with torch.no_grad():
         assert torch.equal(model(x), want)
     assert torch.equal(layer.weight.data, codes_before) and layer.support_avx512bf16_for_cpu
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_a_model_that_transformers_loads_quantised(bits: int, tokens: Tensor, tmp_path: Path) -> None:
-    llama().save_pretrained(tmp_path)
-    how = {4: {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
-               "bnb_4bit_compute_dtype": torch.float32}, 8: {"load_in_8bit": True}}[bits]  # fmt: skip
-    config = transformers.BitsAndBytesConfig(**how)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, quantization_config=config, dtype=torch.float32, device_map="cpu"
-    )
-    assert len(codes(model)) == 14
-    for layer in codes(model):
-        layer.support_avx512bf16_for_cpu = False  # or this first call packs the weights on some processors
-    with torch.no_grad():
-        before = logits(model, tokens)
-    uora.inject(model, rank=8, train=())
-    loss = model(input_ids=tokens, labels=tokens).loss
-    loss.backward()
-    assert all(a.b.grad.abs().max() > 0 for a in uora.adapters(model).values())
-    with torch.no_grad():
-        assert torch.equal(logits(model, tokens), before)
-        uora.merge(wake(model, scale=0.3), dequantize=True)
-        assert model.generate(tokens[:1], max_new_tokens=3, do_sample=False).shape == (1, TOKENS + 3)
-
-
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if "torchao" not in kind])
-def test_peft_takes_the_adapter_over_the_same_codes(kind: str, tokens: Tensor, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-    model = wake(uora.inject(quantised_llama(kind), rank=8, train=()), scale=0.3)
-    for name, export in (("lora", to_peft_lora), ("vera", to_peft_vera)):
-        export(model, tmp_path / name)
-        base = quantised_llama(kind)
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            plain, want = logits(base, tokens), logits(model, tokens)
-            got = logits(peft.PeftModel.from_pretrained(base, tmp_path / name).eval(), tokens)
-        assert (got - want).abs().max() < 1e-4 * want.abs().max() < 1e-2 * (want - plain).abs().max()

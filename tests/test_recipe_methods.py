@@ -9,7 +9,7 @@ import pytest
 import torch
 from common.command.choices import Method, Scope
 from common.command.options import MethodOptions
-from common.training.methods import DEFAULTS, Adapted, MethodError, apply_method
+from common.training.methods import DEFAULTS, AdaptedModel, MethodError, apply_method
 from torch import nn
 
 import uora_vision as uora
@@ -22,13 +22,13 @@ def options(method: Method, **changes: object) -> MethodOptions:
     return MethodOptions(**{"method": method, "rank": rank, "lr": 0.1, "head_lr": 0.2, "weight_decay": 0.3, **changes})
 
 
-def adapt(model: nn.Module, options: MethodOptions) -> Adapted:
+def adapt(model: nn.Module, options: MethodOptions) -> AdaptedModel:
     """By any method, as recipes do it."""
     if options.method is not Method.uora:
         return apply_method(model, options)
     uora.inject(model, rank=options.rank, targets=options.targets)
     groups = uora.param_groups(model, lr=options.lr, head_lr=options.head_lr, weight_decay=options.weight_decay)
-    return Adapted(model, model, groups, options)
+    return AdaptedModel(model, model, groups, options)
 
 
 def expected_without_head(method: Method) -> int:

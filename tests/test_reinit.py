@@ -6,11 +6,10 @@ import copy
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import kill, small_vit, wake
+from conftest import banks, injected, kill, outputs, small_vit, wake
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -21,22 +20,9 @@ Make = Callable[..., nn.Module]
 TAU = 1e-5
 
 
-def injected(model: nn.Module, rank: int = 8, **options: Any) -> nn.Module:
-    return wake(uora.inject(model, rank=rank, **options).eval())
-
-
 def stack(model: nn.Module) -> Tensor:
     """Every d of the model, (roles, rank)."""
     return torch.cat([a.d for a in uora.adapters(model).values()]).detach()
-
-
-def outputs(model: nn.Module, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(x)
-
-
-def banks(model: nn.Module) -> dict[str, Tensor]:
-    return {name: t.clone() for name, t in model.uora.named_buffers()}
 
 
 class TestCounting:

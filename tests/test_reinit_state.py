@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_reinit import banks, injected, outputs
+from conftest import banks, injected, outputs
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

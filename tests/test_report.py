@@ -104,7 +104,7 @@ def test_a_run_without_firings_says_so_and_gives_the_smallest_d(tmp_path: Path) 
     report = a_report(vectors=True)
     report.d[3][5] = -0.00125
     text = page(report, tmp_path)
-    assert "No direction was re-drawn" in text and "0.0013" in text and "1e-05" in text
+    assert "No direction was redrawn" in text and "0.0013" in text and "1e-05" in text
     assert "Heat map" not in text and "of a layer's median" not in unescape(text)
     report.config |= {"threshold": 0.1, "relative": True}
     assert "the threshold is 0.1 of a layer's median |d|" in unescape(page(report, tmp_path))
@@ -113,8 +113,8 @@ def test_a_run_without_firings_says_so_and_gives_the_smallest_d(tmp_path: Path) 
 def test_a_run_with_firings_counts_them_and_names_the_busiest_layer(tmp_path: Path) -> None:
     firings = np.array([[4, 5, 0], [9, 5, 7], [17, 0, 3]])
     text = page(replace(a_report(), firings=firings), tmp_path)
-    assert "No direction was re-drawn" not in text
-    assert "3 re-draws; most (2) in blocks.1.mlp.fc1" in text
+    assert "No direction was redrawn" not in text
+    assert "3 redraws; most (2) in blocks.1.mlp.fc1" in text
     assert "from step 4 to 17" in text
 
 
@@ -128,7 +128,7 @@ def test_a_method_without_adapters_has_no_adapter_sections(tmp_path: Path) -> No
     report = replace(a_report(epochs=1), layers=[], rank=0)
     report.metrics["firings"] = None
     text = page(report, tmp_path)
-    assert "re-drawn" not in text and "Re-draws</dt>" not in text and "adapters learned" not in text
+    assert "redrawn" not in text and "Redraws</dt>" not in text and "adapters learned" not in text
     assert "Learning curves" in text
 
 
@@ -176,7 +176,7 @@ def test_the_table_of_methods_shows_every_column_and_the_plot_every_point(tmp_pa
         {"method": "none", "accuracy": 0.1, "trained_parameters": 0},  # no place on a log axis
     ]
     text = page(replace(a_report(), comparison=rows), tmp_path)
-    assert "44 ms" in text and "Re-draws" in text
+    assert "44 ms" in text and "Redraws" in text
     assert "uora 92.5% with 9,866; full 95.0% with 1,204,000" in text
 
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 import transformers as tf
 from conftest import small_vit, wake
+from families import FAMILIES, small
 from open_clip.model import CLIP
-from test_families import FAMILIES, small
 from torch import Tensor, nn
 
 import uora_vision as uora
 
-BATCH: tuple[str | None, ...] = ("a", "re-drawn", None, "own rows", "other bank", "less", "re-drawn")
+BATCH: tuple[str | None, ...] = ("a", "redrawn", None, "own rows", "other bank", "less", "redrawn")
 WORDS = torch.randint(3, 90, (len(BATCH), 10), generator=torch.Generator().manual_seed(5))
 MASK = torch.ones_like(WORDS)
 MASK[2, 6:] = 0
@@ -26,7 +26,7 @@ MASK[2, 6:] = 0
 def teach(model: nn.Module, less: str, **options: Any) -> nn.Module:
     """Five adapters that differ in all that adapters can differ in; in float64."""
     kinds: dict[str, dict[str, Any]] = {
-        "a": {"rank": 8}, "re-drawn": {"rank": 8}, "own rows": {"rank": 8}, "other bank": {"rank": 4, "seed": 3},
+        "a": {"rank": 8}, "redrawn": {"rank": 8}, "own rows": {"rank": 8}, "other bank": {"rank": 4, "seed": 3},
         "less": {"rank": 8, "targets": less},
     }  # fmt: skip
     for seed, (name, kind) in enumerate(kinds.items()):
@@ -36,7 +36,7 @@ def teach(model: nn.Module, less: str, **options: Any) -> nn.Module:
             for path, p in model.named_parameters():
                 if p.requires_grad and "uora" not in path:
                     p.add_(0.3 * torch.randn(p.shape, generator=generator).to(p))
-        if name in ("re-drawn", "own rows"):
+        if name in ("redrawn", "own rows"):
             reinit = uora.Reinitializer(model, threshold=0.03, scope="layer" if name == "own rows" else "shared")
             assert reinit.step()
     return model
@@ -276,10 +276,10 @@ def flags_of(model: nn.Module) -> list[bool]:
 def test_one_adapter_for_all_is_that_adapter() -> None:
     model = teach(small_vit(), "attention")
     images = torch.randn(2, 3, 32, 32)
-    uora.activate(model, "re-drawn")
+    uora.activate(model, "redrawn")
     want = model(images)
     uora.activate(model, "a")
-    with uora.route(model, ["re-drawn"] * 2):
+    with uora.route(model, ["redrawn"] * 2):
         assert torch.equal(model(images), want)
     with uora.route(model, [None, None]), torch.no_grad():
         assert torch.equal(model(images), small_vit()(images))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import small_vit, wake
-from test_functional import Case, case, measured
+from projections import Case, case, measured
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -86,7 +86,7 @@ class TestWalks:
     def test_inject_with_an_example(self, counting: Counting) -> None:
         made = counting(model := small_vit())
         uora.inject(model, rank=4, example_input=EXAMPLE)
-        assert 0 < made.total() <= 5
+        assert 0 < made.total() <= 40  # `verify` puts a model into eval mode and into train mode, and back
 
     def test_a_second_inject(self, counting: Counting) -> None:
         made = counting(model := uora.inject(small_vit(), rank=4))
@@ -170,7 +170,7 @@ class TestSurvey:
 
     def test_each_part_is_found_out_once(self) -> None:
         survey = Survey(small_vit())
-        for name in ("modules", "weights", "parameters", "buffers", "tensors", "heads", "outputs", "hidden", "shown",
+        for name in ("modules", "weights", "parameters", "buffers", "tensors", "heads", "hidden", "shown",
                      "candidates", "findings"):  # fmt: skip
             assert getattr(survey, name) is getattr(survey, name), name
 

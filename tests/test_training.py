@@ -12,42 +12,11 @@ import torch
 from conftest import kill, small_vit, wake
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.checkpoint import checkpoint
+from training import Checkpointed, assert_equal, gradients, injected
 
 import uora_vision as uora
 
 Make = Callable[..., nn.Module]
-
-
-def injected(rank: int = 8, depth: int = 2, **options: Any) -> nn.Module:
-    return wake(uora.inject(small_vit(depth=depth), rank=rank, **options))
-
-
-def gradients(model: nn.Module, x: Tensor, seed: int = 0) -> dict[str, Tensor]:
-    model.zero_grad()
-    torch.manual_seed(seed)
-    cross_entropy(model(x), torch.arange(len(x))).backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_equal(one: dict[str, Tensor], two: dict[str, Tensor], **tolerance: float) -> None:
-    assert one.keys() == two.keys() and len(one) > 10
-    for name, grad in one.items():
-        if tolerance:
-            torch.testing.assert_close(two[name], grad, **tolerance)
-        else:
-            assert torch.equal(two[name], grad), name
-
-
-class Checkpointed(nn.Module):
-    """A block recomputed in backward."""
-
-    def __init__(self, block: nn.Module, reentrant: bool) -> None:
-        super().__init__()
-        self.block, self.reentrant = block, reentrant
-
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.block, x, use_reentrant=self.reentrant)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -88,7 +57,7 @@ def test_a_compiled_model_matches_eager_also_after_firings(images: Tensor, scope
         outputs.append(compiled(images).detach())
         kill(model, {"blocks.0.attn.qkv.k": [1], "blocks.0.mlp.fc2.fc2": [0, 3]})
         assert reinit.step() >= 2
-        wake(model, seed=1)  # so that what was re-drawn is seen
+        wake(model, seed=1)  # so that what was redrawn is seen
     assert (outputs[0] - outputs[1]).abs().max() > 1e-3
 
 

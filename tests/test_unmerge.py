@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import kill, small_vit, trained, wake
-from test_inject import assert_same, snapshot
-from test_life import MODELS, both, run
+from mechanisms import MODELS, both, run
 from torch import Tensor, nn
+from unchanged import assert_same, snapshot
 
 import uora_vision as uora
 

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import small_vit, trained
+from mechanisms import make as make_one
+from mechanisms import run
+from peft_models import close, loaded
 from safetensors.torch import load_file, save_file
-from test_export import close, loaded
-from test_inject import assert_same, snapshot
-from test_life import make as make_one
-from test_life import run
 from torch import Tensor, nn
+from unchanged import assert_same, snapshot
 
 import uora_vision as uora
 from uora_vision.export import from_peft_vera, to_peft_vera

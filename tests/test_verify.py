@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import wake
-from test_inject import assert_same, snapshot
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from unchanged import assert_same, snapshot
 
 import uora_vision as uora
 

@@ -79,7 +79,7 @@ def floor(**options: Any) -> nn.Module:
 
 
 def adapted(own: bool = False, **options: Any) -> nn.Module:
-    """With q, k and v, proj, fc1 and fc2 adapted; `own`: one layer with re-drawn rows of its own."""
+    """With q, k and v, proj, fc1 and fc2 adapted; `own`: one layer with redrawn rows of its own."""
     model = wake(uora.inject(small_vit(**options), rank=RANK))
     if own:
         kill(model, {"blocks.0.attn.qkv.q": [1]})

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; see `cli.py`.
+    """Run the command line; see `cli/app.py`.
 
     Returns:
         The exit code.

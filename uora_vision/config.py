@@ -31,7 +31,7 @@ class UoraConfig:
         exclude: terms of the same form, taken away from `targets`.
         blocks: numbers of the blocks to adapt, counted through the whole model; negative from its end. None for all.
         d_init: initial value of d.
-        seed: of the shared matrices A and B and of their re-drawn rows.
+        seed: of the shared matrices A and B and of their redrawn rows.
         layout: `shape`, one A per input width and one B per output width, each orthonormal; or `slice`, one A and one B
             of the largest widths, of which each layer takes the first part (PEFT's VeRA and the author's code do so).
         init: `haar` (UORA: uniform orthonormal) or `kaiming` (VeRA, arXiv 2310.11454).

@@ -122,11 +122,11 @@ def inspect(
     revision: Revision = None,
 ) -> None:
     """What a saved adapter is: base, options, parameters, redraws, |b| and |d| by layer."""
-    from ..storage.folder import read
+    from ..storage.folder import read_folder
     from .describe import describe, facts, plot
 
     there = _local(folder, revision)
-    stored = read(there)
+    stored = read_folder(there)
     size = sum(p.stat().st_size for p in there.iterdir() if p.is_file())
     print(json.dumps(facts(stored, size), indent=2) if as_json else describe(stored, size))
     if png is not None:
@@ -205,14 +205,14 @@ def verify(
     """Check a saved adapter: its files, whether A and B come out as they were, and whether it fits a base."""
     from ..storage.base import Base
     from ..storage.fit import fit
-    from ..storage.folder import is_old, read
+    from ..storage.folder import is_old, read_folder
     from ..storage.schema import FORMAT_VERSION
     from ..storage.snapshot import rebuilt
     from .models import with_weights
 
     there = _local(folder, revision)
     checks: list[tuple[bool, str]] = []
-    stored = _checked(checks, "files are whole, of a known version, without NaN", lambda: read(there))
+    stored = _checked(checks, "files are whole, of a known version, without NaN", lambda: read_folder(there))
     if stored is None:
         _verdict(checks)
         return
@@ -261,11 +261,11 @@ def _local(folder: str, revision: str | None) -> Path:
 
 def _loaded(there: Path, model: str, checkpoint: str | None) -> tuple[nn.Module, Any]:
     """A model with an adapter in it, and an input."""
-    from ..storage.folder import read
+    from ..storage.folder import read_folder
     from ..storage.save_load import load
     from .models import with_weights
 
-    stored = read(there)
+    stored = read_folder(there)
     made, example = with_weights(model, stored, checkpoint)
     return load(made, there), example
 

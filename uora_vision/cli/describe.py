@@ -33,7 +33,7 @@ def facts(stored: Stored, size: int) -> dict[str, Any]:
         "weights": len(stored.projections),
         "roles": sum(len(p.roles) for p in stored.projections),
         "parameters": len(stored.vector),
-        "base_parameters": {name: t.numel() for name, t in stored.base.items()},
+        "base_parameters": {name: t.numel() for name, t in stored.parts.items()},
         "bytes": size,
         "versions": stored.versions,
         "firings": firings(stored),
@@ -43,7 +43,7 @@ def facts(stored: Stored, size: int) -> dict[str, Any]:
 
 
 def firings(stored: Stored) -> dict[str, Any]:
-    """What re-draws did: how many directions, at how many steps, in which matrices."""
+    """What redraws did: how many directions, at how many steps, in which matrices."""
     by_matrix: Counter[str] = Counter()
     for event in stored.log:
         by_matrix[event.matrix] += len(event.indices)
@@ -68,7 +68,7 @@ def describe(stored: Stored, size: int) -> str:
     lines = [
         f"base       {i.shown} ({i.class_name}), fingerprint {i.fingerprint or 'unknown'}",
         f"adapter    rank {c.rank}, seed {c.seed}, layout {c.layout}, init {c.init}, {'+'.join(c.targets)[:80]}",
-        f"parameters {found['parameters']:,} in b and d; {head:,} in {len(stored.base)} trained tensors of the base",
+        f"parameters {found['parameters']:,} in b and d; {head:,} in {len(stored.parts)} trained tensors of the base",
         f"size       {size:,} B",
         f"written by {', '.join(f'{name} {version}' for name, version in stored.versions.items())}",
     ]
@@ -89,7 +89,7 @@ def describe(stored: Stored, size: int) -> str:
 def _redraws(stored: Stored) -> str:
     found = firings(stored)
     if not found["directions"]:
-        return "no direction was re-drawn"
+        return "no direction was redrawn"
     first, last = found["first_and_last"]
     counts = [0] * min(60, last - first + 1)
     for event in stored.log:
@@ -97,7 +97,7 @@ def _redraws(stored: Stored) -> str:
     line = "".join(_LEVELS[-(-7 * n // max(counts))] for n in counts)
     shown = [f"  {name}: {n:,}" for name, n in found["matrices"].most_common(8)]
     more = len(found["matrices"]) - len(shown)
-    text = f"{found['directions']:,} rows of A and B re-drawn, in {found['steps']:,} steps from {first:,} to {last:,}"
+    text = f"{found['directions']:,} rows of A and B redrawn, in {found['steps']:,} steps from {first:,} to {last:,}"
     return "\n".join([text, f"  {line}", *shown, *([f"  and {more} more matrices"] if more else [])])
 
 
@@ -149,6 +149,6 @@ def plot(stored: Stored, path: Path) -> None:
     for event in stored.log:
         steps[event.step] += len(event.indices)
     axes[2].bar(list(steps), list(steps.values()), width=max(1.0, max(steps, default=1) / 100))
-    axes[2].set(title=f"{sum(steps.values()):,} rows of A and B re-drawn", xlabel="step")
+    axes[2].set(title=f"{sum(steps.values()):,} rows of A and B redrawn", xlabel="step")
     figure.suptitle(f"{stored.identity.shown}, rank {stored.config.rank}", fontsize=10)
     figure.savefig(path, dpi=120)

@@ -24,7 +24,7 @@ def on_meta(spec: str) -> tuple[nn.Module, Any]:
     import torch
 
     with torch.device("meta"):
-        return _made(spec, None, None, False)
+        return _create(spec, None, None, False)
 
 
 def with_weights(spec: str, stored: Stored, checkpoint: str | None = None) -> tuple[nn.Module, Any]:
@@ -42,11 +42,11 @@ def with_weights(spec: str, stored: Stored, checkpoint: str | None = None) -> tu
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model, example = _made(spec, stored, checkpoint, True)
+        model, example = _create(spec, stored, checkpoint, True)
     return model.eval(), example
 
 
-def _made(spec: str, stored: Stored | None, checkpoint: str | None, weights: bool) -> tuple[nn.Module, Any]:
+def _create(spec: str, stored: Stored | None, checkpoint: str | None, weights: bool) -> tuple[nn.Module, Any]:
     library, _, name = spec.partition("/")
     makers = {"timm": _timm, "open_clip": _open_clip, "transformers": _transformers}
     if library not in makers or not name:
@@ -68,7 +68,7 @@ def _timm(name: str, stored: Stored | None, checkpoint: str | None, weights: boo
     if stored is not None:
         heads: Any = getattr(timm.get_pretrained_cfg(name), "classifier", None)
         for head in [heads] if isinstance(heads, str) else heads or ():
-            if (weight := stored.base.get(f"{head}.weight")) is not None:
+            if (weight := stored.parts.get(f"{head}.weight")) is not None:
                 options["num_classes"] = len(weight)
     model: Any = timm.create_model(name, pretrained=weights and checkpoint is None, **options)
     if checkpoint is not None:
@@ -118,7 +118,7 @@ def _fill(model: nn.Module, checkpoint: str, stored: Stored | None) -> None:
     """Give a model the weights of a file; parts that the adapter brings along may be missing or of another shape."""
     state = _state_dict(Path(checkpoint))
     there = model.state_dict()
-    brought = set(stored.base) if stored is not None else set()
+    brought = set(stored.parts) if stored is not None else set()
     state = {name: t for name, t in state.items() if name not in brought or t.shape == there[name].shape}
     result = model.load_state_dict(state, strict=False)
     missing = [name for name in result.missing_keys if name not in brought]

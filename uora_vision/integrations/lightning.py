@@ -22,7 +22,7 @@ KEY = "uora_reinit"
 
 
 class UoraCallback(Callback):
-    """Re-draws dead directions after every optimizer step that is taken. Takes the options of `Reinitializer`.
+    """Redraws dead directions after every optimizer step that is taken. Takes the options of `Reinitializer`.
 
     Checkpoints hold the state of `reinit` and no frozen weights; `fit(ckpt_path=...)` goes on from them, and `validate`
     and `test` read them. The LightningModule builds and injects its model in `__init__`. The number of firings so far

@@ -14,7 +14,7 @@ from ..errors import FormatError, StateError
 from ..lifecycle.adapter import CHILD
 from ..lifecycle.library import adapters
 from ..maths.bank import Bank
-from ..storage.folder import read
+from ..storage.folder import read_folder
 from ..storage.snapshot import put_back
 from ..weights.sharded import whole
 
@@ -84,7 +84,7 @@ def restore(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         StateError: the model is not injected, or is spread over processes.
         FormatError: the file is missing, damaged, or of another adapter.
     """
-    put_back(model, read(folder))
+    put_back(model, read_folder(folder))
 
 
 def innermost(optimizer: Any) -> torch.optim.Optimizer:

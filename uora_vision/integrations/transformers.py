@@ -25,7 +25,7 @@ T = TypeVar("T", bound=Trainer)
 
 
 class UoraCallback(TrainerCallback):
-    """Re-draws dead directions after every optimizer step that is taken. Takes the options of `Reinitializer`.
+    """Redraws dead directions after every optimizer step that is taken. Takes the options of `Reinitializer`.
 
     Every checkpoint folder gets the adapter and the state of `reinit`, and `train(resume_from_checkpoint=...)` goes on
     from them. The number of firings so far is logged as `firings`.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import ExportError
 from ..lifecycle.adapter import Adapter
 from ..lifecycle.library import adapters_in, check_whole, library_of
-from ..lifecycle.trained_parts import STATISTICS, trained_base
+from ..lifecycle.trained_parts import STATISTICS, trained_tensors
 from ..storage.base import published_name
 from ..storage.folder import CONFIG_FILE, TENSOR_FILE, write_atomically
 from ..structure.candidates import is_read
@@ -35,7 +35,7 @@ PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
-class Adapted:
+class AdaptedWeight:
     """An adapted weight.
 
     Args:
@@ -60,7 +60,7 @@ class Adapted:
         return torch.float32 if is_quantised(weight) else torch.promote_types(torch.float32, weight.dtype)
 
 
-def adapted_weights(model: nn.Module) -> list[Adapted]:
+def adapted_weights(model: nn.Module) -> list[AdaptedWeight]:
     """What the active adapter adapts.
 
     Raises:
@@ -69,11 +69,11 @@ def adapted_weights(model: nn.Module) -> list[Adapted]:
     survey = Survey(model)
     check_whole(survey)
     library, found = library_of(model), adapters_in(survey)
-    layout = library.entries[library.active or ""].layout
-    return [Adapted(p, m, found[p.path]) for p, m in zip(layout.projections, layout.modules, strict=True)]
+    placement = library.entries[library.active or ""].placement
+    return [AdaptedWeight(p, m, found[p.path]) for p, m in zip(placement.projections, placement.modules, strict=True)]
 
 
-def check_expressible(model: nn.Module, weights: list[Adapted], method: str) -> None:
+def check_expressible(model: nn.Module, weights: list[AdaptedWeight], method: str) -> None:
     """Whether PEFT computes with an adapter of every weight.
 
     Args:
@@ -103,12 +103,12 @@ def check_expressible(model: nn.Module, weights: list[Adapted], method: str) -> 
         )
 
 
-def in_attention(w: Adapted) -> bool:
+def in_attention(w: AdaptedWeight) -> bool:
     """Whether a weight is one that PEFT's LoRA adapts with the whole nn.MultiheadAttention that it is in."""
     return w.projection.tensor == "in_proj_weight"
 
 
-def _reason(w: Adapted, modules: Mapping[str, nn.Module], method: str) -> str | None:
+def _reason(w: AdaptedWeight, modules: Mapping[str, nn.Module], method: str) -> str | None:
     p, module = w.projection, w.module
     if method == "LoRA" and in_attention(w):
         return _attention_reason(p.module_path, modules)
@@ -193,8 +193,10 @@ def written_parts(model: nn.Module, targets: Iterable[str]) -> tuple[dict[str, A
     """
     library, targets = library_of(model), sorted(targets)
     entry = library.entries[library.active or ""]
-    parts = {**entry.base, **trained_base(Survey(model))}
-    still = [n for n, t in library.base.items() if n.endswith(STATISTICS) and n in parts and torch.equal(parts[n], t)]
+    parts = {**entry.parts, **trained_tensors(Survey(model))}
+    still = [
+        n for n, t in library.base_parts.items() if n.endswith(STATISTICS) and n in parts and torch.equal(parts[n], t)
+    ]
     parts = {name: t for name, t in parts.items() if name not in still}
     tensors: dict[str, Tensor] = {}
     owners = set()

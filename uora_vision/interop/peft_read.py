@@ -129,12 +129,21 @@ def _tensors(source: Path) -> dict[str, Tensor]:
 
 def _projection(base: Base, path: str) -> Projection:
     """A weight as one projection, of the name that the rules have for it, or its layer's."""
-    site, finding = base.survey.shown.candidates[path], base.survey.shown.findings.get(path)
+    candidate, finding = base.survey.shown.candidates[path], base.survey.shown.findings.get(path)
     roles = finding.roles if finding else ()
     name = roles[0].name if len(roles) == 1 else path.rpartition(".")[2]
-    role = Role(name, roles[0].group if roles else "other", 0, site.shape[0])
+    role = Role(name, roles[0].group if roles else "other", 0, candidate.shape[0])
     block = finding.block if finding else None
-    return Projection(site.module_path, site.tensor, site.form, site.shape, (role,), "saved", block, site.read)
+    return Projection(
+        candidate.module_path,
+        candidate.tensor,
+        candidate.form,
+        candidate.shape,
+        (role,),
+        "saved",
+        block,
+        candidate.read,
+    )
 
 
 def _matrices(

@@ -18,7 +18,7 @@ from ..weights.matrix import Span, place
 from .low_rank import factors, truncated
 from .peft_folder import (
     PREFIX,
-    Adapted,
+    AdaptedWeight,
     adapted_weights,
     check_expressible,
     in_attention,
@@ -172,7 +172,7 @@ def to_peft_vera(model: nn.Module, folder: str | os.PathLike[str]) -> ExportRepo
 
 
 def _lora_targets(
-    weights: list[Adapted], found: dict[str, tuple[Tensor, Tensor]]
+    weights: list[AdaptedWeight], found: dict[str, tuple[Tensor, Tensor]]
 ) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
     """The layers that PEFT replaces, and in each, by the name in PEFT's file, B (out, n) and A (n, in)."""
     targets: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
@@ -192,7 +192,7 @@ def _lora_targets(
     return targets
 
 
-def _vera_directions(weights: list[Adapted]) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _vera_directions(weights: list[AdaptedWeight]) -> tuple[Tensor, Tensor, list[Tensor]]:
     """One A (n, in) and one B (out, n) for all weights, and d (n,) of each, float32."""
     bank = weights[0].adapter.bank
     n = 0

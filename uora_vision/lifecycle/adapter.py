@@ -91,7 +91,7 @@ class Adapter(nn.Module):
         return self
 
     def refresh_own(self, role: int) -> None:
-        """Take over a role's own rows from the bank, after they were re-drawn there.
+        """Take over a role's own rows from the bank, after they were redrawn there.
 
         The buffers grow by doubling, filled up with repetitions, so that a compiled model sees few different shapes.
         """

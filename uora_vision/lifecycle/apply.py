@@ -19,7 +19,7 @@ from ..structure.planning import Plan
 from ..structure.survey import Survey
 from ..weights.quantised import is_quantised
 from .adapter import CHILD, REDUCED
-from .entry import Entry, Layout
+from .entry import Entry, Placement
 from .library import DEFAULT, LIBRARY, Library
 from .trained_parts import STATISTICS, base_parameters
 
@@ -40,14 +40,16 @@ def apply_plan(
         name: of the adapter.
         vector: its b and d, as `Entry` has them; fresh ones if None.
         base: its trained parts of the base; if None, those that its options name, with the values of the base.
-        state: what re-draws made of its bank.
+        state: what redraws made of its bank.
         activate: whether the model computes with it from now on.
         bank: its bank, see `bank_for`.
     """
     model, config = survey.model, what.config
     library = model.__dict__.get(LIBRARY) or Library(survey)
-    layout = _layout(survey, library, what)
-    weights: list[Any] = [m._parameters[p.tensor] for m, p in zip(layout.modules, layout.projections, strict=True)]
+    placement = _placement(survey, library, what)
+    weights: list[Any] = [
+        m._parameters[p.tensor] for m, p in zip(placement.modules, placement.projections, strict=True)
+    ]
     coarse = [p.path for p, w in zip(what.projections, weights, strict=True) if p.read and w.dtype not in WIDE]
     if coarse:
         warnings.warn(
@@ -56,7 +58,7 @@ def apply_plan(
             UoraWarning,
             stacklevel=3,
         )
-    entry = Entry(config, layout, bank or bank_for(model, what), {}, state or BankState(), vector)
+    entry = Entry(config, placement, bank or bank_for(model, what), {}, state or BankState(), vector)
     if activate:
         entry.materialise()
     first = not library.entries
@@ -65,20 +67,20 @@ def apply_plan(
         names += [n for n in survey.buffers if n.endswith(STATISTICS)]
         held = {n: survey.tensors[n].tensor for n in names}
         # The first adapter trains the parts of the base as they stand there; later ones have their own.
-        entry.base = held if first else {n: _copy(library.base.get(n, t), True) for n, t in held.items()}
+        entry.parts = held if first else {n: _copy(library.base_parts.get(n, t), True) for n, t in held.items()}
     else:
-        entry.base = dict(base)
-    kept = {n: _copy(survey.tensors[n].tensor) for n in entry.base if n not in library.base}
+        entry.parts = dict(base)
+    kept = {n: _copy(survey.tensors[n].tensor) for n in entry.parts if n not in library.base_parts}
     if first:
         model.__dict__[LIBRARY] = library
     try:
-        library.base |= kept
+        library.base_parts |= kept
         library.entries[name] = entry
         if first:
             for place in survey.parameters.values():
                 if place.tensor.is_floating_point() or place.tensor.is_complex():
                     place.tensor.requires_grad_(False)
-        for part in entry.base.values():
+        for part in entry.parts.values():
             if isinstance(part, nn.Parameter):
                 part.requires_grad_(True)
         if activate:
@@ -105,13 +107,13 @@ def take_out(model: nn.Module, library: Library) -> nn.Module:
     return model
 
 
-def _layout(survey: Survey, library: Library, what: Plan) -> Layout:
+def _placement(survey: Survey, library: Library, what: Plan) -> Placement:
     """That of an adapter which sits at the same places, or a new one."""
     for entry in library.entries.values():
-        layout = entry.layout
-        if layout.rank == what.config.rank and layout.projections == what.projections:
-            return layout
-    return Layout.of(survey, what.projections, what.config.rank)
+        placement = entry.placement
+        if placement.rank == what.config.rank and placement.projections == what.projections:
+            return placement
+    return Placement.of(survey, what.projections, what.config.rank)
 
 
 def bank_for(model: nn.Module, what: Plan, first: Mapping[str, Tensor] | None = None) -> Bank:

@@ -18,7 +18,7 @@ from .adapter import Adapter
 
 
 @dataclass(eq=False)
-class Layout:
+class Placement:
     """Where the adapters of one plan sit; shared by all adapters of that plan.
 
     Args:
@@ -34,7 +34,7 @@ class Layout:
     sizes: tuple[int, ...]
 
     @classmethod
-    def of(cls, survey: Survey, projections: tuple[Projection, ...], rank: int) -> Layout:
+    def of(cls, survey: Survey, projections: tuple[Projection, ...], rank: int) -> Placement:
         lengths = ((sum(role.rows for role in p.roles), len(p.roles) * rank) for p in projections)
         owners = tuple(survey.modules[p.module_path] for p in projections)
         return cls(projections, rank, owners, tuple(itertools.chain.from_iterable(lengths)))
@@ -46,19 +46,19 @@ class Entry:
 
     Args:
         config: its options.
-        layout: where it sits.
+        placement: where it sits.
         bank: its shared matrices, in common with all adapters that draw the same ones.
-        base: the parts of the base that it trained, by name.
-        state: what re-draws made of the bank; of the active adapter, the bank itself has it.
+        parts: the parts of the base that it trained, by name.
+        state: what redraws made of the bank; of the active adapter, the bank itself has it.
         vector: every b and d, one after the other, float32; None once `modules` hold them.
         modules: made when it is first active, and kept, so that an optimizer still finds its parameters.
         settled: whether the modules have taken over their own rows.
     """
 
     config: UoraConfig
-    layout: Layout
+    placement: Placement
     bank: Bank
-    base: dict[str, Tensor]
+    parts: dict[str, Tensor]
     state: BankState = field(default_factory=BankState)
     vector: Tensor | None = None
     modules: tuple[Adapter, ...] | None = None
@@ -85,15 +85,15 @@ class Entry:
                     self.config.token_sampling,
                     origin=p.origin,
                 )
-                for p in self.layout.projections
+                for p in self.placement.projections
             )
             if self.vector is not None:
-                parts = iter(self.vector.split(self.layout.sizes))
+                parts = iter(self.vector.split(self.placement.sizes))
                 for module in self.modules:
                     module.b.data = next(parts)
                     module.d.data = next(parts).view_as(module.d)
                 self.vector = None
-        for module, owner, p in zip(self.modules, self.layout.modules, self.layout.projections, strict=True):
+        for module, owner, p in zip(self.modules, self.placement.modules, self.placement.projections, strict=True):
             weight = owner._parameters[p.tensor]
             assert weight is not None
             if module.b.device != weight.device:
@@ -114,7 +114,7 @@ def holders(survey: Survey, names: Iterable[str]) -> dict[str, list[tuple[nn.Mod
     return found
 
 
-def place(module: nn.Module, key: str, value: Tensor) -> None:
+def replace_tensor(module: nn.Module, key: str, value: Tensor) -> None:
     """Put a tensor where another of that name was. The head of another number of classes has another width."""
     old = module._parameters.get(key, module._buffers.get(key))
     if old is not None and value.device != old.device:

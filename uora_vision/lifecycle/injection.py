@@ -80,10 +80,10 @@ def remove(model: nn.Module) -> nn.Module:
     check_whole(Survey(model))
     if library.active is not None:
         # In place, since optimizers and tied weights know the base by its tensors.
-        parts = library.entries[library.active].base
-        if any(t.shape != library.base[name].shape for name, t in parts.items()):
+        parts = library.entries[library.active].parts
+        if any(t.shape != library.base_parts[name].shape for name, t in parts.items()):
             library.switch(model, None)
         with torch.no_grad():
             for name, t in parts.items() if library.active is not None else ():
-                t.copy_(library.base[name])
+                t.copy_(library.base_parts[name])
     return take_out(model, library)

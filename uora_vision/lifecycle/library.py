@@ -1,6 +1,6 @@
 """The adapters of one model: any number of them by name, of which one is active.
 
-Only the active adapter is part of the model: its vectors are parameters, its re-drawn rows are in the bank, its head is
+Only the active adapter is part of the model: its vectors are parameters, its redrawn rows are in the bank, its head is
 the model's head. The others wait as plain tensors, beside the base, whose weights are never copied. A switch changes
 pointers, and the rows in which the banks of the two differ.
 """
@@ -23,7 +23,7 @@ from ..structure.targets import Projection
 from ..weights.kinds import check_module, is_adapted
 from ..weights.sharded import is_sharded
 from .adapter import CHILD, Adapter, child
-from .entry import Entry, holders, place
+from .entry import Entry, holders, replace_tensor
 from .fusing import allow_fusing, forbid_fusing
 from .surgery import adapters_of, attach, detach
 
@@ -124,7 +124,7 @@ class Library:
     def __init__(self, survey: Survey) -> None:
         self.entries: dict[str, Entry] = {}
         self.active: str | None = None
-        self.base: dict[str, Tensor] = {}
+        self.base_parts: dict[str, Tensor] = {}
         """The base's own values of the parts that some adapter trains."""
         self.flags = {name: held.tensor.requires_grad for name, held in survey.parameters.items()}
         self.unsent: set[str] = set()
@@ -146,24 +146,24 @@ class Library:
             for module in modules:
                 module.take_own()
             new.settled = True
-        if old and new and old.layout is new.layout:
-            for p, owner, module in zip(new.layout.projections, new.layout.modules, modules, strict=True):
+        if old and new and old.placement is new.placement:
+            for p, owner, module in zip(new.placement.projections, new.placement.modules, modules, strict=True):
                 owner._modules[child(p.tensor)] = module
         else:
             if old:
                 self.detach(survey)
             if new:
                 self.attach(model, new, modules)
-        self._swap_base(survey, old.base if old else {}, new.base if new else {})
+        self._swap_parts(survey, old.parts if old else {}, new.parts if new else {})
         self.active = name
 
     def attach(self, model: nn.Module, entry: Entry, modules: tuple[Any, ...]) -> None:
-        """Put modules of an entry's layout where its adapters sit."""
-        layout = entry.layout
-        for p, owner, module in zip(layout.projections, layout.modules, modules, strict=True):
+        """Put modules of an entry's placement where its adapters sit."""
+        placement = entry.placement
+        for p, owner, module in zip(placement.projections, placement.modules, modules, strict=True):
             attach(owner, p.tensor, module, p.read)
-        forbid_fusing(model, (p.module_path for p in layout.projections))
-        self._keep_from_sending(model, layout.projections)
+        forbid_fusing(model, (p.module_path for p in placement.projections))
+        self._keep_from_sending(model, placement.projections)
 
     def detach(self, survey: Survey) -> None:
         """Take out whatever sits in the model."""
@@ -179,10 +179,10 @@ class Library:
 
     def values(self, entry: Entry) -> Mapping[str, Tensor]:
         """The base's parts as this entry has them."""
-        return {name: entry.base.get(name, value) for name, value in self.base.items()}
+        return {name: entry.parts.get(name, value) for name, value in self.base_parts.items()}
 
     def state(self, entry: Entry) -> BankState:
-        """What re-draws made of an entry's bank."""
+        """What redraws made of an entry's bank."""
         active = self.active is not None and self.entries[self.active] is entry
         return entry.bank.state() if active else entry.state
 
@@ -192,12 +192,12 @@ class Library:
         if new and (old is None or new.bank is not old.bank):
             new.bank.swap(new.state)
         if new:
-            device = next(p.device for m in new.layout.modules for p in m._parameters.values() if p is not None)
+            device = next(p.device for m in new.placement.modules for p in m._parameters.values() if p is not None)
             if model._modules.get(CHILD) is not new.bank:
                 model.add_module(CHILD, new.bank.to(device))
             new.bank.config = new.config
 
-    def _swap_base(self, survey: Survey, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+    def _swap_parts(self, survey: Survey, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
         if not (changed := old.keys() | new.keys()):
             return
         there = {name: held_at(survey.model, name) for name in changed}
@@ -205,17 +205,17 @@ class Library:
         for name in changed:
             if isinstance(tensors[name], nn.Parameter) and name in new and not isinstance(new[name], nn.Parameter):
                 new[name] = nn.Parameter(new[name])
-        values = {name: new.get(name, self.base[name]) for name in changed}
+        values = {name: new.get(name, self.base_parts[name]) for name in changed}
         different = [name for name, value in values.items() if value is not tensors[name]]
         for name, places in holders(survey, different).items() if different else ():
             for module, key in places:
-                place(module, key, values[name])
+                replace_tensor(module, key, values[name])
 
     def _keep_from_sending(self, model: nn.Module, projections: tuple[Projection, ...]) -> None:
         """Tell DistributedDataParallel to leave the matrices alone: by default it sends every buffer of the first
-        process to the others before each forward, and every process makes and re-draws its own, equal ones."""
+        process to the others before each forward, and every process makes and redraws its own, equal ones."""
         names = {f"{CHILD}.{name}" for name, _ in model.get_submodule(CHILD).named_buffers()}
-        for p in projections:  # what a re-draw in the scope `layer` will give it
+        for p in projections:  # what a redraw in the scope `layer` will give it
             path = joined(p.module_path, child(p.tensor))
             names |= {f"{path}.own_{part}_{k}" for k in range(len(p.roles)) for part in ("index", "a", "b")}
         there = set(getattr(model, TORCH_UNSENT, ()))
@@ -338,7 +338,7 @@ def check_switch(model: nn.Module, library: Library) -> None:
     if library.active is None:
         return
     entry = library.entries[library.active]
-    mine = {id(p) for module in entry.modules or () for p in module.parameters()} | set(map(id, entry.base.values()))
+    mine = {id(p) for module in entry.modules or () for p in module.parameters()} | set(map(id, entry.parts.values()))
     strange = [name for name, p in parameters.items() if p.requires_grad and id(p) not in mine]
     if strange:
         raise StateError(

@@ -113,8 +113,8 @@ def merge(
     else:
         names = _checked(library, shares, reversible)
         check_switch(model, library)
-    layouts = [known_name(library, name).layout for name in names]
-    owners = {p.path: (m, p) for x in layouts for p, m in zip(x.projections, x.modules, strict=True)}
+    placements = [known_name(library, name).placement for name in names]
+    owners = {p.path: (m, p) for x in placements for p, m in zip(x.projections, x.modules, strict=True)}
     weights = {path: raw(module, p.tensor) for path, (module, p) in owners.items()}
     packed = {path: module for path, (module, _) in owners.items() if is_quantised(weights[path])}
     if packed and not dequantize:
@@ -147,7 +147,7 @@ def merge(
     if shares:
         library.switch(model, None)
         for name, value in parts.items():
-            library.base[name].copy_(value)
+            library.base_parts[name].copy_(value)
     if reversible:
         originals = {name: weight.detach().clone() for name, weight in weights.items() if name not in packed}
         _set_aside(model, originals, {new: old for old, new in plain.items()})
@@ -190,13 +190,13 @@ def unmerge(model: nn.Module) -> nn.Module:
     entry = library.entries[library.active or ""]
     weights = {
         p.path: owner._parameters.get(p.tensor)
-        for p, owner in zip(entry.layout.projections, entry.layout.modules, strict=True)
+        for p, owner in zip(entry.placement.projections, entry.placement.modules, strict=True)
     }
     there = set(model.modules())
     gone = [path for path, old in merged.originals.items() if not _like(weights[path], old)]
     gone += [
         p.path
-        for p, owner in zip(entry.layout.projections, entry.layout.modules, strict=True)
+        for p, owner in zip(entry.placement.projections, entry.placement.modules, strict=True)
         if owner not in there and owner not in merged.replaced.values()
     ]
     if gone:
@@ -249,8 +249,8 @@ def _checked(library: Library, shares: Mapping[str, float], reversible: bool) ->
 def _parts(library: Library, shares: Mapping[str, float]) -> dict[str, Tensor]:
     """What becomes of the trained parts of the base."""
     parts = {}
-    for name, own in library.base.items():
-        changes = [(share, library.entries[n].base.get(name, own)) for n, share in shares.items()]
+    for name, own in library.base_parts.items():
+        changes = [(share, library.entries[n].parts.get(name, own)) for n, share in shares.items()]
         if odd := [t for _, t in changes if t.shape != own.shape]:
             raise StateError(
                 f"{name} has shape {tuple(odd[0].shape)} in an adapter and {tuple(own.shape)} in the base; only heads "

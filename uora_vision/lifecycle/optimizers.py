@@ -45,7 +45,7 @@ def check_optimizer(optimizer: Any, model: nn.Module) -> None:
     if decaying:
         warnings.warn(
             f"{len(decaying)} of the {len(vectors)} vectors b and d decay in the optimizer ({shortened(decaying, 3)}) "
-            f"and a d that decays falls below the threshold by itself and is re-drawn. {REMEDY}",
+            f"and a d that decays falls below the threshold by itself and is redrawn. {REMEDY}",
             UoraWarning,
             stacklevel=3,
         )
@@ -78,7 +78,7 @@ class DecayWatch:
 def warn_of_decay() -> None:
     warnings.warn(
         "in this step every d was made smaller by one factor, as weight decay does: d falls below the threshold by "
-        f"itself then, and is re-drawn. {REMEDY} Reinitializer(..., optimizer=optimizer) looks at it itself.",
+        f"itself then, and is redrawn. {REMEDY} Reinitializer(..., optimizer=optimizer) looks at it itself.",
         UoraWarning,
         stacklevel=3,
     )

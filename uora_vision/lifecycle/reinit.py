@@ -90,14 +90,14 @@ class ThresholdWave:
 
 
 class Reinitializer:
-    """Re-draws dead directions; call `step()` once after every `optimizer.step()`.
+    """Redraws dead directions; call `step()` once after every `optimizer.step()`.
 
     Args:
         model: an injected model.
         threshold: tau, or a schedule from the optimizer step to tau.
         alpha: share of the old row that is kept, in [0, 1], or a schedule from earlier draws to shares.
         every: an index fires each time its count of steps below tau is a multiple of this.
-        scope: `shared`: an index that fires in any layer is re-drawn for all layers of the bank, and their functions
+        scope: `shared`: an index that fires in any layer is redrawn for all layers of the bank, and their functions
             change with it (the author's). `quorum`: only when the given share of a matrix's roles are below tau at that
             index. `layer`: the firing role gets its own copy of just that row and column; as its |d_i| < tau, the
             model's function stays the same to within tau.

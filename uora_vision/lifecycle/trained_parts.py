@@ -14,7 +14,7 @@ from ..structure.survey import Survey
 from .library import LIBRARY, active_entry, adapters_in
 
 
-def trained_base(survey: Survey) -> dict[str, Tensor]:
+def trained_tensors(survey: Survey) -> dict[str, Tensor]:
     """The parts of the base that train, or move with training, by name."""
     vectors = {id(p) for adapter in adapters_in(survey).values() for p in adapter.parameters()}
     base = {name: held.tensor for name, held in survey.parameters.items()}
@@ -39,7 +39,8 @@ def base_parameters(survey: Survey, parts: Iterable[str]) -> list[str]:
     chosen = []
     for name, (module, key) in survey.weights.items():
         full = first[id(module._parameters[key])]
-        head = lies_within(full, survey.parts.heads) and (full not in kept or lies_within(full, survey.heads))
+        in_head = any(lies_within(one, survey.parts.heads) for one in (name, full))
+        head = in_head and (full not in kept or any(lies_within(one, survey.heads) for one in (name, full)))
         norm = "norm" in type(module).__name__.lower()
         bias = key == "bias" or key.endswith("_bias")
         if (

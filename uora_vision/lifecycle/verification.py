@@ -56,7 +56,7 @@ def verify(model: nn.Module, example_input: Any) -> dict[str, float]:
             f"{len(frozen)} of {len(adapters)} adapters are frozen: {shortened(frozen)}. Something after inject() has "
             "set requires_grad to False on their b or d: set it to True, or freeze the rest by name."
         )
-    parts = {name: t for name, t in entry.base.items() if isinstance(t, nn.Parameter)}
+    parts = {name: t for name, t in entry.parts.items() if isinstance(t, nn.Parameter)}
     with _as_before(model), _noise(model, adapters):
         model.eval()
         alive = _alive(adapters, _backward(model, example_input))

@@ -1,4 +1,4 @@
-"""The frozen random matrices A and B that all layers of an adapter share, and their re-drawn rows.
+"""The frozen random matrices A and B that all layers of an adapter share, and their redrawn rows.
 
 Nothing here is trained or saved: the matrices follow from (rank, seed, layout, init) and the widths of the model, and
 their present state from those and the log of redraws. Draws are made on the CPU in float64, each from a generator keyed
@@ -51,8 +51,8 @@ class Bank(nn.Module):
         self.log: list[Redraw] = []
         self.given = first is not None
         self.widths = widths
-        # In float32 on the CPU: buffers may be moved, or rounded to a half type. Rows are re-drawn from `_state`, where
-        # a matrix is that of `_first` until one of its rows is re-drawn.
+        # In float32 on the CPU: buffers may be moved, or rounded to a half type. Rows are redrawn from `_state`, where
+        # a matrix is that of `_first` until one of its rows is redrawn.
         self._first: dict[str, Tensor] = {}
         self._own: dict[str, Tensor] = {}
         self._draws: dict[str, Tensor] = {}
@@ -70,7 +70,7 @@ class Bank(nn.Module):
         return x
 
     def serves(self, config: UoraConfig, widths: Widths) -> bool:
-        """Whether the matrices of these options and widths are those of this bank, before any re-draw."""
+        """Whether the matrices of these options and widths are those of this bank, before any redraw."""
         same = all(getattr(config, k) == getattr(self.config, k) for k in ("rank", "seed", "layout", "init"))
         return same and widths.matrices(config.layout).keys() <= self._buffers.keys()
 
@@ -129,13 +129,13 @@ class Bank(nn.Module):
                 degrees towards a fresh row orthogonal to all, which keeps the rows orthonormal.
 
         Raises:
-            ConfigError: there is no such matrix, it was re-drawn at this step already (a log holds one redraw of a
+            ConfigError: there is no such matrix, it was redrawn at this step already (a log holds one redraw of a
                 matrix per step), or it is too narrow for spherical interpolation.
         """
         own = matrix if isinstance(matrix, OwnMatrix) else None
         matrix = matrix.name if isinstance(matrix, OwnMatrix) else matrix
         if any(e.matrix == matrix for e in itertools.takewhile(lambda e: e.step == step, reversed(self.log))):
-            raise ConfigError(f"{matrix} was re-drawn at step {step} already; give all of its indices in one call")
+            raise ConfigError(f"{matrix} was redrawn at step {step} already; give all of its indices in one call")
         indices, alpha = indices.cpu(), alpha.to("cpu", torch.float64)
         draws = self._draws.setdefault(matrix, torch.zeros(self.config.rank, dtype=torch.int64))
         if matrix in self._state:
@@ -176,13 +176,13 @@ class Bank(nn.Module):
         self.swap(BankState())
 
     def state(self) -> BankState:
-        """What re-draws have made of the bank. It shares the log with the bank, which goes on with it."""
+        """What redraws have made of the bank. It shares the log with the bank, which goes on with it."""
         changed = {n: self._draws[n].nonzero().squeeze(1) for n in self._state if n in self._draws}
         rows = {n: (indices, self._state[n][indices]) for n, indices in changed.items()}
         return BankState(self.log, self._draws, rows, self._own)
 
     def swap(self, new: BankState) -> BankState:
-        """Become what other re-draws made of the same first draw: only rows that differ are written.
+        """Become what other redraws made of the same first draw: only rows that differ are written.
 
         Returns:
             The state before.
@@ -215,10 +215,10 @@ class Bank(nn.Module):
         self.reset()
         for event in log:
             if event.matrix not in self._state and event.matrix not in own:
-                raise FormatError(f"the log re-draws {event.matrix!r}, which this model does not have")
+                raise FormatError(f"the log redraws {event.matrix!r}, which this model does not have")
             if (last := int(event.indices.max())) >= self.config.rank:
                 raise FormatError(
-                    f"the log re-draws direction {last} of {event.matrix!r}; the rank is {self.config.rank}"
+                    f"the log redraws direction {last} of {event.matrix!r}; the rank is {self.config.rank}"
                 )
             matrix = own.get(event.matrix, event.matrix)
             again = self.redraw(matrix, event.indices, event.alpha, event.step, event.interpolation)

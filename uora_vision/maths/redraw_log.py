@@ -21,7 +21,7 @@ _INTERPOLATIONS: tuple[Interpolation, ...] = ("linear", "spherical")
 
 @dataclass(frozen=True)
 class Redraw:
-    """Rows of one matrix re-drawn at one step.
+    """Rows of one matrix redrawn at one step.
 
     Args:
         step: optimizer step, counted from 1.
@@ -42,7 +42,7 @@ class Redraw:
 
 @dataclass
 class BankState:
-    """What re-draws have made of a bank; nothing for a bank as it was first drawn.
+    """What redraws have made of a bank; nothing for a bank as it was first drawn.
 
     Args:
         log: the redraws, in order.

@@ -17,7 +17,7 @@ class Reduced:
     """u = x A^T of the last input.
 
     Only results of operations that take part in the gradient are remembered. An input that the caller holds could come
-    back in another forward, after A was re-drawn or while a graph is captured; these cannot.
+    back in another forward, after A was redrawn or while a graph is captured; these cannot.
     """
 
     def __init__(self) -> None:

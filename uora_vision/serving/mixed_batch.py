@@ -4,7 +4,7 @@ A and B are shared, so one product with each serves all samples, and what differ
 
     y_s = x_s W^T + bias + ((x_s A^T * d_s) B^T) * b_s        for sample s
 
-Rows that an adapter has re-drawn are left out of the shared products (their d is 0 there) and added by small products
+Rows that an adapter has redrawn are left out of the shared products (their d is 0 there) and added by small products
 of that adapter's own rows. Adapters of another rank, seed, layout or plan have a table of their own.
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import StateError
-from ..lifecycle.entry import Entry, Layout
+from ..lifecycle.entry import Entry, Placement
 from ..maths.bank import Bank
 from ..maths.forms import WIDE
 from ..maths.redraw_log import BankState
@@ -30,7 +30,7 @@ from .find_samples import Pattern
 
 @dataclass(frozen=True)
 class Fix:
-    """The re-drawn rows of the adapters of a batch, of one role; filled up to K for all with entries of weight 0.
+    """The redrawn rows of the adapters of a batch, of one role; filled up to K for all with entries of weight 0.
 
     Args:
         a: rows of A, (adapters, K, in).
@@ -106,16 +106,20 @@ class Table:
         return out.to(y.dtype).reshape(y.shape)
 
 
-def tables(layout: Layout, bank: Bank, members: list[Entry | None]) -> Iterator[tuple[nn.Module, Projection, Table]]:
+def tables(
+    placement: Placement, bank: Bank, members: list[Entry | None]
+) -> Iterator[tuple[nn.Module, Projection, Table]]:
     """For each weight of a plan: what its adapters have there."""
-    weight: Any = layout.modules[0]._parameters[layout.projections[0].tensor]
+    weight: Any = placement.modules[0]._parameters[placement.projections[0].tensor]
     vectors = [None if e is None else e.values().to(weight.device) for e in members]
     some = next(v for v in vectors if v is not None)
-    parts = iter(torch.stack([torch.zeros_like(some) if v is None else v for v in vectors]).split(layout.sizes, dim=1))
+    parts = iter(
+        torch.stack([torch.zeros_like(some) if v is None else v for v in vectors]).split(placement.sizes, dim=1)
+    )
     states = [BankState() if e is None else e.state for e in members]
     shared: dict[tuple[str, str], tuple[Tensor, ...] | None] = {}
-    for owner, p in zip(layout.modules, layout.projections, strict=True):
-        b, d = next(parts), next(parts).unflatten(1, (len(p.roles), layout.rank))
+    for owner, p in zip(placement.modules, placement.projections, strict=True):
+        b, d = next(parts), next(parts).unflatten(1, (len(p.roles), placement.rank))
         matrices, ds, fixes = [], [], []
         for k, role in enumerate(p.roles):
             sides = [("A", p.shape[1]), ("B", role.rows)]
@@ -143,7 +147,7 @@ def tables(layout: Layout, bank: Bank, members: list[Entry | None]) -> Iterator[
 
 
 def _redrawn(bank: Bank, states: list[BankState], names: list[tuple[str, str, int]]) -> tuple[Tensor, ...] | None:
-    """The directions (adapters, K) that adapters have re-drawn at one role, whether each is one or only fills up, and
+    """The directions (adapters, K) that adapters have redrawn at one role, whether each is one or only fills up, and
     the rows of A and of B there."""
     rank = bank.config.rank
     masks = torch.zeros(len(states), rank, dtype=torch.bool)

@@ -1,8 +1,8 @@
 """Batches in which every sample has its own adapter.
 
 The adapters are taken out of the model, and in their place sit modules that compute every sample with its own
-(`mixed.py` has the arithmetic, `probe.py` finds the samples). Parts of the base that adapters train (heads) are
-computed for each adapter's samples apart.
+(`mixed_batch.py` has the arithmetic, `find_samples.py` finds the samples). Parts of the base that adapters train
+(heads) are computed for each adapter's samples apart.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.functional import linear
 
 from ..errors import StateError
-from ..lifecycle.entry import Entry, Layout, holders
+from ..lifecycle.entry import Entry, Placement, holders
 from ..lifecycle.library import Library, check_switch, known_name, library_of
 from ..lifecycle.surgery import attach
 from ..maths.bank import Bank
@@ -93,7 +93,7 @@ class Routed(nn.Module):
 
     def add_update(self, x: Tensor, y: Tensor, rows: tuple[int, int] | None = None) -> Tensor:
         """y plus each sample's update; of some rows of the weight alone, given as (start, number)."""
-        where = self.route.place(self.path, x)
+        where = self.route.pattern_of(self.path, x)
         if where is None:
             return y
         index = self.route.index.to(x.device)
@@ -135,13 +135,13 @@ class _Route:
         self.sites: dict[str, tuple[nn.Module, Projection, Routed]] = {}
         self.parts: dict[nn.Module, dict[str, list[Tensor]]] = {}
         entries = [None if name is None else library.entries[name] for name in names]
-        groups: dict[tuple[Layout, Bank], list[Entry | None]] = {}
+        groups: dict[tuple[Placement, Bank], list[Entry | None]] = {}
         for entry in entries:
             if entry is not None:
-                key = entry.layout, entry.bank
-                groups[key] = [e if e and (e.layout, e.bank) == key else None for e in entries]
-        for (layout, bank), members in groups.items():
-            for owner, p, table in tables(layout, bank, members):
+                key = entry.placement, entry.bank
+                groups[key] = [e if e and (e.placement, e.bank) == key else None for e in entries]
+        for (placement, bank), members in groups.items():
+            for owner, p, table in tables(placement, bank, members):
                 _, first, routed = self.sites.setdefault(p.path, (owner, p, Routed(self, p.path, p.form)))
                 if p.read and not first.read:
                     self.sites[p.path] = owner, p, routed
@@ -173,7 +173,7 @@ class _Route:
                 stack.enter_context(Reads(read))
             yield
 
-    def place(self, path: str, x: Tensor) -> Pattern | None:
+    def pattern_of(self, path: str, x: Tensor) -> Pattern | None:
         """Where the samples are in the input of a layer; None while that is being found out."""
         if self.recorder is not None:
             self.recorder.see(path, x)
@@ -197,8 +197,8 @@ class _Route:
     def _find_parts(self, entries: list[Entry | None]) -> None:
         """The trained parts of the base in which the adapters differ."""
         sites = {owner: (p, routed) for owner, p, routed in self.sites.values()}
-        for name, own in self.library.base.items():
-            values = [own if entry is None else entry.base.get(name, own) for entry in entries]
+        for name, own in self.library.base_parts.items():
+            values = [own if entry is None else entry.parts.get(name, own) for entry in entries]
             if all(v.shape == own.shape and torch.equal(v, own) for v in values):
                 continue
             for module, key in holders(Survey(self.model), [name])[name]:
@@ -241,7 +241,7 @@ class _Part:
 
     def __call__(self, x: Tensor) -> Tensor:
         module: Any = self.module
-        where = self.route.place(self.route.paths[module], x)
+        where = self.route.pattern_of(self.route.paths[module], x)
         if where is None:
             return type(module).forward(module, x)
         rows = where.rows(self.route.index.to(x.device), x.shape[where.axis])

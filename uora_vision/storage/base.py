@@ -12,7 +12,7 @@ from ..errors import FormatError
 from ..lifecycle.adapter import Adapter
 from ..maths.bank import Bank
 from ..private import name_or_path
-from ..structure.candidates import Site
+from ..structure.candidates import Candidate
 from ..structure.checks import check_model, check_weights
 from ..structure.paths import lies_within
 from ..structure.survey import Held, Survey
@@ -40,7 +40,7 @@ class Base:
         self.survey = Survey.of(model)
         self.model = self.survey.model
         check_model(self.survey)
-        self._places: dict[tuple[StoredProjection, ...], tuple[Projection, ...]] = {}
+        self._projections_of: dict[tuple[StoredProjection, ...], tuple[Projection, ...]] = {}
         self._digests: dict[tuple[str, ...], str | None] = {}
         self._sketches: dict[tuple[str, ...], tuple[float, ...] | None] = {}
 
@@ -92,22 +92,22 @@ class Base:
             self.sketch(paths),
         )
 
-    def places(self, stored: Stored) -> tuple[Projection, ...]:
+    def projections_of(self, stored: Stored) -> tuple[Projection, ...]:
         """Where the projections of a saved adapter are in this model.
 
         Raises:
             FormatError: one is not there.
             StateError, TargetError: one cannot be adapted as it is.
         """
-        if stored.projections not in self._places:
-            found = _places(stored, self)
+        if stored.projections not in self._projections_of:
+            found = _projections_of(stored, self)
             check_weights(self.survey, found)
-            self._places[stored.projections] = found
-        return self._places[stored.projections]
+            self._projections_of[stored.projections] = found
+        return self._projections_of[stored.projections]
 
     def _weights(self, paths: tuple[str, ...]) -> list[Weight]:
-        sites = [self.survey.shown.candidates[path] for path in paths]
-        return [Weight(self.survey.modules[site.module_path], site.tensor) for site in sites]
+        candidates = [self.survey.shown.candidates[path] for path in paths]
+        return [Weight(self.survey.modules[candidate.module_path], candidate.tensor) for candidate in candidates]
 
 
 def published_name(model: nn.Module) -> str | None:
@@ -123,17 +123,17 @@ def published_name(model: nn.Module) -> str | None:
     return os.path.basename(name.rstrip("/")) if os.path.isabs(name) else name
 
 
-def _places(stored: Stored, base: Base) -> tuple[Projection, ...]:
-    found: list[Site | None] = []
+def _projections_of(stored: Stored, base: Base) -> tuple[Projection, ...]:
+    found: list[Candidate | None] = []
     shown = base.survey.shown
     for p in stored.projections:
-        site = shown.candidates.get(p.path)
-        found.append(site if site is not None and _holds(site, p) else None)
-    taken = {site.path for site in found if site is not None}
+        candidate = shown.candidates.get(p.path)
+        found.append(candidate if candidate is not None and _holds(candidate, p) else None)
+    taken = {candidate.path for candidate in found if candidate is not None}
     for i, p in enumerate(stored.projections):
         if found[i] is not None:
             continue
-        same = [f.site for f in shown.findings.values() if f.site.path not in taken and _alike(f, p)]
+        same = [f.candidate for f in shown.findings.values() if f.candidate.path not in taken and _alike(f, p)]
         if len(same) != 1:
             raise _not_there(stored, base, p, len(same))
         found[i] = same[0]
@@ -145,18 +145,18 @@ def _places(stored: Stored, base: Base) -> tuple[Projection, ...]:
     )  # fmt: skip
 
 
-def _holds(site: Site, p: StoredProjection) -> bool:
-    out, width = site.shape
+def _holds(candidate: Candidate, p: StoredProjection) -> bool:
+    out, width = candidate.shape
     return width == p.width and out >= p.rows
 
 
 def _alike(finding: Finding, p: StoredProjection) -> bool:
-    return finding.block == p.block and _holds(finding.site, p) and set(p.roles) <= set(finding.roles)
+    return finding.block == p.block and _holds(finding.candidate, p) and set(p.roles) <= set(finding.roles)
 
 
 def _not_there(stored: Stored, base: Base, p: StoredProjection, alike: int) -> FormatError:
-    site = base.survey.shown.candidates.get(p.path)
-    here = "{} x {}".format(*site.shape) if site is not None else "not there"
+    candidate = base.survey.shown.candidates.get(p.path)
+    here = "{} x {}".format(*candidate.shape) if candidate is not None else "not there"
     also = f", and {alike} others there have its block and role {p.keys[0]}" if alike else ""
     return FormatError(
         f"the adapter was made for {stored.identity.shown}: it adapts {p.path}, at least {p.rows} x {p.width}, which "

@@ -47,7 +47,7 @@ def fit(stored: Stored, base: Base, check_base: bool = True) -> Fitted:
     known = made_for.architecture and base.architecture
     if check_base and known and made_for.architecture != base.architecture:
         raise FormatError(f"the adapter was made for {made_for.architecture}; this model is {base.architecture}")
-    projections = base.places(stored)
+    projections = base.projections_of(stored)
     moved = [p.path for p in projections] != [p.path for p in stored.projections]
     if not moved and made_for.parameter_tensors not in (None, base.parameter_tensors):
         raise FormatError(
@@ -63,12 +63,12 @@ def fit(stored: Stored, base: Base, check_base: bool = True) -> Fitted:
 
 def _names(stored: Stored, base: Base) -> dict[str, str]:
     names: dict[str, str] = {}
-    for name, t in stored.base.items():
+    for name, t in stored.parts.items():
         held = base.held[name].tensor if name in base.held else None
         if held is not None and (held.shape == t.shape or _other_classes(base, name, held, t)):
             names[name] = name
     taken = set(names.values())
-    for name, t in stored.base.items():
+    for name, t in stored.parts.items():
         if name in names:
             continue
         same = {other: _common_end(name, other) for other, o in base.held.items() if o.tensor.shape == t.shape} if (

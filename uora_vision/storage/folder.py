@@ -38,7 +38,7 @@ STALE = 3600
 _PENDING = "0" * 64
 
 
-def read(folder: str | os.PathLike[str]) -> Stored:
+def read_folder(folder: str | os.PathLike[str]) -> Stored:
     """A saved adapter, with everything checked that can be checked without a model. Nothing is unpickled.
 
     Raises:
@@ -65,7 +65,7 @@ def read(folder: str | os.PathLike[str]) -> Stored:
     return adapter
 
 
-def write(adapter: Stored, folder: str | os.PathLike[str]) -> Path:
+def write_folder(adapter: Stored, folder: str | os.PathLike[str]) -> Path:
     """Write an adapter into a folder, over one that is there.
 
     Each file is replaced as a whole once it is completely on disk. A process that is killed, a full disk and another
@@ -276,8 +276,8 @@ def upgrade(folder: str | os.PathLike[str]) -> bool:
         FormatError: the adapter cannot be read.
         OSError: the folder cannot be written to.
     """
-    adapter = read(folder)
+    adapter = read_folder(folder)
     if not is_old(Path(folder)):
         return False
-    write(adapter, folder)
+    write_folder(adapter, folder)
     return True

@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import HubError
-from .folder import CONFIG_FILE, TENSOR_FILE, read, write
+from .folder import CONFIG_FILE, TENSOR_FILE, read_folder, write_folder
 from .snapshot import collect
 from .stored import Stored
 
@@ -62,10 +62,10 @@ def push_to_hub(
     if isinstance(what, nn.Module):
         adapter = collect(what)
     else:
-        adapter = read(what)
+        adapter = read_folder(what)
         metrics = metrics if metrics is not None else _metrics_beside(Path(what))
     with _hub(repository) as hub, tempfile.TemporaryDirectory() as folder:
-        write(adapter, folder)
+        write_folder(adapter, folder)
         (Path(folder) / CARD_FILE).write_text(card(adapter, repository, data, metrics), encoding="utf-8")
         api = hub.HfApi(token=token, library_name="uora_vision")
         api.create_repo(repository, private=private, exist_ok=True)
@@ -107,14 +107,14 @@ def card(adapter: Stored, repository: str, data: str | None = None, metrics: Map
     if base.name and _REPOSITORY.fullmatch(base.name):
         head.append(f"base_model: {json.dumps(base.name)}")
     roles = sorted({role.kind for p in adapter.projections for role in p.roles})
-    count, trained = len(adapter.vector), sum(t.numel() for t in adapter.base.values())
+    count, trained = len(adapter.vector), sum(t.numel() for t in adapter.parts.values())
     rows = {
         "base": f"{_text(base.shown)} ({_text(base.class_name)})",
         "fingerprint of the base": base.fingerprint or "none",
         "adapted": f"{len(adapter.projections)} weights: {', '.join(map(_text, roles))}",
         "rank": f"{config.rank}, layout {config.layout}, drawn {config.init}, seed {config.seed}",
         "trained": f"{count:,} parameters of the adapter" + (f", {trained:,} of the base" if trained else ""),
-        "directions re-drawn": f"{sum(len(event.indices) for event in adapter.log):,}",
+        "directions redrawn": f"{sum(len(event.indices) for event in adapter.log):,}",
         "written by": ", ".join(f"{_text(name)} {_text(v)}" for name, v in sorted(adapter.versions.items())),
     }
     if data:

@@ -19,7 +19,7 @@ from ..structure.survey import Survey
 from ..weights.sharded import writes
 from .base import Base
 from .fit import Fitted, fit
-from .folder import read, write
+from .folder import read_folder, write_folder
 from .hub import is_repository, local_copy
 from .snapshot import collect, rebuilt
 from .stored import SaveBanks, Stored
@@ -35,7 +35,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, save_banks: SaveBa
 
     Args:
         save_banks: put rows of A and B into the file too, so that loading need not rebuild them from seed and log:
-            `changed`, those that were re-drawn; `all`, which loads where torch draws other matrices from the seed, and
+            `changed`, those that were redrawn; `all`, which loads where torch draws other matrices from the seed, and
             is the default for matrices that were given, as by an adapter of PEFT's.
 
     Returns:
@@ -49,7 +49,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, save_banks: SaveBa
     survey = Survey(model)
     adapter = collect(survey, save_banks=save_banks)
     parameters = [held.tensor for held in survey.parameters.values()]
-    return write(adapter, folder) if writes(parameters) else Path(folder)
+    return write_folder(adapter, folder) if writes(parameters) else Path(folder)
 
 
 def load(
@@ -89,7 +89,7 @@ def load(
         check_switch(model, library)
     if is_repository(folder):
         folder = local_copy(os.fspath(folder), revision)
-    stored = read(folder)
+    stored = read_folder(folder)
     base = base or Base(survey)
     try:
         fitted = fit(stored, base, check_base)
@@ -106,7 +106,7 @@ def load(
 def _parts(stored: Stored, fitted: Fitted, base: Base) -> dict[str, Tensor]:
     """The trained parts of the base, as the model has to hold them."""
     parts: dict[str, Tensor] = {}
-    for saved, value in stored.base.items():
+    for saved, value in stored.parts.items():
         held = base.held[fitted.names[saved]].tensor
         if held.is_floating_point() != value.is_floating_point():
             raise FormatError(f"{saved} is of {value.dtype}, in this model of {held.dtype}")

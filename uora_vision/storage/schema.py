@@ -64,7 +64,7 @@ def to_tensors(stored: Stored) -> dict[str, Tensor]:
     """The tensors of an adapter, by their name in the file."""
     log, _ = pack_log(stored.log)
     tensors = {VECTORS: stored.vector, ENTRIES: log["entries"], ALPHA: log["alpha"]}
-    tensors |= {f"{BASE}{name}": t for name, t in stored.base.items()}
+    tensors |= {f"{BASE}{name}": t for name, t in stored.parts.items()}
     optional = {ROWS: stored.rows, SHARED: stored.shared}
     tensors |= {name: t for name, t in optional.items() if t is not None}
     return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
@@ -129,7 +129,7 @@ def check(stored: Stored) -> None:
             f"vectors holds {len(stored.vector):,} numbers; the projections at rank {rank:,} need {length:,}"
         )
     _check_rows(projections)
-    for name, t in (("vectors", stored.vector), *((BASE + name, t) for name, t in stored.base.items())):
+    for name, t in (("vectors", stored.vector), *((BASE + name, t) for name, t in stored.parts.items())):
         if not t.isfinite().all():
             raise FormatError(f"{_where(stored, name)} holds NaN or infinite values")
     _check_log(stored)
@@ -280,14 +280,14 @@ def _hex(value: Any, what: str) -> str | None:
 def _check_log(stored: Stored) -> None:
     rank, step = stored.config.rank, 0
     if len({(event.step, event.matrix) for event in stored.log}) < len(stored.log):
-        raise FormatError("the log re-draws a matrix twice at one step")
+        raise FormatError("the log redraws a matrix twice at one step")
     draws: dict[str, Tensor] = {}
     known = stored._widths() if stored.log else {}
     for event in stored.log:
         if event.matrix not in known:
-            raise FormatError(f"the log re-draws {shortened(event.matrix)}, which this adapter does not have")
+            raise FormatError(f"the log redraws {shortened(event.matrix)}, which this adapter does not have")
         if (last := int(event.indices.max())) >= rank:
-            raise FormatError(f"the log re-draws direction {last} of {event.matrix!r}; the rank is {rank}")
+            raise FormatError(f"the log redraws direction {last} of {event.matrix!r}; the rank is {rank}")
         if event.step < step:
             raise FormatError(f"the log goes back from step {step} to {event.step}")
         if not ((event.alpha >= 0) & (event.alpha <= 1)).all():

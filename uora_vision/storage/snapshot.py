@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import FormatError, OptionError
 from ..lifecycle.library import adapters_in, bank_of, check_whole
-from ..lifecycle.trained_parts import trained_base
+from ..lifecycle.trained_parts import trained_tensors
 from ..maths.bank import Bank
 from ..maths.redraw_log import BankState
 from ..maths.widths import Widths
@@ -45,7 +45,7 @@ def collect(model: nn.Module | Survey, *, save_banks: SaveBanks | None = None) -
         bank.config,
         projections,
         torch.cat([whole(t).detach().flatten().cpu() for a in found.values() for t in (a.b, a.d)]),
-        {name: whole(t).detach().cpu().clone() for name, t in trained_base(survey).items()},
+        {name: whole(t).detach().cpu().clone() for name, t in trained_tensors(survey).items()},
         list(state.log),
         _identity(base, bank, tuple(found)),
         bank_digest(first, state) if first else None,
@@ -90,10 +90,10 @@ def put_back(model: nn.Module, stored: Stored) -> None:
     """
     survey = Survey(model)
     check_whole(survey)
-    found, bank, held = adapters_in(survey), bank_of(model), trained_base(survey)
+    found, bank, held = adapters_in(survey), bank_of(model), trained_tensors(survey)
     here = {path: (adapter.width, adapter.roles) for path, adapter in found.items()}
     there = {p.path: (p.width, p.roles) for p in stored.projections}
-    shapes, wanted = ({name: t.shape for name, t in tensors.items()} for tensors in (held, stored.base))
+    shapes, wanted = ({name: t.shape for name, t in tensors.items()} for tensors in (held, stored.parts))
     odd = _differing(here, there) + _differing(shapes, wanted)
     if odd or bank.config != stored.config:
         raise FormatError(
@@ -107,7 +107,7 @@ def put_back(model: nn.Module, stored: Stored) -> None:
         for path, adapter in found.items():
             adapter.b.copy_(vectors[path][0])
             adapter.d.copy_(vectors[path][1])
-        for name, value in stored.base.items():
+        for name, value in stored.parts.items():
             held[name].copy_(value)
     for adapter in found.values():
         adapter.take_own()

@@ -86,11 +86,11 @@ class Stored:
         config: its options.
         projections: the adapted weights.
         vector: b and d of the first projection, role after role, then of the next one, (n,).
-        base: trained parts of the base by name.
+        parts: trained parts of the base by name.
         log: the redraws of its banks.
         identity: of its base.
         bank_fingerprint: of A and B after the log; None if unknown.
-        rows: every re-drawn row, matrix after matrix by name, (n,) float32; None if it is not in the file.
+        rows: every redrawn row, matrix after matrix by name, (n,) float32; None if it is not in the file.
         shared: the shared matrices, by name, (n,) float32; None if they are not in the file.
         versions: of the libraries that wrote it.
     """
@@ -98,7 +98,7 @@ class Stored:
     config: UoraConfig
     projections: tuple[StoredProjection, ...]
     vector: Tensor
-    base: dict[str, Tensor]
+    parts: dict[str, Tensor]
     log: list[Redraw]
     identity: Identity
     bank_fingerprint: str | None = None

@@ -20,7 +20,7 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 @dataclass(frozen=True)
-class Site:
+class Candidate:
     """A weight in its surroundings.
 
     Args:
@@ -73,24 +73,24 @@ class Unit:
 
     path: str
     module: nn.Module
-    members: dict[str, Site] = field(default_factory=dict)
+    members: dict[str, Candidate] = field(default_factory=dict)
 
     @property
     def class_name(self) -> str:
         return base_class(self.module).__name__
 
 
-def find_sites(modules: Mapping[str, nn.Module]) -> list[Site]:
+def find_candidates(modules: Mapping[str, nn.Module]) -> list[Candidate]:
     """Every Linear, convolution, and bare weight of attention, recurrent layers and experts, in the model's order.
 
     Args:
         modules: of the model, by path.
     """
-    sites = []
+    candidates = []
     for path, module in modules.items():
         for tensor, form in _weights(module):
             kernel = form == "kernel"
-            site = Site(
+            candidate = Candidate(
                 path,
                 tensor,
                 module,
@@ -99,24 +99,24 @@ def find_sites(modules: Mapping[str, nn.Module]) -> list[Site]:
                 module.groups if kernel else 1,  # type: ignore[arg-type]
                 kernel and max(module.kernel_size) > 1,  # type: ignore[arg-type, type-var]
             )
-            sites.append(site)
-    return sites
+            candidates.append(candidate)
+    return candidates
 
 
-def units(sites: Sequence[Site], modules: Mapping[str, nn.Module]) -> list[Unit]:
-    """The sites by owner, in the model's order."""
+def units(candidates: Sequence[Candidate], modules: Mapping[str, nn.Module]) -> list[Unit]:
+    """The candidates by owner, in the model's order."""
     count: Counter[str] = Counter()
-    for site in sites:
-        if not site.spatial:
-            count.update({site.module_path, *ancestors(site.module_path)})
+    for candidate in candidates:
+        if not candidate.spatial:
+            count.update({candidate.module_path, *ancestors(candidate.module_path)})
     owners: dict[str, Unit] = {}
-    for site in sites:
-        bare = site.tensor != "weight"
-        chain = ([site.module_path] if bare else []) + list(ancestors(site.module_path))
-        alone = 0 if site.spatial else 1
+    for candidate in candidates:
+        bare = candidate.tensor != "weight"
+        chain = ([candidate.module_path] if bare else []) + list(ancestors(candidate.module_path))
+        alone = 0 if candidate.spatial else 1
         path = next((p for p in chain if count[p] > alone and not isinstance(modules[p], CONTAINERS)), "")
         unit = owners.setdefault(path, Unit(path, modules[path]))
-        unit.members[site.path[len(path) :].lstrip(".")] = site
+        unit.members[candidate.path[len(path) :].lstrip(".")] = candidate
     return list(owners.values())
 
 

@@ -18,7 +18,7 @@ from ..errors import ConfigError, StateError, TargetError
 from ..weights.matrix import Form
 from ..weights.quantised import is_quantised
 from ..weights.role import CONV, OTHER
-from .candidates import Site, Unit
+from .candidates import Candidate, Unit
 from .hidden import leave_out, odd_kind, shown_path
 from .paths import ancestors, joined, lies_within
 from .rules import registered
@@ -155,10 +155,10 @@ def _overlap(one: Tensor, two: Tensor) -> bool:
 def _check_registered(survey: Survey) -> None:
     """Let every registered rule see all modules that it is for. The walk shows it only those that own a weight which
     can be adapted, so a rule for another kind of weight would be passed over."""
-    members: dict[str, dict[str, Site]] = defaultdict(dict)
-    for site in survey.candidates.values() if registered else ():
-        for above in ancestors(site.path):
-            members[above][site.path[len(above) :].lstrip(".")] = site
+    members: dict[str, dict[str, Candidate]] = defaultdict(dict)
+    for candidate in survey.candidates.values() if registered else ():
+        for above in ancestors(candidate.path):
+            members[above][candidate.path[len(above) :].lstrip(".")] = candidate
     for _, rule in registered:
         for path, module in survey.modules.items():
             try:
@@ -179,7 +179,7 @@ def _check_paths(survey: Survey, targets: Iterable[str]) -> None:
             continue
         findings = list(survey.findings.values())
         named = any(
-            path in (f.site.path, f"{f.site.path}.{role.name}")
+            path in (f.candidate.path, f"{f.candidate.path}.{role.name}")
             or (role.group not in (CONV, OTHER) and path in (role.name, role.label))
             for f in findings
             for role in f.roles
@@ -190,12 +190,13 @@ def _check_paths(survey: Survey, targets: Iterable[str]) -> None:
 
 def _what_is(path: str, survey: Survey, findings: list[Finding]) -> str:
     for f in findings:
-        site, weight = f.site, joined(f.site.module_path, f.site.tensor)
-        if path in (site.path, weight) and not f.roles:
-            return f"({type(site.module).__name__}, {site.shape[0]} x {site.shape[1]}) is never adapted: {f.rule}"
+        candidate, weight = f.candidate, joined(f.candidate.module_path, f.candidate.tensor)
+        if path in (candidate.path, weight) and not f.roles:
+            out, width = candidate.shape
+            return f"({type(candidate.module).__name__}, {out} x {width}) is never adapted: {f.rule}"
         if path == weight and f.roles:
-            return f"is the weight of a projection that goes by {site.path!r}"
-    if any(f.roles and f.site.path.startswith(f"{path}.") for f in findings):
+            return f"is the weight of a projection that goes by {candidate.path!r}"
+    if any(f.roles and f.candidate.path.startswith(f"{path}.") for f in findings):
         return f"is a {type(survey.modules[path]).__name__}, not a weight; {path + '.*'!r} adapts all that is in it"
     if path in survey.modules:
         return f"{_holds(survey.modules[path])}. {_FIT}"

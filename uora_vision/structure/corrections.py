@@ -8,7 +8,7 @@ from typing import Literal
 
 from ..weights.matrix import Span
 from ..weights.role import ATTENTION, CONV, OTHER, Role
-from .candidates import Site
+from .candidates import Candidate
 from .paths import joined
 from .rules import COORDINATES
 from .trace import ROLES, Trace
@@ -39,18 +39,18 @@ def corrected(finding: Finding, trace: Trace) -> Finding:
 
     Where the rules were wrong or knew nothing, what attention took as q, k and v is called so.
     """
-    site, name = finding.site, parameter_name(finding.site)
-    if not site.read and _is_read(site, trace):
-        finding = replace(finding, site=replace(site, read=True))
+    candidate, name = finding.candidate, parameter_name(finding.candidate)
+    if not candidate.read and _is_read(candidate, trace):
+        finding = replace(finding, candidate=replace(candidate, read=True))
     flows = trace.flows.get(name, {})
     unknown = bool(finding.roles) and finding.roles[0].group in (CONV, OTHER)
-    if site.groups > 1 or site.form.startswith("stack") or not finding.roles:
+    if candidate.groups > 1 or candidate.form.startswith("stack") or not finding.roles:
         return finding
-    rows = site.shape[0]
+    rows = candidate.shape[0]
     packed = len(finding.roles) == 1 and len(flows) > 1
     if not _rows_message(finding.roles, trace.rows.get(name), rows) and not packed and not (unknown and flows):
         return finding
-    if unknown and site.shape[1] <= COORDINATES:
+    if unknown and candidate.shape[1] <= COORDINATES:
         return finding
     seen = sorted(flows.items(), key=lambda item: item[1])
     spans = [(role, span_of(span_rows)) for role, span_rows in seen]
@@ -68,33 +68,33 @@ def differences(ruled: Iterable[Finding], trace: Trace) -> tuple[Difference, ...
     """Where a trace shows weights otherwise than the rules have them, and all that `corrected` makes of it."""
     out: list[Difference] = []
     for finding in ruled:
-        site, roles = finding.site, finding.roles
-        name = parameter_name(site)
+        candidate, roles = finding.candidate, finding.roles
+        name = parameter_name(candidate)
         if name in trace.unused or name not in trace.uses:
-            out.append(Difference(site.path, "unused", "nothing consumes it on this input"))
+            out.append(Difference(candidate.path, "unused", "nothing consumes it on this input"))
             continue
-        if not site.read and (reader := _is_read(site, trace)):
-            out.append(Difference(site.path, "reach", f"read at {reader}"))
+        if not candidate.read and (reader := _is_read(candidate, trace)):
+            out.append(Difference(candidate.path, "reach", f"read at {reader}"))
         within = roles
-        if site.form.startswith("stack"):
-            per = site.shape[0] // site.weight.shape[0]
+        if candidate.form.startswith("stack"):
+            per = candidate.shape[0] // candidate.weight.shape[0]
             within = tuple(role for role in roles if role.span.end <= per)
-        if site.groups == 1:
+        if candidate.groups == 1:
             flows = trace.flows.get(name, {})
-            if message := _rows_message(within, trace.rows.get(name), site.shape[0]):
-                out.append(Difference(site.path, "rows", message))
+            if message := _rows_message(within, trace.rows.get(name), candidate.shape[0]):
+                out.append(Difference(candidate.path, "rows", message))
             elif message := _names_message(within, flows):
-                out.append(Difference(site.path, "names", message))
+                out.append(Difference(candidate.path, "names", message))
             elif (changed := corrected(finding, trace).roles) != roles:
                 kind: Literal["rows", "names"] = "rows" if len(changed) > 1 else "names"
-                out.append(Difference(site.path, kind, f"it is {_listed(changed)}, and called {_listed(roles)}"))
+                out.append(Difference(candidate.path, kind, f"it is {_listed(changed)}, and called {_listed(roles)}"))
     return tuple(out)
 
 
 def followed(finding: Finding, trace: Trace) -> bool:
     """Whether a trace saw all that a plan says of a weight: that it is used and, of one that is divided or a query, key
     or value, where its rows go."""
-    name, roles = parameter_name(finding.site), finding.roles
+    name, roles = parameter_name(finding.candidate), finding.roles
     if name not in trace.uses:
         return False
     return (
@@ -102,15 +102,15 @@ def followed(finding: Finding, trace: Trace) -> bool:
     )
 
 
-def uses_of(site: Site, trace: Trace) -> tuple[str, ...]:
+def uses_of(candidate: Candidate, trace: Trace) -> tuple[str, ...]:
     """What consumes a weight, such as `linear at eva.py:262`."""
-    uses = trace.uses.get(parameter_name(site), ())
+    uses = trace.uses.get(parameter_name(candidate), ())
     return tuple(dict.fromkeys(use.op if use.called else f"{use.op} at {use.where}" for use in uses))
 
 
-def parameter_name(site: Site) -> str:
-    """Name of a site's tensor among the model's parameters."""
-    return joined(site.module_path, site.tensor)
+def parameter_name(candidate: Candidate) -> str:
+    """Name of a candidate's tensor among the model's parameters."""
+    return joined(candidate.module_path, candidate.tensor)
 
 
 def span_of(rows: tuple[int, ...]) -> Span | None:
@@ -125,9 +125,9 @@ def span_of(rows: tuple[int, ...]) -> Span | None:
     return span if tuple(span.indices()) == rows else None
 
 
-def _is_read(site: Site, trace: Trace) -> str:
+def _is_read(candidate: Candidate, trace: Trace) -> str:
     """Where a tensor is read past its module, "" if nowhere."""
-    uses = trace.uses.get(parameter_name(site), ())
+    uses = trace.uses.get(parameter_name(candidate), ())
     return next((use.where for use in uses if not use.called and not use.op.endswith(":input")), "")
 
 

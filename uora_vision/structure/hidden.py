@@ -87,16 +87,16 @@ def find_hidden(modules: Mapping[str, nn.Module]) -> Iterator[Hidden]:
                     yield Hidden(path, tensor, False, error)
 
 
-def stand_in(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
+def plain_copy(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Module:
     """The module on the meta device, with plain parameters for what is hidden."""
     if _is_wrapper(module) or "_orig_mod" in module._modules:
-        return stand_in(module.get_submodule("module" if _is_wrapper(module) else "_orig_mod"), made)
-    if module in made:
-        return made[module]
+        return plain_copy(module.get_submodule("module" if _is_wrapper(module) else "_orig_mod"), copies)
+    if module in copies:
+        return copies[module]
     if isinstance(module, torch.jit.ScriptModule):
-        made[module] = nn.Identity()
+        copies[module] = nn.Identity()
     elif size := _packed_linear(module):
-        made[module] = nn.Linear(size[1], size[0], device="meta")
+        copies[module] = nn.Linear(size[1], size[0], device="meta")
     else:
         shapes = {name: _full_shape(module, p) for name, p in module._parameters.items() if p is not None}
         children = dict(module._modules)
@@ -104,7 +104,7 @@ def stand_in(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
             for name, sources in children.pop("parametrizations").items():  # type: ignore[union-attr, operator]
                 shapes[name] = max((p.shape for p in sources.parameters(recurse=False)), key=torch.Size.numel)
         new: nn.Module = object.__new__(parametrize.type_before_parametrizations(module))
-        made[module] = new
+        copies[module] = new
         new.__dict__.update(module.__dict__)
         for name in _computed(module):
             shapes = {n: shape for n, shape in shapes.items() if n not in (f"{name}_orig", f"{name}_v", f"{name}_g")}
@@ -115,8 +115,8 @@ def stand_in(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
         if packed is not None and is_quantised_linear(module):
             empty["weight"] = packed  # its layer can be adapted as it is
         new.__dict__["_parameters"] = none | empty
-        new.__dict__["_modules"] = {n: None if c is None else stand_in(c, made) for n, c in children.items()}
-    return made[module]
+        new.__dict__["_modules"] = {n: None if c is None else plain_copy(c, copies) for n, c in children.items()}
+    return copies[module]
 
 
 def _is_wrapper(module: nn.Module) -> bool:

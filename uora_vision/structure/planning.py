@@ -158,39 +158,41 @@ def planned(survey: Survey, config: UoraConfig, example_input: Any = None) -> Pl
         )
     projections, skipped, number = [], [], 0
     for finding in findings:
-        site = finding.site
+        candidate = finding.candidate
         mine = range(number, number := number + len(finding.roles))
         roles = tuple(role for i, role in zip(mine, finding.roles, strict=True) if i in asked)
-        if finding.roles and lies_within(site.path, trained):
-            skipped.append(Skipped(site.path, site.shape, "trains wholly"))
+        if finding.roles and lies_within(candidate.path, trained):
+            skipped.append(Skipped(candidate.path, candidate.shape, "trains wholly"))
             continue
         if roles:
             projections.append(
                 Projection(
-                    site.module_path,
-                    site.tensor,
-                    site.form,
-                    site.shape,
+                    candidate.module_path,
+                    candidate.tensor,
+                    candidate.form,
+                    candidate.shape,
                     roles,
                     finding.rule,
                     finding.block,
-                    site.read,
-                    () if seen is None else uses_of(site, seen),
+                    candidate.read,
+                    () if seen is None else uses_of(candidate, seen),
                 )
             )
         else:
             outside = finding.roles and finding.rule == UNKNOWN
             reason = f"{UNKNOWN}; targets={finding.roles[0].group!r} adapts it" if outside else finding.rule
-            skipped.append(Skipped(site.path, site.shape, "not asked for" if finding.roles and not outside else reason))
+            skipped.append(
+                Skipped(candidate.path, candidate.shape, "not asked for" if finding.roles and not outside else reason)
+            )
     check_weights(survey, projections)
     adapted = {p.path for p in projections}
     differing, lost = None, tuple[str, ...]()
     if seen is not None:
-        ruled = [f for f in ruled if f.site.path in adapted]
+        ruled = [f for f in ruled if f.candidate.path in adapted]
         # Kernels take the codes of a quantised weight out of sight.
-        hidden = {f.site.path for f in ruled if is_quantised(f.site.weight)}
+        hidden = {f.candidate.path for f in ruled if is_quantised(f.candidate.weight)}
         differing = tuple(d for d in differences(ruled, seen) if d.kind != "unused" or d.path not in hidden)
-        lost = tuple(f.site.path for f in findings if f.site.path in adapted and not followed(f, seen))
+        lost = tuple(f.candidate.path for f in findings if f.candidate.path in adapted and not followed(f, seen))
     return Plan(config, tuple(projections), tuple(skipped), differing, lost, trained, new)
 
 
@@ -240,7 +242,7 @@ def _match(found: list[tuple[Finding, Role]], terms: Any) -> set[int]:
 def _is(term: str, finding: Finding, role: Role) -> bool:
     if GROUPS.get(term) == role.group or (term == "all" and role.group in (ATTENTION, MLP)):
         return True
-    path = finding.site.path
+    path = finding.candidate.path
     if role.group in (CONV, OTHER) and term == role.name:
         return False  # names of roles are for what the rules know
     return term in (role.name, role.label, role.kind, role.kind.partition(".")[2], path) or any(

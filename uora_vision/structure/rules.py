@@ -17,7 +17,7 @@ from torch import nn
 from ..errors import ConfigError
 from ..weights.kinds import base_class
 from ..weights.role import ATTENTION, MLP, Role
-from .candidates import IN_PROJECTIONS, Site, Unit
+from .candidates import IN_PROJECTIONS, Candidate, Unit
 from .row_order import QKV, Packed, forward_source, packed
 
 Claims = dict[str, tuple[Role, ...]]
@@ -73,8 +73,8 @@ def multihead_attention(unit: Unit) -> Claims:
     if "in_proj_weight" not in unit.module._parameters:
         return {}
     claims: Claims = {}
-    for name, site in unit.members.items():
-        rows = site.shape[0]
+    for name, candidate in unit.members.items():
+        rows = candidate.shape[0]
         if name == "in_proj_weight":
             claims[name] = Packed(QKV).roles(unit.module, rows, ATTENTION) or (Role("qkv", ATTENTION, 0, rows),)
         elif name in IN_PROJECTIONS:
@@ -92,9 +92,9 @@ def recurrent(unit: Unit) -> Claims:
         return {}
     gates = {"LSTM": "ifgo", "GRU": "rzn"}.get(unit.module.mode, "h")
     claims: Claims = {}
-    for name, site in unit.members.items():
+    for name, candidate in unit.members.items():
         names = ("projection",) if name.startswith("weight_hr") else tuple(gates)
-        if roles := Packed(names).roles(unit.module, site.shape[0], ATTENTION):
+        if roles := Packed(names).roles(unit.module, candidate.shape[0], ATTENTION):
             claims[name] = roles
     return claims
 
@@ -102,11 +102,11 @@ def recurrent(unit: Unit) -> Claims:
 def experts(unit: Unit) -> Claims:
     """Stacks of experts, 3-D: the projections of every expert."""
     claims: Claims = {}
-    for name, site in unit.members.items():
-        if not site.form.startswith("stack"):
+    for name, candidate in unit.members.items():
+        if not candidate.form.startswith("stack"):
             continue
-        n = site.weight.shape[0]
-        rows = site.shape[0] // n
+        n = candidate.weight.shape[0]
+        rows = candidate.shape[0] // n
         parts = [(name, 0, rows, 0, 0)]
         if name == "gate_up_proj" and rows % 2 == 0:
             half = rows // 2
@@ -135,12 +135,12 @@ def mlp(unit: Unit) -> Claims:
             ups = [name for name in ins if name in members]
             if down is None or not ups or not _widens(members[ups[0]][1], down[1], len(ups)):
                 continue
-            for token, (name, site) in members.items():
-                claims.setdefault(name, _roles(unit, name, token, site, MLP))
+            for token, (name, candidate) in members.items():
+                claims.setdefault(name, _roles(unit, name, token, candidate, MLP))
     if _called(unit, _MLP_WORDS) and not POSITION.search(unit.path):
         rest = [(n, s) for n, s in unit.members.items() if n not in claims and not s.spatial]
         if claims:
-            claims |= {name: _roles(unit, name, name.partition(".")[0], site, MLP) for name, site in rest}
+            claims |= {name: _roles(unit, name, name.partition(".")[0], candidate, MLP) for name, candidate in rest}
         elif len(rest) == 2 and _widens(rest[0][1], rest[1][1], 1):
             claims = {n: _roles(unit, n, token, s, MLP) for (n, s), token in zip(rest, ("fc1", "fc2"), strict=True)}
     return claims | _pairs_in_sequence(unit, claims)
@@ -149,17 +149,17 @@ def mlp(unit: Unit) -> Claims:
 def attention(unit: Unit) -> Claims:
     """Queries, keys and values, apart or packed, and the projection of what comes out."""
     found: dict[str, str] = {}
-    for name, site in unit.members.items():
-        if not site.spatial and site.shape[1] > COORDINATES and (token := _token(name, _QUERIES)):
+    for name, candidate in unit.members.items():
+        if not candidate.spatial and candidate.shape[1] > COORDINATES and (token := _token(name, _QUERIES)):
             found[name] = token
     claims: Claims = {}
-    for name, site in unit.members.items():
+    for name, candidate in unit.members.items():
         if name in found:
-            claims[name] = _roles(unit, name, _QUERIES[found[name]], site, ATTENTION)
+            claims[name] = _roles(unit, name, _QUERIES[found[name]], candidate, ATTENTION)
             continue
         token = _token(name, _BESIDE if found else _OUTPUTS)
-        if token and not site.spatial and (found or _in_attention(unit, name)):
-            claims[name] = _roles(unit, name, _BESIDE[token], site, ATTENTION)
+        if token and not candidate.spatial and (found or _in_attention(unit, name)):
+            claims[name] = _roles(unit, name, _BESIDE[token], candidate, ATTENTION)
     return claims
 
 
@@ -168,8 +168,8 @@ def parallel_block(unit: Unit) -> Claims:
     if "in_proj" not in unit.members or not hasattr(unit.module, "in_split"):
         return {}
     claims: Claims = {}
-    for name, site in unit.members.items():
-        rows = site.shape[0]
+    for name, candidate in unit.members.items():
+        rows = candidate.shape[0]
         if name == "in_proj":
             claims[name] = tuple(
                 Role(r.name, ATTENTION if r.name in QKV else MLP, r.start, r.rows)
@@ -201,7 +201,9 @@ def focal_modulation(unit: Unit) -> Claims:
 def token_mixing(unit: Unit) -> Claims:
     """A single Linear across tokens (ResMLP)."""
     return {
-        name: (Role("tokens", MLP, 0, site.shape[0]),) for name, site in unit.members.items() if name == "linear_tokens"
+        name: (Role("tokens", MLP, 0, candidate.shape[0]),)
+        for name, candidate in unit.members.items()
+        if name == "linear_tokens"
     }
 
 
@@ -284,12 +286,12 @@ def forward_source_of(module: nn.Module) -> list[str]:
     return [forward_source(cls), forward_source(gate)]
 
 
-def _roles(unit: Unit, name: str, token: str, site: Site, group: str) -> tuple[Role, ...]:
+def _roles(unit: Unit, name: str, token: str, candidate: Candidate, group: str) -> tuple[Role, ...]:
     """Roles of a member: of a grouped convolution one per group, of a packed weight one per part."""
-    rows = site.shape[0]
-    if site.groups > 1:
-        size = rows // site.groups
-        return tuple(Role(f"{token}_{g}", group, g * size, size) for g in range(site.groups))
+    rows = candidate.shape[0]
+    if candidate.groups > 1:
+        size = rows // candidate.groups
+        return tuple(Role(f"{token}_{g}", group, g * size, size) for g in range(candidate.groups))
     return packed(*_holder(unit, name), rows, group, "gate_up" if token == "gate_up_proj" else token)
 
 
@@ -310,19 +312,19 @@ def _token(name: str, words: Mapping[str, str]) -> str | None:
     return next((s for s in reversed(name.split(".")) if s in words), None)
 
 
-def _by_place(unit: Unit, tokens: tuple[str, ...]) -> list[dict[str, tuple[str, Site]]]:
+def _by_place(unit: Unit, tokens: tuple[str, ...]) -> list[dict[str, tuple[str, Candidate]]]:
     """Members that are called one of the tokens, by token, for every container of the owner in which some are."""
-    places: dict[str, dict[str, tuple[str, Site]]] = {}
-    for name, site in unit.members.items():
+    places: dict[str, dict[str, tuple[str, Candidate]]] = {}
+    for name, candidate in unit.members.items():
         parts = name.split(".")
         if token := next((s for s in reversed(parts) if s in tokens), None):
             place = ".".join(parts[: parts.index(token)])
-            if not site.spatial and not POSITION.search(f"{unit.path}.{place}"):
-                places.setdefault(place, {})[token] = (name, site)
+            if not candidate.spatial and not POSITION.search(f"{unit.path}.{place}"):
+                places.setdefault(place, {})[token] = (name, candidate)
     return list(places.values())
 
 
-def _widens(into: Site, out_of: Site, ups: int) -> bool:
+def _widens(into: Candidate, out_of: Candidate, ups: int) -> bool:
     """Whether two layers are the halves of an MLP: the second takes what the first gives (or half of it, if gated), and
     the hidden width is not the narrow waist of a squeeze-and-excitation. A few inputs are coordinates: such MLPs make
     position biases."""

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..weights.kinds import check_module
-from .candidates import Site, find_sites
+from .candidates import Candidate, find_candidates
 from .heads import Parts, head_names
-from .hidden import Hidden, find_hidden, stand_in
+from .hidden import Hidden, find_hidden, plain_copy
 from .paths import joined, submodule
 from .walk import Finding, walk
 
@@ -106,17 +106,17 @@ class Survey:
         """The model as the rules can look at it: this one or, where something is hidden, that of a stand-in on the meta
         device that has the same paths and classes and shows it."""
         scripted = any(isinstance(module, torch.jit.ScriptModule) for module in self.modules.values())
-        return Survey(stand_in(self.model, {})) if self.hidden or scripted else self
+        return Survey(plain_copy(self.model, {})) if self.hidden or scripted else self
 
     @cached_property
-    def candidates(self) -> dict[str, Site]:
+    def candidates(self) -> dict[str, Candidate]:
         """Every weight that could be adapted, by path, in the model's order; those that nothing hides."""
-        return {site.path: site for site in find_sites(self.modules)}
+        return {candidate.path: candidate for candidate in find_candidates(self.modules)}
 
     @cached_property
     def findings(self) -> dict[str, Finding]:
         """What the rules say of each candidate, by path."""
-        return {finding.site.path: finding for finding in self._walked[0]}
+        return {finding.candidate.path: finding for finding in self._walked[0]}
 
     @property
     def parts(self) -> Parts:

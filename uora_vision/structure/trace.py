@@ -35,8 +35,8 @@ from .labels import (
     spread,
     tensors_in,
     thinned,
-    words,
 )
+from .operations import ATTENTIONS, EXAMPLES, PRODUCTS, REDUCTIONS, SUMS, WEIGHTED, free_axes, name_of, operands_of
 from .paths import joined
 
 
@@ -108,20 +108,6 @@ def trace(model: nn.Module, example_input: Any) -> Trace:
 
 ROLES = ("q", "k", "v")
 
-# These take shape, type or device from a tensor, and no values.
-EXAMPLES = words("""zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty
-    new_full new_tensor""")
-
-SUMS = words("add sub radd rsub iadd isub lerp addcmul")
-
-REDUCTIONS = words("mean amax amin max min sum")
-
-WEIGHTED = words("linear conv1d conv2d conv3d")
-
-PRODUCTS = words("matmul mm bmm addmm baddbmm addbmm grouped_mm grouped_mm_fallback einsum")
-
-ATTENTIONS = words("scaled_dot_product_attention flex_attention multi_head_attention")
-
 
 class _Attention(NamedTuple):
     """Scores, or probabilities if `normal`, made of these queries and keys."""
@@ -177,7 +163,7 @@ class _Tracer(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        name = _name(func)
+        name = name_of(func)
         outs = [args[0]] if name == "setitem" else tensors_in(out)
         if outs and name not in EXAMPLES:  # else an attribute was read
             self.observe(name, func, args, kwargs, outs)
@@ -251,8 +237,8 @@ class _Tracer(TorchFunctionMode):
 
     def multiply(self, name: str, args: Any, kwargs: Any, marks: dict[Tensor, _Mark], outs: list[Tensor]) -> _Mark:
         """Products of two tensors: a projection where one of them is a weight, attention where none is."""
-        out, operands = outs[0], _operands(name, args, kwargs)
-        free = _free_axes(name, args, operands, out)
+        out, operands = outs[0], operands_of(name, args, kwargs)
+        free = free_axes(name, args, operands, out)
         labels: Labels = ()
         sides = [self.mark(t) for t in operands]
         attention = None if any(mark.weights for mark in sides) else self.score(sides, free)
@@ -371,15 +357,6 @@ class _Tracer(TorchFunctionMode):
         return Trace({name: found for name, found in uses.items() if found}, unused, rows, flows)
 
 
-def _name(func: Any) -> str:
-    """`linear`; `getitem` for `Tensor.__getitem__`, `add` for `add_`, `T` for the getter of `Tensor.T`, `mm` for the
-    overload `mm.default`."""
-    name = getattr(func, "__name__", "")
-    name = getattr(func.__self__, "__name__", "") if name == "__get__" else name
-    name = name.partition(".")[0].strip("_")
-    return "multi_head_attention" if "multi_head_attention" in name else name
-
-
 def _where(reader: nn.Module | None) -> str:
     skipped = tuple(os.path.dirname(file) + os.sep for file in (torch.__file__, __file__))
     composed = reader is not None and any(True for _ in reader.children())
@@ -391,26 +368,3 @@ def _where(reader: nn.Module | None) -> str:
             break
         frame = frame.f_back
     return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
-
-
-def _operands(name: str, args: Any, kwargs: Any) -> list[Tensor]:
-    """The two tensors that are multiplied, the input first where the other is always a weight."""
-    if name in WEIGHTED:
-        return [pick(args, kwargs, 0, "input"), pick(args, kwargs, 1, "weight")]
-    tensors = list(tensors_in((args, kwargs)))
-    return tensors[1:3] if name in ("addmm", "baddbmm", "addbmm") else tensors[:2]
-
-
-def _free_axes(name: str, args: Any, operands: list[Tensor], out: Tensor) -> list[tuple[int, int, int]]:
-    """Axes that only one operand has: (operand, its axis, the output's axis), counted from the end."""
-    if name in WEIGHTED:
-        weight = operands[1].dim()
-        return [(1, -weight, -1 if name == "linear" else 1 - weight)]
-    if name != "einsum":
-        return [(0, -2, -2), (1, -1, -1)] if min(t.dim() for t in [*operands, out]) >= 2 else []
-    inputs, _, output = str(args[0]).replace(" ", "").partition("->")
-    terms = inputs.split(",")
-    if len(terms) != 2 or any("..." in term and not term.startswith("...") for term in (*terms, output)):
-        return []
-    alone = [(k, c) for k in range(2) for c in terms[k] if c in output and c not in terms[1 - k]]
-    return [(k, terms[k].index(c) - len(terms[k]), output.index(c) - len(output)) for k, c in alone]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..weights.role import ATTENTION, CONV, MLP, OTHER, Role
-from .candidates import Site, Unit, units
+from .candidates import Candidate, Unit, units
 from .heads import Parts, find_parts
 from .paths import lies_within
 from .rules import POSITION, ROUTERS, TALKING_HEADS, apply_rules
@@ -22,33 +22,33 @@ class Finding:
     """What the walk says of one weight: its roles, or why it has none.
 
     Args:
-        site: where it is.
+        candidate: where it is.
         roles: the projections in it, empty if it is never adapted.
         rule: name of the rule that decided, or the reason for leaving it.
         block: number of its block through the model, None outside of blocks.
     """
 
-    site: Site
+    candidate: Candidate
     roles: tuple[Role, ...]
     rule: str
     block: int | None
 
 
 def walk(
-    model: nn.Module, sites: Sequence[Site], modules: Mapping[str, nn.Module]
+    model: nn.Module, candidates: Sequence[Candidate], modules: Mapping[str, nn.Module]
 ) -> tuple[tuple[Finding, ...], Parts]:
     """Every weight that could be adapted, in the model's order, with what the rules say of it, and the heads.
 
     Args:
-        sites: these weights.
+        candidates: these weights.
         modules: of the model, by path.
     """
     decided: dict[str, tuple[Unit, str, tuple[Role, ...]]] = {}
-    for unit in units(sites, modules):
+    for unit in units(candidates, modules):
         known = apply_rules(unit)
-        for name, site in unit.members.items():
-            decided[site.path] = unit, *known.get(name, _left(site))
-    decided = {site.path: decided[site.path] for site in sites}
+        for name, candidate in unit.members.items():
+            decided[candidate.path] = unit, *known.get(name, _left(candidate))
+    decided = {candidate.path: decided[candidate.path] for candidate in candidates}
     kinds = {
         path: roles[0].group for path, (_, _, roles) in decided.items() if roles and roles[0].group in (ATTENTION, MLP)
     }
@@ -58,35 +58,38 @@ def walk(
     plain = [new for new in parts.new if not any(lies_within(path, (new,)) for path in attending)]
     numbers: dict[str, int] = {}
     findings = []
-    for site in sites:
-        _, rule, roles = decided[site.path]
-        block = blocks.get(site.path)
-        if lies_within(site.path, parts.heads):
+    for candidate in candidates:
+        _, rule, roles = decided[candidate.path]
+        block = blocks.get(candidate.path)
+        if lies_within(candidate.path, parts.heads):
             rule, roles = "part of the head", ()
-        elif lies_within(site.path, parts.outputs):
+        elif lies_within(candidate.path, parts.outputs):
             rule, roles = "output embedding", ()
-        elif kinds.get(site.path) == MLP and lies_within(site.path, plain):
-            rule, roles = _left(site)  # two layers behind the last block are a head, and no MLP of the base
+        elif kinds.get(candidate.path) == MLP and lies_within(candidate.path, plain):
+            rule, roles = _left(candidate)  # two layers behind the last block are a head, and no MLP of the base
         projects = block is not None and any(role.group not in (CONV, OTHER) for role in roles)
         number = numbers.setdefault(block, len(numbers)) if projects and block is not None else None
-        findings.append(Finding(site, roles, rule, number))
+        findings.append(Finding(candidate, roles, rule, number))
     return tuple(findings), parts
 
 
-def _left(site: Site) -> tuple[str, tuple[Role, ...]]:
+def _left(candidate: Candidate) -> tuple[str, tuple[Role, ...]]:
     """Of a weight that no rule knows: adapted on request only, or never."""
-    if ROUTERS.search(site.module_path):
+    if ROUTERS.search(candidate.module_path):
         return "routes to experts", ()
-    if POSITION.search(site.path):
+    if POSITION.search(candidate.path):
         return "position bias", ()
-    if TALKING_HEADS.search(site.module_path):
+    if TALKING_HEADS.search(candidate.module_path):
         return "mixes heads", ()
-    kernel = site.form == "kernel"
-    name, rows = re.sub(r"\W", "_", site.module_path.rpartition(".")[2]) or "weight", site.shape[0] // site.groups
+    kernel = candidate.form == "kernel"
+    name, rows = (
+        re.sub(r"\W", "_", candidate.module_path.rpartition(".")[2]) or "weight",
+        candidate.shape[0] // candidate.groups,
+    )
     group = CONV if kernel else OTHER
-    if site.groups == 1:
+    if candidate.groups == 1:
         return UNKNOWN, (Role(name, group, 0, rows),)
-    return UNKNOWN, tuple(Role(f"{name}_{g}", group, g * rows, rows) for g in range(site.groups))
+    return UNKNOWN, tuple(Role(f"{name}_{g}", group, g * rows, rows) for g in range(candidate.groups))
 
 
 def _blocks(owners: Mapping[str, tuple[str, str]]) -> dict[str, str | None]:

@@ -16,7 +16,7 @@ class Method(StrEnum):
 
 
 class Scope(StrEnum):
-    """Which layers a re-drawn direction changes; `never` re-draws none."""
+    """Which layers a redrawn direction changes; `never` redraws none."""
 
     never = "never"
     shared = "shared"

@@ -49,7 +49,7 @@ class Display:
         scores = [(key, value) for key, value in entry.items() if key.startswith(("train_", "test_"))]
         if self.quiet or not any(key.startswith("test_") for key, _ in scores):
             return
-        fired = f"  re-drawn {entry['firings']:,}" if entry["firings"] else ""
+        fired = f"  redrawn {entry['firings']:,}" if entry["firings"] else ""
         self.say(
             f"epoch {entry['epoch']:>3}/{epochs}  "
             + "  ".join(f"{key.replace('_', ' ')} {_score(key, value)}" for key, value in scores)

@@ -71,13 +71,13 @@ class MethodChoice:
     lr: Annotated[float | None, Option(min=0, help="of the adapter; by default what the method wants")] = None
     head_lr: Annotated[float | None, Option(min=0, help="of the head")] = None
     weight_decay: Annotated[float, Option(min=0, help="of matrices; vectors never decay")] = 0.0
-    reinit: Annotated[Scope, Option(help="uora: whom a re-drawn direction changes")] = Scope.shared
-    threshold: Annotated[float, Option(min=0, help="uora: re-draw where |d| is below")] = 1e-5
+    reinit: Annotated[Scope, Option(help="uora: whom a redrawn direction changes")] = Scope.shared
+    threshold: Annotated[float, Option(min=0, help="uora: redraw where |d| is below")] = 1e-5
     relative: Annotated[bool, Option("--relative/--absolute", help="uora: threshold times the layer's median |d|")] = (
         False
     )
     alpha: Annotated[float, Option(min=0, max=1, help="uora: share of the old direction that stays")] = 0.5
-    every: Annotated[int, Option(min=1, help="uora: re-draw at every n-th step below the threshold")] = 1
+    every: Annotated[int, Option(min=1, help="uora: redraw at every n-th step below the threshold")] = 1
     token_sampling: Annotated[int, Option(min=1, help="uora, vera: gradients from one token of every n")] = 1
     seed: Annotated[int, Option(min=0, help="of everything random")] = 0
 

@@ -11,14 +11,14 @@ import torch
 from datasets import disable_progress_bars
 from trl import SFTConfig, SFTTrainer
 
-from ..training.methods import Adapted
+from ..training.methods import AdaptedModel
 from ..training.trainer import careful
 from .answers import held_out_loss
 
 disable_progress_bars()
 
 
-def make_trainer(adapted: Adapted, settings: dict[str, Any], precision: str = "no", **parts: Any) -> SFTTrainer:
+def make_trainer(adapted: AdaptedModel, settings: dict[str, Any], precision: str = "no", **parts: Any) -> SFTTrainer:
     """A trainer over rows that have `input_ids` and `labels`.
 
     It measures the loss per token of all held-out answers.

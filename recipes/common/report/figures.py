@@ -171,7 +171,7 @@ def _heat(
     if counts.max() > 1:
         bar = figure.colorbar(image, ax=beside, aspect=30, pad=0.02, ticks=MaxNLocator(5, integer=True))
         bar.ax.yaxis.set_minor_locator(FixedLocator([]))
-        bar.set_label("re-draws in a cell")
+        bar.set_label("redraws in a cell")
     if len(layers) <= 24:
         axes.set_yticks(range(len(layers)), _short(layers), fontsize=7.5)
         return

@@ -25,7 +25,7 @@ LABELS = {
     "adapter_bytes": "Adapter size",
     "bleu": "BLEU",
     "cider": "CIDEr",
-    "firings": "Re-draws",
+    "firings": "Redraws",
     "loss": "Loss",
     "lr": "Learning rate",
     "meteor_stem": "METEOR, no synonyms",
@@ -302,7 +302,7 @@ def _redrawn(report: RunReport) -> list[Picture]:
         return []
     counts = np.bincount(firings[:, 1], minlength=len(layers))
     most = int(counts.argmax())
-    told = f"{len(firings):,} re-draws; most ({counts[most]:,}) in {layers[most]}"
+    told = f"{len(firings):,} redraws; most ({counts[most]:,}) in {layers[most]}"
     return [
         Picture(
             "Where",

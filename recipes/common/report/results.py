@@ -21,7 +21,7 @@ from ..command.display import Display
 from ..command.options import Defaults
 from ..training.folder import CHECKPOINT, CHECKPOINTS, METRICS, write_json
 from ..training.loop import Outcome
-from ..training.methods import Adapted
+from ..training.methods import AdaptedModel
 from .page import RunReport, show, write_report
 
 LIBRARIES = (
@@ -33,7 +33,7 @@ COMPARED = {  # what stands beside the score in a comparison of methods, and its
     "trained_parameters_without_head": "without head",
     "adapter_bytes": "adapter",
     "seconds_per_step": "step",
-    "firings": "re-drawn",
+    "firings": "redrawn",
 }
 KEPT = {"other_accuracy": "other classes"}
 """What stands there besides, in the recipes that measure it."""
@@ -41,7 +41,7 @@ KEPT = {"other_accuracy": "other classes"}
 
 def finish(
     folder: Path,
-    adapted: Adapted,
+    adapted: AdaptedModel,
     outcome: Outcome,
     scores: dict[str, Any],
     config: dict[str, Any],
@@ -96,7 +96,7 @@ def finish(
     return metrics
 
 
-def measures(adapted: Adapted, outcome: Outcome) -> dict[str, Any]:
+def measures(adapted: AdaptedModel, outcome: Outcome) -> dict[str, Any]:
     """What a run spent: sizes in parameters and bytes, times in seconds."""
     return {
         "trained_parameters": adapted.trained,
@@ -158,7 +158,7 @@ def compare(
     return metrics
 
 
-def save_trained(adapted: Adapted, folder: Path) -> None:
+def save_trained(adapted: AdaptedModel, folder: Path) -> None:
     """UORA and VeRA in the package's form; of the other methods the trained parameters by name, for
     `model.load_state_dict(safetensors.torch.load_file(...), strict=False)` on a model prepared in the same way."""
     if adapted.is_uora:
@@ -169,7 +169,7 @@ def save_trained(adapted: Adapted, folder: Path) -> None:
     (folder / "trained.safetensors").write_bytes(content)
 
 
-def vectors(adapted: Adapted) -> tuple[list[str], list[np.ndarray], list[np.ndarray]]:
+def vectors(adapted: AdaptedModel) -> tuple[list[str], list[np.ndarray], list[np.ndarray]]:
     """Names, b and d of every adapted projection; empty for methods that have none."""
     names: list[str] = []
     b: list[np.ndarray] = []

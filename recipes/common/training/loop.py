@@ -26,7 +26,7 @@ from ..data.loading import Batches, train_loader
 from ..errors import CheckpointError, TrainingError
 from . import checkpoint
 from .machine import StopRequest, make_accelerator, peak_memory
-from .methods import Adapted
+from .methods import AdaptedModel
 
 
 class Scored(Protocol):
@@ -134,7 +134,7 @@ class Outcome:
 
 
 def train(
-    adapted: Adapted,
+    adapted: AdaptedModel,
     optimizer: torch.optim.Optimizer,
     reinit: uora.Reinitializer | None,
     data: Dataset,
@@ -150,7 +150,7 @@ def train(
 
     Args:
         optimizer: of the parameters of `adapted`; see `make_optimizer`.
-        reinit: steps after the optimizer; None to re-draw nothing.
+        reinit: steps after the optimizer; None to redraw nothing.
         data: sized; gives an example for (epoch, index).
         display: shows progress.
         log: called with (step, numbers) after every step and every evaluation.
@@ -183,7 +183,7 @@ class Run:
 
     def __init__(
         self,
-        adapted: Adapted,
+        adapted: AdaptedModel,
         optimizer: torch.optim.Optimizer,
         reinit: uora.Reinitializer | None,
         options: TrainOptions,
@@ -377,7 +377,7 @@ class Run:
         checkpoint.set_random_state(state["random"][self.accelerator.process_index])
 
 
-def make_optimizer(adapted: Adapted, name: str = "adamw") -> torch.optim.Optimizer:
+def make_optimizer(adapted: AdaptedModel, name: str = "adamw") -> torch.optim.Optimizer:
     """One of timm's optimizers over what trains.
 
     Raises:

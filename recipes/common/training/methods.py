@@ -27,7 +27,7 @@ DEFAULTS = {
 
 
 @dataclass
-class Adapted:
+class AdaptedModel:
     """A model ready to train.
 
     Args:
@@ -70,7 +70,7 @@ class Adapted:
         return {name: p.detach().cpu().contiguous() for name, p in self.model.named_parameters() if p.requires_grad}
 
 
-def apply_method(model: nn.Module, options: MethodOptions) -> Adapted:
+def apply_method(model: nn.Module, options: MethodOptions) -> AdaptedModel:
     """Freeze and adapt a model, in place, by a method that UORA is compared with: for UORA itself, recipes show how.
 
     The head trains by every method, where there is one.
@@ -109,7 +109,7 @@ def apply_method(model: nn.Module, options: MethodOptions) -> Adapted:
             f"--method {options.method} would train nothing: {type(base).__name__} has {lacks}; "
             "uora, vera, vera-peft, lora and full train it"
         )
-    return Adapted(model, base, _groups(model, base, options), options)
+    return AdaptedModel(model, base, _groups(model, base, options), options)
 
 
 def head_ids(model: nn.Module) -> set[int]:

@@ -33,7 +33,7 @@ from ..errors import CheckpointError, TrainingError
 from .folder import CHECKPOINTS
 from .loop import Outcome, Progress
 from .machine import StopRequest, peak_memory
-from .methods import Adapted
+from .methods import AdaptedModel
 
 PROGRESS, TRAINED = "progress.json", "trained.safetensors"
 
@@ -67,7 +67,7 @@ def arguments(options: Any, folder: Path, **more: Any) -> dict[str, Any]:
     }
 
 
-def careful(base: type[Trainer], adapted: Adapted) -> type[Trainer]:
+def careful(base: type[Trainer], adapted: AdaptedModel) -> type[Trainer]:
     """A Trainer that stops at the first loss that is not finite, before it changes a weight, and whose checkpoints hold
     what trains and not the model."""
     slim = adapter_only(base) if adapted.is_uora else _trained_only(base, adapted)
@@ -111,7 +111,7 @@ class EpochOrder(Sampler[int]):
         return iter(self.sampler)
 
 
-def _trained_only(base: type[Trainer], adapted: Adapted) -> type[Trainer]:
+def _trained_only(base: type[Trainer], adapted: AdaptedModel) -> type[Trainer]:
     class TrainedOnly(base):  # type: ignore[misc, valid-type]
         def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
             folder = Path(output_dir or self.args.output_dir)
@@ -125,7 +125,7 @@ def _trained_only(base: type[Trainer], adapted: Adapted) -> type[Trainer]:
 
 
 def fit(
-    adapted: Adapted,
+    adapted: AdaptedModel,
     optimizer: torch.optim.Optimizer,
     reinit: uora.Reinitializer | None,
     options: Any,
@@ -138,7 +138,7 @@ def fit(
 
     Args:
         optimizer: of the parameters of `adapted`; see `make_optimizer`.
-        reinit: steps after the optimizer; None to re-draw nothing.
+        reinit: steps after the optimizer; None to redraw nothing.
         options: a recipe's options: those of `RunChoice` and `TrainChoice`.
         folder: of the run; checkpoints go to a folder inside.
         make: makes the Trainer, given `model`, `optimizers` and `callbacks`.

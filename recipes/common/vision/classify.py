@@ -19,7 +19,7 @@ from ..data.loading import Images
 from ..report.results import finish
 from ..training.folder import CHECKPOINT, record_config
 from ..training.loop import TrainOptions, train
-from ..training.methods import Adapted
+from ..training.methods import AdaptedModel
 from ..training.tensorboard import tensorboard
 from .evaluation import Classification, sections
 
@@ -43,7 +43,7 @@ def load_sets(options: ImageChoice) -> tuple[ImageSet, ImageSet]:
 
 def train_images(
     options: ImageChoice,
-    adapted: Adapted,
+    adapted: AdaptedModel,
     optimizer: torch.optim.Optimizer,
     reinit: uora.Reinitializer | None,
     data: Images,

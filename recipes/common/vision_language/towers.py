@@ -14,7 +14,7 @@ import uora_vision as uora
 from ..command.choices import Method, Tower
 from ..command.options import Defaults, MethodOptions
 from ..errors import MethodError
-from ..training.methods import Adapted, apply_method
+from ..training.methods import AdaptedModel, apply_method
 from .dual import PROJECTIONS, Dual
 
 DEFAULTS = {  # the second rate is for a tower that trains in full beside an adapter, and for the logit scale
@@ -60,7 +60,7 @@ class TowerPlan:
     scale: list[str]
 
 
-class DualAdapted(Adapted):
+class DualAdapted(AdaptedModel):
     """Trains by way of `Dual`, and names parameters as the model in it does."""
 
     def trained_tensors(self) -> dict[str, Tensor]:
