@@ -12,6 +12,7 @@ from ..maths.bank import Bank
 from ..maths.convolution import Geometry, convolve
 from ..weights.matrix import Form, to_matrix
 from ..weights.role import Role
+from .turns import Turns
 
 
 def own_matrices(found: dict[str, Adapter]) -> dict[str, tuple[str, int]]:
@@ -46,6 +47,8 @@ class Adapter(nn.Module):
     """
 
     bank: Bank
+    turns = Turns()
+    """When it was active; `Entry` sets its own."""
 
     def __init__(
         self,
@@ -109,6 +112,7 @@ class Adapter(nn.Module):
 
     def matrices(self) -> tuple[list[Tensor], list[Tensor]]:
         """A of the roles, each (r, in), and B of the roles, each (rows, r): one entry where all of them share it."""
+        self.turns.check()
         shared, rows, device = self.bank.a(self.width), [role.rows for role in self.roles], self.b.device
         if not self._own:
             bm = [self.bank.b(n) for n in (rows[:1] if len(set(rows)) == 1 else rows)]

@@ -19,8 +19,10 @@ from ..structure.targets import widths
 from ..weights.quantised import is_quantised
 from .adapter import CHILD, REDUCED
 from .entry import Entry, Layout
+from .inference_mode import check_normal
 from .library import DEFAULT, LIBRARY, Library
 from .trained_parts import STATISTICS, base_parameters
+from .undo import Undo
 
 
 def apply_plan(
@@ -42,8 +44,12 @@ def apply_plan(
         state: what re-draws made of its bank.
         activate: whether the model computes with it from now on.
         bank: its bank, see `bank_for`.
+
+    Raises:
+        StateError: the model was made inside torch.inference_mode.
     """
     model, config = survey.model, what.config
+    check_normal(model)
     library = model.__dict__.get(LIBRARY) or Library(survey)
     layout = _layout(survey, library, what)
     weights: list[Any] = [m._parameters[p.tensor] for m, p in zip(layout.modules, layout.projections, strict=True)]
@@ -67,9 +73,8 @@ def apply_plan(
     else:
         entry.base = dict(base)
     kept = {n: _copy(survey.tensors[n].tensor) for n in entry.base if n not in library.base}
-    if first:
+    with Undo(model) if first else library.undo(model):
         model.__dict__[LIBRARY] = library
-    try:
         library.base |= kept
         library.entries[name] = entry
         if first:
@@ -81,11 +86,6 @@ def apply_plan(
                 part.requires_grad_(True)
         if activate:
             library.switch(model, name)
-    except BaseException:
-        del library.entries[name]
-        if first:
-            take_out(model, library)
-        raise
     return entry
 
 

@@ -109,7 +109,7 @@ def branch_gradient(
 ) -> Tensor:
     """(g L) A in the type of g, (N, out) -> (N, in)."""
     if left is None and _narrow(g, d, spans, bm, g.shape[1]):
-        h = (g * in_type(b, g.dtype)).view(len(g), len(d), -1) @ in_type(bm[0], g.dtype)
+        h = (g * in_type(b, g.dtype)).view(len(g), len(d), b.numel() // len(d)) @ in_type(bm[0], g.dtype)
         h = (h * in_type(d, g.dtype)).sum(dim=1)
     else:
         left = left_matrix(b, d, spans, len(a), bm, g.shape[1], g.dtype) if left is None else left

@@ -157,6 +157,11 @@ def delta_weight(
     return [part @ a[k % len(a)].to(dtype) for k, part in enumerate(parts)]
 
 
+def _its_own(y: Tensor) -> Tensor:
+    """An output that is no view: what a Function gives as a view must not be changed in place, and models do that."""
+    return torch.ops.aten._unsafe_view(y, y.shape)  # type: ignore[no-any-return]
+
+
 class _Project(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -186,7 +191,7 @@ class _Project(torch.autograd.Function):
             made = None
         ctx.save_for_backward(weight, made, b, d, drawn, *banks, *kept)
         ctx.spans, ctx.n_a, ctx.n_banks, ctx.keep_x = spans, n_a, len(banks), keep_x
-        return y
+        return _its_own(y)
 
     @staticmethod
     @once_differentiable
@@ -239,7 +244,7 @@ class _AddUpdate(torch.autograd.Function):
             left = None
         ctx.save_for_backward(left, b, d, drawn, *banks, *kept)
         ctx.spans, ctx.n_a, ctx.n_banks = spans, n_a, len(banks)
-        return y
+        return _its_own(y)
 
     @staticmethod
     @once_differentiable

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import FormatError
 from ..lifecycle.apply import apply_plan, bank_for
+from ..lifecycle.inference_mode import outside_inference_mode
 from ..lifecycle.library import DEFAULT, check_room, check_switch, check_whole
 from ..structure.planning import Plan
 from ..structure.survey import Survey
@@ -52,6 +53,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, save_banks: SaveBa
     return write(adapter, folder) if writes(parameters) else Path(folder)
 
 
+@outside_inference_mode
 def load(
     model: nn.Module,
     folder: str | os.PathLike[str],
