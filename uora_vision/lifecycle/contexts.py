@@ -54,8 +54,9 @@ class Context:
         try:
             self.leave()
         except BaseException:
-            self.library.contexts = [c for c in self.library.contexts if c is not self]
-            self.library.broken |= self.kind == "route"
+            if self in self.library.contexts:
+                self.library.contexts = [c for c in self.library.contexts if c is not self]
+                self.library.broken |= self.kind == "route"
             raise
 
 

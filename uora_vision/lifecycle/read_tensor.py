@@ -88,7 +88,7 @@ def _target(func: Any, args: Any, kwargs: dict[str, Any]) -> ReadTensor | None:
     name = getattr(func, "__name__", "")
     writes = name.endswith("_") if not name.startswith("__") else name in _WRITING
     if name == "__get__":
-        writes = func in (Tensor.grad.__get__, Tensor.is_leaf.__get__)  # type: ignore[attr-defined]
+        writes = func in (Tensor.grad.__get__, Tensor.is_leaf.__get__)  # type: ignore[attr-defined, union-attr]
     if writes and args:
         first = args[0] if isinstance(args[0], list | tuple) else args[:1]
         return next((t for t in first if isinstance(t, ReadTensor)), None)
