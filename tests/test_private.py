@@ -141,3 +141,40 @@ def test_hooks_after_a_gradient_is_added_up() -> None:
     assert not seen
     p.sum().backward()
     assert seen == [1]
+
+
+def test_what_runs_around_a_call() -> None:
+    seen = []
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):  # type: ignore[no-untyped-def]
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, g):  # type: ignore[no-untyped-def]
+            seen.append((private.in_backward(), private.node_in_backward().name()))
+            return g * 2
+
+    x = torch.ones(2, requires_grad=True)
+    Node.apply(x).sum().backward()
+    assert seen == [(True, "NodeBackward")] and not private.in_backward()
+    torch.vmap(lambda row: seen.append(private.in_transform()) or row)(x)
+    assert seen[1] is True and not private.in_transform()
+
+
+def test_an_output_that_is_no_view_can_be_changed_in_place() -> None:
+    class Same(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):  # type: ignore[no-untyped-def]
+            return private.no_view((x * 2).view(2, 2))
+
+        @staticmethod
+        def backward(ctx, g):  # type: ignore[no-untyped-def]
+            return (g * 2).view(4)
+
+    x = torch.ones(4, requires_grad=True)
+    y = Same.apply(x)
+    assert not y._is_view()
+    y.add_(1).sum().backward()
+    assert torch.equal(x.grad, torch.full((4,), 2.0))

@@ -12,9 +12,10 @@ from .errors import (
     UoraError,
     UoraWarning,
 )  # fmt: skip
+from .lifecycle.contexts import disabled
 from .lifecycle.counts import Summary, summary
 from .lifecycle.injection import inject, remove
-from .lifecycle.library import activate, active_adapter, adapter_names, adapters, delete, disabled
+from .lifecycle.library import activate, active_adapter, adapter_names, adapters, delete
 from .lifecycle.merging import MergeReport, merge, unmerge
 from .lifecycle.reinit import AlphaDecay, Reinitializer, ThresholdWave
 from .lifecycle.trained_parts import param_groups

@@ -15,13 +15,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only
 
 __all__ = [
-    "BITSANDBYTES_PACKS", "TORCH_UNSENT", "ComputedFlatWeights", "forget_flat_weights", "is_wrapped", "name_or_path",
-    "no_steps_in_backward", "packed_for_inference", "pads", "renew_flat_weights", "seen_through", "tree_leaves",
-    "tree_map", "tree_map_only", "unseen", "unwrapped",
-]  # fmt: skip
+    "BITSANDBYTES_PACKS",
+    "TORCH_UNSENT",
+    "ComputedFlatWeights",
+    "forget_flat_weights",
+    "in_backward",
+    "in_transform",
+    "is_wrapped",
+    "name_or_path",
+    "no_steps_in_backward",
+    "no_view",
+    "node_in_backward",
+    "packed_for_inference",
+    "pads",
+    "renew_flat_weights",
+    "seen_through",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map",
+    "tree_map_only",
+    "unseen",
+    "unseen_by_subclasses",
+    "unwrapped",
+]
 
 TORCH_UNSENT = "_ddp_params_and_buffers_to_ignore"
 """Where DistributedDataParallel looks for names of tensors that it shall not send. Its public method for the same sets
@@ -87,6 +106,31 @@ def no_steps_in_backward(parameters: Iterable[Tensor]) -> Iterator[None]:
 
 unseen = torch._C.DisableTorchFunction
 """A context in which no TorchFunctionMode sees anything; torch has no public one."""
+
+
+unseen_by_subclasses = torch._C.DisableTorchFunctionSubclass
+"""A context in which tensor subclasses do not see the functions that are called on them."""
+
+
+def in_transform() -> bool:
+    """Whether torch.vmap, torch.func.grad or another transform of torch.func runs."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def in_backward() -> bool:
+    """Whether a backward pass runs in this thread. A checkpoint recomputes its forward there."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def node_in_backward() -> Any:
+    """The node of the graph whose backward runs in this thread."""
+    return torch._C._current_autograd_node()
+
+
+def no_view(y: Tensor) -> Tensor:
+    """A tensor that autograd takes for no view, of the same memory: a view that a Function returns may not be changed
+    in place, and torch has no public way to say that the memory is the Function's own."""
+    return torch.ops.aten._unsafe_view(y, y.shape)  # type: ignore[no-any-return]
 
 
 def pads(convolution: Any) -> list[int]:

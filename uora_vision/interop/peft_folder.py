@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from ..errors import ExportError
 from ..lifecycle.adapter import Adapter
-from ..lifecycle.library import adapters_in, check_whole, library_of
+from ..lifecycle.library import adapters_in, library_of
 from ..lifecycle.trained_parts import STATISTICS, trained_tensors
 from ..storage.base import published_name
 from ..storage.folder import CONFIG_FILE, TENSOR_FILE, write_atomically
 from ..structure.candidates import is_read
+from ..structure.checks import check_whole
 from ..structure.row_order import forward_source
 from ..structure.survey import Survey
 from ..structure.targets import Projection

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from ..config import UoraConfig
 from ..errors import FormatError
 from ..lifecycle.apply import apply_plan, bank_for
-from ..lifecycle.library import DEFAULT, check_room, check_whole
+from ..lifecycle.inference_mode import outside_inference_mode
+from ..lifecycle.library import DEFAULT, check_room
 from ..storage.base import Base
 from ..storage.folder import CONFIG_FILE, TENSOR_FILE
 from ..storage.strict_json import parse
+from ..structure.checks import check_whole
 from ..structure.planning import Plan
 from ..structure.survey import Survey
 from ..structure.targets import Projection
@@ -25,6 +27,7 @@ from ..weights.role import Role
 PREFIX, LAMBDA_B, LAMBDA_D = "base_model.model.", ".vera_lambda_b", ".vera_lambda_d"
 
 
+@outside_inference_mode
 def from_peft_vera(
     model: nn.Module, folder: str | os.PathLike[str], *, name: str = DEFAULT, activate: bool = True
 ) -> nn.Module:

@@ -18,6 +18,7 @@ from ..maths.update import Update
 from ..maths.widths import OwnMatrix
 from ..weights.matrix import Form, to_matrix
 from ..weights.role import Role
+from .turns import Turns
 
 CHILD = "uora"
 """Name of the child module that holds the vectors of a module's `weight`, and of the bank in the injected model."""
@@ -44,6 +45,8 @@ class Adapter(nn.Module):
     """
 
     bank: Bank
+    turns = Turns()
+    """When it was active; `Entry` sets its own."""
 
     def __init__(
         self,
@@ -122,6 +125,7 @@ class Adapter(nn.Module):
 
     def matrices(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """A of the roles, each (r, in), and B of the roles, each (rows, r): one entry where all of them share it."""
+        self.turns.check()
         shared, rows, device = self.bank.a(self.width), [role.rows for role in self.roles], self.b.device
         if not self._own:
             b = tuple([self.bank.b(n) for n in (rows[:1] if len(set(rows)) == 1 else rows)])

@@ -20,8 +20,10 @@ from ..structure.survey import Survey
 from ..weights.quantised import is_quantised
 from .adapter import CHILD, REDUCED
 from .entry import Entry, Placement
+from .inference_mode import check_normal
 from .library import DEFAULT, LIBRARY, Library
 from .trained_parts import STATISTICS, base_parameters
+from .undo import Undo
 
 
 def apply_plan(
@@ -43,8 +45,12 @@ def apply_plan(
         state: what redraws made of its bank.
         activate: whether the model computes with it from now on.
         bank: its bank, see `bank_for`.
+
+    Raises:
+        StateError: the model was made inside torch.inference_mode.
     """
     model, config = survey.model, what.config
+    check_normal(model)
     library = model.__dict__.get(LIBRARY) or Library(survey)
     placement = _placement(survey, library, what)
     weights: list[Any] = [
@@ -71,9 +77,8 @@ def apply_plan(
     else:
         entry.parts = dict(base)
     kept = {n: _copy(survey.tensors[n].tensor) for n in entry.parts if n not in library.base_parts}
-    if first:
+    with Undo(model) if first else library.undo(model):
         model.__dict__[LIBRARY] = library
-    try:
         library.base_parts |= kept
         library.entries[name] = entry
         if first:
@@ -85,11 +90,6 @@ def apply_plan(
                 part.requires_grad_(True)
         if activate:
             library.switch(model, name)
-    except BaseException:
-        del library.entries[name]
-        if first:
-            take_out(model, library)
-        raise
     return entry
 
 

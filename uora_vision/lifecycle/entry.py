@@ -15,6 +15,7 @@ from ..maths.redraw_log import BankState
 from ..structure.survey import Survey
 from ..structure.targets import Projection
 from .adapter import Adapter
+from .turns import Turns
 
 
 @dataclass(eq=False)
@@ -53,6 +54,7 @@ class Entry:
         vector: every b and d, one after the other, float32; None once `modules` hold them.
         modules: made when it is first active, and kept, so that an optimizer still finds its parameters.
         settled: whether the modules have taken over their own rows.
+        turns: when it was active.
     """
 
     config: UoraConfig
@@ -63,6 +65,7 @@ class Entry:
     vector: Tensor | None = None
     modules: tuple[Adapter, ...] | None = None
     settled: bool = False
+    turns: Turns = field(default_factory=Turns)
 
     def values(self) -> Tensor:
         """Every b and d, one after the other: (parameters,)."""
@@ -73,7 +76,7 @@ class Entry:
     def materialise(self) -> tuple[Adapter, ...]:
         """Its modules, on the device of the weights that they adapt."""
         if self.modules is None:
-            self.modules = tuple(
+            modules = tuple(
                 Adapter(
                     p.path,
                     p.roles,
@@ -87,16 +90,18 @@ class Entry:
                 )
                 for p in self.placement.projections
             )
+            for module in modules:
+                module.__dict__["turns"] = self.turns
             if self.vector is not None:
                 parts = iter(self.vector.split(self.placement.sizes))
-                for module in self.modules:
+                for module in modules:
                     module.b.data = next(parts)
                     module.d.data = next(parts).view_as(module.d)
-                self.vector = None
+            self.modules, self.vector = modules, None
         for module, owner, p in zip(self.modules, self.placement.modules, self.placement.projections, strict=True):
             weight = owner._parameters[p.tensor]
             assert weight is not None
-            if module.b.device != weight.device:
+            if any(p.device != weight.device for p in (module.b, module.d)):
                 module.to(weight.device)
             module.training = owner.training
         return self.modules

@@ -6,18 +6,22 @@ import warnings
 from contextlib import nullcontext
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..config import UoraConfig, chosen
 from ..errors import UoraWarning
+from ..structure.checks import check_whole
 from ..structure.planning import planned
 from ..structure.survey import Survey
 from .apply import apply_plan, take_out
-from .library import DEFAULT, check_not_routing, check_room, check_whole, disabled, library_of
+from .contexts import disabled
+from .inference_mode import outside_inference_mode
+from .library import DEFAULT, check_outside, check_room, library_of
+from .undo import Undo
 from .verification import verify
 
 
+@outside_inference_mode
 def inject(
     model: nn.Module,
     config: UoraConfig | None = None,
@@ -53,22 +57,14 @@ def inject(
     """
     survey = Survey(model)
     library = check_room(survey, name)
-    active = library.active if library else None
-    with disabled(model) if library else nullcontext():
-        what = planned(survey, chosen(config, options), example_input)
-    apply_plan(survey, what, name)
-    if what.new:
-        warnings.warn(what.news, UoraWarning, stacklevel=2)
-    if example_input is not None:
-        try:
+    with library.undo(model) if library else Undo(model):
+        with disabled(model) if library else nullcontext():
+            what = planned(survey, chosen(config, options), example_input)
+        apply_plan(survey, what, name)
+        if what.new:
+            warnings.warn(what.news, UoraWarning, stacklevel=2)
+        if example_input is not None:
             verify(model, example_input)
-        except BaseException:
-            if library:
-                library.switch(model, active)
-                del library.entries[name]
-            else:
-                remove(model)
-            raise
     return model
 
 
@@ -76,14 +72,14 @@ def remove(model: nn.Module) -> nn.Module:
     """Take all adapters out without merging: the base as it was, with its own head, its parameters trainable as they
     were."""
     library = library_of(model)
-    check_not_routing(library)
+    check_outside(library)
     check_whole(Survey(model))
-    if library.active is not None:
-        # In place, since optimizers and tied weights know the base by its tensors.
-        parts = library.entries[library.active].parts
-        if any(t.shape != library.base_parts[name].shape for name, t in parts.items()):
-            library.switch(model, None)
-        with torch.no_grad():
+    with library.undo(model) as undo:
+        if library.active is not None:
+            # In place, since optimizers and tied weights know the base by its tensors.
+            parts = library.entries[library.active].parts
+            if any(t.shape != library.base_parts[name].shape for name, t in parts.items()):
+                library.switch(model, None)
             for name, t in parts.items() if library.active is not None else ():
-                t.copy_(library.base_parts[name])
-    return take_out(model, library)
+                undo.write(t, library.base_parts[name])
+        return take_out(model, library)

@@ -7,8 +7,8 @@ pointers, and the rows in which the banks of the two differ.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import threading
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,20 +25,9 @@ from ..weights.sharded import is_sharded
 from .adapter import CHILD, Adapter, child
 from .entry import Entry, holders, replace_tensor
 from .fusing import allow_fusing, forbid_fusing
+from .inference_mode import outside_inference_mode
 from .surgery import adapters_of, attach, detach
-
-
-def check_whole(survey: Survey) -> None:
-    """Adapters go into, and out of, models that each process holds as a whole.
-
-    Raises:
-        StateError: the model holds DTensors.
-    """
-    if any(is_sharded(held.tensor) for held in survey.parameters.values()):
-        raise StateError(
-            "the parameters of this model are spread over processes. Call load() before fully_shard(); to "
-            "merge or remove, save() the adapter and load() it into a base that is not sharded."
-        )
+from .undo import Undo, is_other_thread
 
 
 def check_room(survey: Survey, name: str) -> Library | None:
@@ -53,6 +42,7 @@ def check_room(survey: Survey, name: str) -> Library | None:
         raise OptionError(f"the name of an adapter must be a string that is not empty, got {name!r}")
     if LIBRARY in model.__dict__:
         library = library_of(model)
+        check_outside(library)
         if name in library.entries:
             raise StateError(
                 f"this model already has an adapter {name!r}; add this one under another name=..., or merge() or "
@@ -114,6 +104,15 @@ DEFAULT = "default"
 """Name of an adapter that was given none."""
 
 
+def house(model: nn.Module, bank: Bank, modules: Sequence[nn.Module]) -> None:
+    """Make a bank a child of the model, so that it moves with it; of a container, whose children are its members, of
+    the first adapter."""
+    if isinstance(model, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        modules[0]._modules["shared"] = bank
+    else:
+        model._modules[CHILD] = bank
+
+
 class Library:
     """All adapters of a model.
 
@@ -128,14 +127,35 @@ class Library:
         """The base's own values of the parts that some adapter trains."""
         self.flags = {name: held.tensor.requires_grad for name, held in survey.parameters.items()}
         self.unsent: set[str] = set()
-        self.routing = False
-        self.patterns: dict[tuple[str, int], Any] = {}
-        """What routing found out about the inputs of layers: see `probe.find_patterns`."""
-        self.probed: dict[str, set[str]] = {}
-        """Of modules that were called with a batch: the layers in them that it looked at."""
+        self.contexts: list[Any] = []
+        """Those that are open, the innermost last."""
+        self.owner: int | None = None
+        """The thread that switches: what it computes with must not change under it."""
+        self.broken = False
+        self.patterns: dict[Any, Any] = {}
+        """What routing found out about the inputs of layers, by kind of call."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles belong to no thread, and no `with disabled(...)` ends for them."""
+        return {**self.__dict__, "owner": None, "contexts": [c for c in self.contexts if c.kind == "route"]}
+
+    @property
+    def routing(self) -> bool:
+        return any(context.kind == "route" for context in self.contexts)
+
+    def undo(self, model: nn.Module, *names: str | None) -> Undo:
+        """`with library.undo(model, name):` what is done inside is done wholly or not at all.
+
+        Args:
+            names: of the adapters that are put in or taken out besides the active one.
+        """
+        entries = [self.entries[n] for n in {self.active, *names} if n in self.entries]
+        modules = [m for e in entries for m in (e.bank, *(e.modules or ()))]
+        return Undo(model, [self, *entries, *modules]).or_break(self)
+
+    @outside_inference_mode
     def switch(self, model: nn.Module, name: str | None) -> None:
-        """Make an adapter the active one, or none. What can fail is done before the model is touched."""
+        """Make an adapter the active one, or none; to be called inside `undo`."""
         old = self.entries[self.active] if self.active is not None else None
         new = self.entries[name] if name is not None else None
         if old is new:
@@ -155,6 +175,10 @@ class Library:
             if new:
                 self.attach(model, new, modules)
         self._swap_parts(survey, old.parts if old else {}, new.parts if new else {})
+        if old:
+            old.turns.end()
+        if new:
+            new.turns.begin()
         self.active = name
 
     def attach(self, model: nn.Module, entry: Entry, modules: tuple[Any, ...]) -> None:
@@ -193,8 +217,7 @@ class Library:
             new.bank.swap(new.state)
         if new:
             device = next(p.device for m in new.placement.modules for p in m._parameters.values() if p is not None)
-            if model._modules.get(CHILD) is not new.bank:
-                model.add_module(CHILD, new.bank.to(device))
+            house(model, new.bank.to(device), new.modules or ())
             new.bank.config = new.config
 
     def _swap_parts(self, survey: Survey, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
@@ -214,7 +237,12 @@ class Library:
     def _keep_from_sending(self, model: nn.Module, projections: tuple[Projection, ...]) -> None:
         """Tell DistributedDataParallel to leave the matrices alone: by default it sends every buffer of the first
         process to the others before each forward, and every process makes and redraws its own, equal ones."""
-        names = {f"{CHILD}.{name}" for name, _ in model.get_submodule(CHILD).named_buffers()}
+        names = {
+            joined(path, name)
+            for path, module in model.named_modules()
+            if isinstance(module, Bank)
+            for name, _ in module.named_buffers()
+        }
         for p in projections:  # what a redraw in the scope `layer` will give it
             path = joined(p.module_path, child(p.tensor))
             names |= {f"{path}.own_{part}_{k}" for k in range(len(p.roles)) for part in ("index", "a", "b")}
@@ -235,6 +263,11 @@ def library_of(model: nn.Module) -> Library:
         raise StateError(f"the adapters of this {type(model).__name__} are merged reversibly; unmerge() it first")
     if not isinstance(library, Library):
         raise StateError(f"this {type(model).__name__} has no adapter; call inject() or load() on it first")
+    if library.broken:
+        raise StateError(
+            f"an operation on the adapters of this {type(model).__name__} was interrupted and could not be undone, so "
+            "what it computes is not known. load() its adapters into a fresh base."
+        )
     return library
 
 
@@ -272,25 +305,10 @@ def activate(model: nn.Module, name: str) -> nn.Module:
     library = library_of(model)
     known_name(library, name)
     check_switch(model, library)
-    library.switch(model, name)
+    with library.undo(model, name):
+        library.owner = threading.get_ident()
+        library.switch(model, name)
     return model
-
-
-@contextmanager
-def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, the model is the base, with its own head: `with disabled(model): model(x)`.
-
-    Raises:
-        StateError: as for `activate`.
-    """
-    library = library_of(model)
-    check_switch(model, library)
-    active = library.active
-    library.switch(model, None)
-    try:
-        yield model
-    finally:
-        library.switch(model, active)
 
 
 def delete(model: nn.Module, name: str) -> nn.Module:
@@ -303,6 +321,7 @@ def delete(model: nn.Module, name: str) -> nn.Module:
         StateError: the model is not injected, has no adapter of that name, or it is active.
     """
     library = library_of(model)
+    check_outside(library)
     known_name(library, name)
     if library.active == name:
         raise StateError(f"the adapter {name!r} is active; activate() another one first, or remove() all")
@@ -323,24 +342,58 @@ def known_name(library: Library, name: str) -> Entry:
     return library.entries[name]
 
 
+def check_owner(library: Library) -> None:
+    """Whether adapters may be moved by this thread.
+
+    Raises:
+        StateError: another one computes with them.
+    """
+    if is_other_thread(library.owner):
+        raise StateError(
+            "another thread has switched the adapters of this model, and computes with them. Switch in one thread, or "
+            "give each its own copy.deepcopy(model)."
+        )
+
+
+def check_outside(library: Library) -> None:
+    """Whether adapters may be added, merged and taken out now.
+
+    Raises:
+        StateError: a context has them out of the model, or another thread computes with them.
+    """
+    check_owner(library)
+    check_not_routing(library)
+    if library.contexts:
+        raise StateError("the adapters of this model are disabled; leave `with disabled(...)` first")
+
+
 def check_not_routing(library: Library) -> None:
     """Whether adapters may be moved now: inside `route` they are all out of the model."""
     if library.routing:
         raise StateError("a mixed batch is being routed; leave `with route(...)` first")
 
 
-def check_switch(model: nn.Module, library: Library) -> None:
-    """Whether the active adapter can be taken out and put back."""
-    check_not_routing(library)
-    parameters = {name: held.tensor for name, held in Survey(model).parameters.items()}
-    if any(map(is_sharded, parameters.values())):
-        raise StateError("adapters cannot be switched while the model is spread over processes")
+def strangers(model: nn.Module, library: Library) -> list[str]:
+    """What trains beside the active adapter and is no part of it: the base's value of it is not known."""
     if library.active is None:
-        return
+        return []
     entry = library.entries[library.active]
     mine = {id(p) for module in entry.modules or () for p in module.parameters()} | set(map(id, entry.parts.values()))
-    strange = [name for name, p in parameters.items() if p.requires_grad and id(p) not in mine]
-    if strange:
+    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in mine]
+
+
+def check_movable(model: nn.Module, library: Library) -> None:
+    """Whether the active adapter can be taken out, and put back as it was."""
+    check_owner(library)
+    check_not_routing(library)
+    if any(map(is_sharded, model.parameters())):
+        raise StateError("adapters cannot be switched while the model is spread over processes")
+
+
+def check_switch(model: nn.Module, library: Library) -> None:
+    """Whether another adapter can become the active one."""
+    check_movable(model, library)
+    if strange := strangers(model, library):
         raise StateError(
             f"{strange[0]} trains, but not as a part of the adapter {library.active!r}, so it could not be told what "
             "the base has there. Freeze it, or inject with train=('head', 'norm', 'bias') as needed."

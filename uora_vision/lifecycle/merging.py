@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, DeadAdapterError, StateError
 from ..maths.forms import folded
+from ..structure.checks import check_whole
 from ..structure.example import call, evaluating, float_tensors
 from ..structure.survey import Survey
 from ..weights.kinds import check_module, raw
@@ -19,7 +20,20 @@ from ..weights.matrix import from_matrix, to_matrix
 from ..weights.quantised import dequantised, float_type, is_quantised
 from .adapter import CHILD, Adapter
 from .apply import take_out
-from .library import LIBRARY, MERGED, Library, active_entry, adapters, check_switch, check_whole, known_name, library_of
+from .library import (
+    LIBRARY,
+    MERGED,
+    Library,
+    active_entry,
+    adapters,
+    check_outside,
+    check_owner,
+    check_switch,
+    house,
+    known_name,
+    library_of,
+)
+from .undo import Undo
 
 
 @dataclass(frozen=True)
@@ -106,6 +120,7 @@ def merge(
     if MERGED in model.__dict__:
         raise StateError("this model is merged already; unmerge() it first")
     library = library_of(model)
+    check_outside(library)
     check_whole(Survey(model))
     if shares is None:
         active_entry(model)
@@ -129,12 +144,13 @@ def merge(
     sums = {path: dequantised(packed[path]) if path in packed else w for path, w in weights.items()}
     sums = {path: w.to(torch.promote_types(types[path], torch.float32)) for path, w in sums.items()}
     parts = _parts(library, names) if shares else {}
-    active = library.active
-    for name, share in names.items():
-        library.switch(model, name)
-        for adapter in adapters(model).values():
-            sums[adapter.name] = _plus(sums[adapter.name], adapter, share)
-    library.switch(model, active)
+    with library.undo(model, *names):
+        active = library.active
+        for name, share in names.items():
+            library.switch(model, name)
+            for adapter in adapters(model).values():
+                sums[adapter.name] = _plus(sums[adapter.name], adapter, share)
+        library.switch(model, active)
     merged = {path: _rounded(exact, types[path]) for path, exact in sums.items()}
     broken = [name for name, (weight, _) in merged.items() if not weight.isfinite().all()]
     if broken:
@@ -144,19 +160,20 @@ def merge(
     plain: dict[nn.Module, nn.Module] = {
         module: _plain_linear(module, merged[name][0]) for name, module in packed.items()
     }
-    if shares:
-        library.switch(model, None)
-        for name, value in parts.items():
-            library.base_parts[name].copy_(value)
-    if reversible:
-        originals = {name: weight.detach().clone() for name, weight in weights.items() if name not in packed}
-        _set_aside(model, originals, {new: old for old, new in plain.items()})
-    else:
-        take_out(model, library)
-    for name, (weight, _) in merged.items():
-        if name not in packed:
-            weights[name].copy_(weight)
-    _replace(model, plain)
+    with library.undo(model) as undo:
+        if shares:
+            library.switch(model, None)
+            for name, value in parts.items():
+                undo.write(library.base_parts[name], value)
+        if reversible:
+            originals = {name: weight.detach().clone() for name, weight in weights.items() if name not in packed}
+            _set_aside(model, originals, {new: old for old, new in plain.items()})
+        else:
+            take_out(model, library)
+        for name, (weight, _) in merged.items():
+            if name not in packed:
+                undo.write(weights[name], weight)
+        _replace(model, plain)
     report = MergeReport(len(merged), max(error for _, error in merged.values()))
     if before:
         after = _outputs(model, example_input)
@@ -187,6 +204,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     if not isinstance(merged, Merged):
         raise StateError(f"this {type(model).__name__} was not merged with merge(model, reversible=True)")
     library = merged.library
+    check_owner(library)
     entry = library.entries[library.active or ""]
     weights = {
         p.path: owner._parameters.get(p.tensor)
@@ -204,19 +222,21 @@ def unmerge(model: nn.Module) -> nn.Module:
             f"{gone[0]} is not the weight that was merged: it was replaced, cast, reshaped or fused since. Undo that, "
             "or load() the adapter into a fresh base."
         )
-    _replace(model, merged.replaced)
-    for path, old in merged.originals.items():
-        weight = weights[path]
-        assert weight is not None
-        weight.copy_(old)
-    del model.__dict__[MERGED]
-    model.__dict__[LIBRARY] = library
-    modules = entry.materialise()
-    model.add_module(CHILD, entry.bank.to(modules[0].b.device))
-    library.attach(model, entry, modules)
-    for name, p in model.named_parameters():
-        if name in merged.trained:
-            p.requires_grad_(True)
+    there_too = [library, entry, entry.bank, *(entry.modules or ()), *merged.replaced.values()]
+    with Undo(model, there_too).or_break(library) as undo:
+        _replace(model, merged.replaced)
+        for path, old in merged.originals.items():
+            weight = weights[path]
+            assert weight is not None
+            undo.write(weight, old)
+        del model.__dict__[MERGED]
+        model.__dict__[LIBRARY] = library
+        modules = entry.materialise()
+        house(model, entry.bank.to(modules[0].b.device), modules)
+        library.attach(model, entry, modules)
+        for name, p in model.named_parameters():
+            if name in merged.trained:
+                p.requires_grad_(True)
     return model
 
 

@@ -23,6 +23,7 @@ from ..weights.kinds import Adapted, base_class, call_form, class_call_form, is_
 from ..weights.quantised import is_quantised, own_forward
 from ..weights.sharded import is_sharded
 from .adapter import CHILD, Adapter, child
+from .read_tensor import reading
 
 
 class Surgical(Adapted):
@@ -78,15 +79,15 @@ _FOLDS = "_uora_folds"
 
 
 def _reading(name: str) -> property:
-    """The property that hands out W + dW in place of a parameter of that name. Parameters and state dicts do not go
-    through it."""
+    """The property that hands out W + dW in place of a parameter of that name; what is written into that outside of the
+    module's own forward is written into W. Parameters and state dicts do not go through it."""
 
     def get(self: Any) -> Tensor:
         if is_sharded(raw(self, name)):
             return raw(self, name)  # fully_shard looks its shard up here; whoever computes finds the whole weight
         folds = self.__dict__.get(_FOLDS)
         if folds is None:
-            return self._modules[child(name)].fold(raw(self, name))
+            return reading(raw(self, name), self._modules[child(name)].fold)
         key = name, torch.is_grad_enabled(), threading.get_ident()
         if key not in folds:
             folds[key] = self._modules[child(name)].fold(raw(self, name))

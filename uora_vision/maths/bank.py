@@ -182,19 +182,25 @@ class Bank(nn.Module):
         return BankState(self.log, self._draws, rows, self._own)
 
     def swap(self, new: BankState) -> BankState:
-        """Become what other redraws made of the same first draw: only rows that differ are written.
+        """Become what other redraws made of the same first draw: only matrices that differ are made, as new tensors,
+        since a graph may hold the old ones. Nothing is changed unless all is.
 
         Returns:
             The state before.
         """
         old = self.state()
-        for name, (indices, _) in old.rows.items():
-            self._state[name] = self._first[name]
-            self._write(name, indices)
+        states, buffers = {}, {}
+        for name in old.rows.keys() | new.rows.keys():
+            state = self._first[name]
+            if name in new.rows:
+                state = state.index_copy(0, *new.rows[name])
+            buffer = self.get_buffer(name).clone()
+            for indices, _ in (held.rows[name] for held in (old, new) if name in held.rows):
+                buffer[indices.to(buffer.device)] = state[indices].to(buffer)
+            states[name], buffers[name] = state, buffer
         self.log, self._draws, self._own = new.log, new.draws, new.own
-        for name, (indices, rows) in new.rows.items():
-            self._state[name] = self._first[name].index_copy(0, indices, rows)
-            self._write(name, indices)
+        self._state |= states
+        self._buffers.update(buffers)
         return old
 
     def _write(self, name: str, indices: Tensor) -> None:

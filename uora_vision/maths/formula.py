@@ -59,7 +59,9 @@ def expand(u: Tensor, update: Update, y: Tensor) -> Tensor:
 
 def reduce(g: Tensor, update: Update) -> Tensor:
     """g L without L, where `expand` is used: (N, out) -> (N, r)."""
-    h = (g * in_type(update.b, g.dtype)).view(len(g), len(update.d), -1) @ in_type(update.B[0], g.dtype)
+    h = (g * in_type(update.b, g.dtype)).view(len(g), len(update.d), update.b.numel() // len(update.d)) @ in_type(
+        update.B[0], g.dtype
+    )
     return (h * in_type(update.d, g.dtype)).sum(dim=1)
 
 

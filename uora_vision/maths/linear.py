@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from ..private import no_view
 from ..weights.matrix import Form, in_order, take, to_matrix
 from . import formula
 from .forms import (
@@ -153,7 +154,7 @@ class _Project(torch.autograd.Function):
             formed = None
         ctx.save_for_backward(weight, formed, drawn, *tensors, *kept)
         ctx.spec, ctx.n, ctx.keep_x = spec, len(tensors), keep_x
-        return y
+        return no_view(y)
 
     @staticmethod
     @once_differentiable
@@ -194,7 +195,7 @@ class _AddUpdate(torch.autograd.Function):
             left = None
         ctx.save_for_backward(left, drawn, *tensors, *kept)
         ctx.spec, ctx.n = spec, len(tensors)
-        return y
+        return no_view(y)
 
     @staticmethod
     @once_differentiable

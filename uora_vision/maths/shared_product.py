@@ -21,7 +21,7 @@ class Reduced:
     """
 
     def __init__(self) -> None:
-        self._last: tuple[Any, tuple[Any, ...], Tensor] | None = None
+        self._last: tuple[Any, Any, tuple[Any, ...], Tensor] | None = None
 
     def __reduce__(self) -> Any:
         """Copies and pickles start empty."""
@@ -37,10 +37,10 @@ class Reduced:
         """
         if len(a) > 1 or torch.compiler.is_compiling() or source.grad_fn is None or torch.jit.is_tracing():
             return None
-        key = (source._version, x.dtype, a[0].data_ptr(), a[0]._version, a[0].shape)
+        key = (source._version, x.dtype, a[0].data_ptr(), a[0]._version)
         last = self._last  # read once: replicas of DataParallel run in threads
-        if last is not None and last[0]() is source and last[1] == key:
-            return last[2]
+        if last is not None and last[0]() is source and last[1]() is a[0] and last[2] == key:
+            return last[3]
         u = x.detach().reshape(-1, x.shape[-1]) @ a[0].to(x.dtype).t()
-        self._last = (ref(source), key, u)
+        self._last = (ref(source), ref(a[0]), key, u)
         return u

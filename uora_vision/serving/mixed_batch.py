@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -122,8 +122,9 @@ def tables(
         b, d = next(parts), next(parts).unflatten(1, (len(p.roles), placement.rank))
         matrices, ds, fixes = [], [], []
         for k, role in enumerate(p.roles):
-            sides = [("A", p.shape[1]), ("B", role.rows)]
-            names = [(bank.matrix(side, width), f"{p.path}.{role.name}/{side}", width) for side, width in sides]  # type: ignore[arg-type]
+            sides: list[tuple[Literal["A", "B"], int]] = [("A", p.shape[1]), ("B", role.rows)]
+            origin = f"{p.origin or p.path}.{role.name}"
+            names = [(bank.matrix(side, width), f"{origin}/{side}", width) for side, width in sides]
             own = any(state.draws.keys() & {name for _, name, _ in names} for state in states)
             key = names[0][0], names[1][0]
             if own or key not in shared:

@@ -29,6 +29,10 @@ class Reads(TorchFunctionMode):
         super().__init__()
         self.weights = weights
 
+    def end(self) -> None:
+        """Whatever becomes of this mode, it sees nothing any more."""
+        self.weights = {}
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         used = [t for t in tree_leaves((args, kwargs)) if self._site(t) is not None]

@@ -7,8 +7,10 @@ The adapters are taken out of the model, and in their place sit modules that com
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import update_wrapper
 from typing import Any
 
 import torch
@@ -17,20 +19,21 @@ from torch.nn import functional as F
 from torch.nn.functional import linear
 
 from ..errors import StateError
+from ..lifecycle.contexts import Context
 from ..lifecycle.entry import Entry, Placement, holders
-from ..lifecycle.library import Library, check_switch, known_name, library_of
+from ..lifecycle.library import Library, known_name, library_of
 from ..lifecycle.surgery import attach
 from ..maths.bank import Bank
 from ..maths.convolution import Geometry
 from ..maths.forms import autocasts, exact
-from ..private import unseen
+from ..private import tree_flatten, tree_leaves, unseen
 from ..structure.survey import Survey
 from ..structure.targets import Projection
 from ..weights.kinds import raw
 from ..weights.matrix import Form, to_matrix
 from .find_samples import Pattern, Recorder, check_batch, find_patterns
 from .mixed_batch import Table, tables
-from .read_weights import AddUpdate, Reads
+from .read_weights import Reads
 
 
 @contextmanager
@@ -59,19 +62,22 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
             known_name(library, name)
     if not names:
         raise StateError("route() needs the name of an adapter (or None) for each sample of the batch")
-    check_switch(model, library)
-    active = library.active
     unique = list(dict.fromkeys(names))
-    with ExitStack() as stack:
-        stack.callback(lambda: library.switch(model, active))
-        if len(unique) == 1:
-            library.switch(model, unique[0])
-            stack.enter_context(_checking(model, len(names)))
-        else:
-            library.switch(model, None)
-            index = torch.tensor([unique.index(name) for name in names])
-            stack.enter_context(_Route(model, library, unique, index).running())
-        yield model
+    index = torch.tensor([unique.index(name) for name in names], device="cpu")
+    route = _Route(model, library, unique, index)
+    context = Context(model, library, "route", route.take_out)
+    try:
+        try:
+            with library.undo(model, unique[0]):
+                context.open()
+                library.switch(model, unique[0] if len(unique) == 1 else None)
+                route.put_in()
+            with route.reads:
+                yield model
+        finally:
+            context.leave()
+    finally:
+        context.leave_again()
 
 
 class Routed(nn.Module):
@@ -130,11 +136,32 @@ class _Route:
     def __init__(self, model: nn.Module, library: Library, names: list[str | None], index: Tensor) -> None:
         self.model, self.library, self.names, self.index = model, library, names, index
         self.recorder: Recorder | None = None
+        self.reads = Reads({})
         self.depth = 0
+        self.known = Known()
+        self.strict = True
         self.paths = {module: path for path, module in model.named_modules()}
         self.sites: dict[str, tuple[nn.Module, Projection, Routed]] = {}
         self.parts: dict[nn.Module, dict[str, list[Tensor]]] = {}
-        entries = [None if name is None else library.entries[name] for name in names]
+
+    def put_in(self) -> None:
+        """The model, out of which all adapters are, computes each sample with its own from now on."""
+        if len(self.names) > 1:  # one adapter for all is switched to
+            self._prepare([None if name is None else self.library.entries[name] for name in self.names])
+        for owner, p, routed in self.sites.values():
+            attach(owner, p.tensor, routed, p.read)  # type: ignore[arg-type]
+            if p.tensor in type(owner).read:  # type: ignore[attr-defined]
+                weight = raw(owner, p.tensor)
+                self.reads.weights[weight.untyped_storage().data_ptr()] = p.path, weight, routed.add_update
+        for module, values in self.parts.items():
+            module.__dict__["forward"] = _Part(self, module, values)
+        inner = {*self.parts, *(owner for owner, _, _ in self.sites.values())}
+        for path in {"", *(above for m in inner for above in _above(self.paths[m]))}:
+            module = self.model.get_submodule(path)
+            if module not in self.parts:
+                module.__dict__["forward"] = _Call(self, module)
+
+    def _prepare(self, entries: list[Entry | None]) -> None:
         groups: dict[tuple[Placement, Bank], list[Entry | None]] = {}
         for entry in entries:
             if entry is not None:
@@ -148,50 +175,91 @@ class _Route:
                 routed.tables.append(table)
         self._find_parts(entries)
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """While this runs, the model computes each sample with its own adapter."""
-        with ExitStack() as stack:
-            stack.callback(lambda: self.library.detach(Survey(self.model)))
-            self.library.routing = True
-            stack.callback(setattr, self.library, "routing", False)
-            read: dict[int, tuple[str, Tensor, AddUpdate]] = {}
-            for owner, p, routed in self.sites.values():
-                attach(owner, p.tensor, routed, p.read)  # type: ignore[arg-type]
-                if p.tensor in type(owner).read:  # type: ignore[attr-defined]
-                    weight = raw(owner, p.tensor)
-                    read[weight.untyped_storage().data_ptr()] = p.path, weight, routed.add_update
-            for module, values in self.parts.items():
-                module.__dict__["forward"] = _Part(self, module, values)
-                stack.callback(module.__dict__.pop, "forward")
-            inner = {*self.parts, *(owner for owner, _, _ in self.sites.values())}
-            for path in {above for m in inner for above in _above(self.paths[m])}:
-                module = self.model.get_submodule(path)
-                stack.callback(module.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
-                stack.callback(module.register_forward_hook(self._leave, always_call=True).remove)
-            if read:
-                stack.enter_context(Reads(read))
-            yield
+    def take_out(self) -> None:
+        """Undo `put_in`; can be repeated."""
+        self.reads.end()
+        if self.sites:
+            self.library.detach(Survey(self.model))
+        for module in self.paths:
+            forward = module.__dict__.get("forward")
+            if isinstance(forward, _Part | _Call):
+                if forward.own is None:
+                    del module.__dict__["forward"]
+                else:
+                    module.__dict__["forward"] = forward.own
+
+    def call(self, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """The outermost call with a batch."""
+        if self.depth or self.recorder is not None:
+            return forward(*args, **kwargs)
+        if threading.get_ident() != self.library.owner:
+            raise StateError("another thread routes batches through this model; call it there, or use a copy")
+        check_batch((args, kwargs), len(self.index))
+        if not self.sites and not self.parts:
+            return forward(*args, **kwargs)
+        kind = self.paths[module], *_kind((args, kwargs), len(self.index))
+        self.known = self.library.patterns.setdefault(kind, Known())
+        again = _is_pure((args, kwargs))
+        self.strict = again
+        inside = {p for p in (*self.sites, *map(self.paths.get, self.parts)) if p is not None}
+        inside = {p for p in inside if _within(p, self.paths[module])}
+        if not inside <= self.known.tried:
+            self._try(module, args, kwargs, inside)
+        self.depth += 1
+        try:
+            return forward(*args, **kwargs)
+        except _Unknown:
+            if not again:  # what the run has written to the arguments cannot be taken back
+                self.known.tried.clear()
+                raise
+        finally:
+            self.depth -= 1
+        self._try(module, args, kwargs, inside)
+        self.strict = False
+        self.depth += 1
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self.depth -= 1
+
+    def _try(self, module: nn.Module, args: Any, kwargs: Any, inside: set[str]) -> None:
+        """Find out where the samples of this call are."""
+        found = find_patterns(module, args, kwargs, len(self.index), self._record)
+        reached = {p for p, _ in found}
+        missed = [p for m in self.parts if (p := self.paths[m]) in inside and p not in reached | self.known.tried]
+        if missed:
+            raise StateError(f"an adapter trains {missed[0]}, which the model does not call: it cannot be routed")
+        self.known.patterns |= found
+        self.known.tried |= inside
 
     def pattern_of(self, path: str, x: Tensor) -> Pattern | None:
         """Where the samples are in the input of a layer; None while that is being found out."""
+        batch = len(self.index)
         if self.recorder is not None:
             self.recorder.see(path, x)
+            self.known.shapes.add((path, batch, x.shape))
             return None
         key = path, x.dim()
-        pattern = self.library.patterns.get(key)
+        if key not in self.known.patterns:
+            raise _Unknown(
+                f"the input of {path} is not reached by the batch that was tried: its adapter cannot be routed. "
+                "activate() one adapter instead"
+            )
+        pattern = self.known.patterns[key]
         if pattern is None:
-            why = (
-                "not reached by the batch that was tried" if key not in self.library.patterns else "not rows of samples"
-            )
             raise StateError(
-                f"the input of {path} is {why}: its adapter cannot be routed. activate() one adapter instead"
+                f"the input of {path} is not rows of samples: its adapter cannot be routed. activate() one adapter "
+                "instead"
             )
-        if x.shape[pattern.axis] % len(self.index):
-            raise StateError(
-                f"{len(self.index)} adapters were named, one for each sample, but {path} gets {tuple(x.shape)}, which "
-                f"is no multiple along dimension {pattern.axis}"
+        if x.shape[pattern.axis] % batch:
+            raise _Unknown(
+                f"{batch} adapters were named, one for each sample, but {path} gets {tuple(x.shape)}, which is no "
+                f"multiple along dimension {pattern.axis}"
             )
+        # Of another shape than was tried: if they can lie along another dimension too, it is tried again.
+        others = (n for axis, n in enumerate(x.shape[:-1]) if axis != pattern.axis)
+        if self.strict and (path, batch, x.shape) not in self.known.shapes and any(n % batch == 0 for n in others):
+            raise _Unknown(f"the samples may be elsewhere in the input of {path} than they were")
         return pattern
 
     def _find_parts(self, entries: list[Entry | None]) -> None:
@@ -210,34 +278,30 @@ class _Route:
                     raise StateError(f"an adapter trains {name}, which cannot be computed sample by sample; merge() it")
                 routed.bias = torch.stack([v.detach() - own for v in values])
 
-    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.depth += 1
-        if self.depth > 1 or self.recorder is not None:
-            return
-        check_batch((args, kwargs), len(self.index))
-        path = self.paths[module]
-        inside = {p for p in (*self.sites, *map(self.paths.get, self.parts)) if p is not None and _within(p, path)}
-        if inside <= self.library.probed.get(path, set()):
-            return
-        found = find_patterns(module, args, kwargs, len(self.index), self._record)
-        reached = {p for p, _ in found}
-        if missed := [p for m in self.parts if (p := self.paths[m]) in inside and p not in reached]:
-            raise StateError(f"an adapter trains {missed[0]}, which the model does not call: it cannot be routed")
-        self.library.patterns |= found
-        self.library.probed[path] = inside
-
-    def _leave(self, *_: Any) -> None:
-        self.depth -= 1
-
     def _record(self, recorder: Recorder | None) -> None:
         self.recorder = recorder
+
+
+class _Call:
+    """The forward of a module that has routed layers within."""
+
+    def __init__(self, route: _Route, module: nn.Module) -> None:
+        self.route, self.module, self.own = route, module, module.__dict__.get("forward")
+        update_wrapper(self, self.forward)
+
+    @property
+    def forward(self) -> Any:
+        return type(self.module).forward.__get__(self.module) if self.own is None else self.own
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.route.call(self.module, self.forward, args, kwargs)
 
 
 class _Part:
     """The forward of a module of the base of which adapters have their own parameters."""
 
     def __init__(self, route: _Route, module: nn.Module, values: dict[str, list[Tensor]]) -> None:
-        self.route, self.module, self.values = route, module, values
+        self.route, self.module, self.values, self.own = route, module, values, module.__dict__.get("forward")
 
     def __call__(self, x: Tensor) -> Tensor:
         module: Any = self.module
@@ -263,16 +327,40 @@ class _Part:
         return torch.cat(outputs, where.axis).index_select(where.axis, torch.cat(order).argsort())
 
 
-@contextmanager
-def _checking(model: nn.Module, batch: int) -> Iterator[None]:
-    """All samples have the same adapter: only their number is looked at."""
-    handle = model.register_forward_pre_hook(
-        lambda _, args, kwargs: check_batch((args, kwargs), batch), with_kwargs=True
-    )
-    try:
-        yield
-    finally:
-        handle.remove()
+class Known:
+    """What was found out about one kind of call.
+
+    Args: none; `patterns` says where the samples are, by path of a layer and number of dimensions of its input, None
+    where that is not clear; `tried`, which layers the calls could have reached; `shapes`, of which inputs it is known.
+    """
+
+    def __init__(self) -> None:
+        self.patterns: dict[tuple[str, int], Pattern | None] = {}
+        self.tried: set[str] = set()
+        self.shapes: set[tuple[str, int, torch.Size]] = set()
+
+
+class _Unknown(StateError):
+    """It has to be found out where the samples are."""
+
+
+def _kind(arguments: Any, batch: int) -> tuple[Any, ...]:
+    """What calls have in common whose samples lie alike: the options, and along which dimensions samples could lie."""
+    leaves, structure = tree_flatten(arguments)
+    kinds = [tuple(n % batch == 0 for n in t.shape) if isinstance(t, Tensor) else _plain(t) for t in leaves]
+    return str(structure), *kinds
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, _PLAIN) else type(value)
+
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def _is_pure(arguments: Any) -> bool:
+    """Whether a model cannot write into its arguments, but for tensors."""
+    return all(isinstance(t, (Tensor, *_PLAIN)) for t in tree_leaves(arguments))
 
 
 def _above(path: str) -> list[str]:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from ..errors import FormatError
 from ..lifecycle.apply import apply_plan, bank_for
-from ..lifecycle.library import DEFAULT, check_room, check_switch, check_whole
+from ..lifecycle.inference_mode import outside_inference_mode
+from ..lifecycle.library import DEFAULT, check_room, check_switch
+from ..structure.checks import check_whole
 from ..structure.planning import Plan
 from ..structure.survey import Survey
 from ..weights.sharded import writes
@@ -52,6 +54,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, save_banks: SaveBa
     return write_folder(adapter, folder) if writes(parameters) else Path(folder)
 
 
+@outside_inference_mode
 def load(
     model: nn.Module,
     folder: str | os.PathLike[str],

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FormatError, OptionError
-from ..lifecycle.library import adapters_in, bank_of, check_whole
+from ..lifecycle.library import adapters_in, bank_of
 from ..lifecycle.trained_parts import trained_tensors
 from ..maths.bank import Bank
 from ..maths.redraw_log import BankState
 from ..maths.widths import Widths
+from ..structure.checks import check_whole
 from ..structure.survey import Survey
 from ..version import __version__
 from ..weights.sharded import is_sharded, whole

@@ -18,6 +18,7 @@ from ..errors import ConfigError, StateError, TargetError
 from ..weights.matrix import Form
 from ..weights.quantised import is_quantised
 from ..weights.role import CONV, OTHER
+from ..weights.sharded import is_sharded
 from .candidates import Candidate, Unit
 from .hidden import leave_out, odd_kind, shown_path
 from .paths import ancestors, joined, lies_within
@@ -208,3 +209,16 @@ def _what_is(path: str, survey: Survey, findings: list[Finding]) -> str:
 def _holds(module: nn.Module) -> str:
     own = [f"{name} {tuple(p.shape)}" for name, p in module._parameters.items() if p is not None]
     return f"is a {type(module).__name__} with {', '.join(own) or 'no parameter of its own'}"
+
+
+def check_whole(survey: Survey) -> None:
+    """Adapters go into, and out of, models that each process holds as a whole.
+
+    Raises:
+        StateError: the model holds DTensors.
+    """
+    if any(is_sharded(held.tensor) for held in survey.parameters.values()):
+        raise StateError(
+            "the parameters of this model are spread over processes. Call load() before fully_shard(); to "
+            "merge or remove, save() the adapter and load() it into a base that is not sharded."
+        )
