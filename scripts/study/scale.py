@@ -1,0 +1,84 @@
+"""Where is the best learning rate of b and of d, at every rank, width and law of the banks?
+
+    python scripts/study/scale.py plane     # rates of b and d apart, three ranks
+    python scripts/study/scale.py lines     # one rate, every rank, width and law
+
+Rates are told in the scale of docs/method.md: `step` is how far a step of b moves an adapted output, in units of the
+RMS of its input, and `turn` how far a step of d moves d, in units of d_init.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import torch
+from bed import ROOT, Bed, Results, cifar60_tail, fit, score, tiny
+
+import uora_vision as uora
+from uora_vision.lifecycle.parameter_groups import gain
+
+
+def groups(model: Any, step: float, turn: float, head_lr: float) -> list[dict[str, Any]]:
+    out = [{"params": list(model.head.parameters()), "lr": head_lr}]
+    for adapter in uora.adapters(model).values():
+        d_init = adapter.d.abs().mean().item()
+        out.append({"params": [adapter.b], "lr": step / (d_init * gain(adapter))})
+        out.append({"params": [adapter.d], "lr": turn * d_init})
+    return out
+
+
+def one(bed: str, rank: int, law: str, seed: int, epochs: int, **rates: float) -> dict[str, Any]:
+    """A run at `lr`, the rate of `uora.param_groups`, or at `step` and `turn`."""
+    there: Bed = BEDS[bed]()
+    torch.manual_seed(seed)
+    model, started = there.make(), time.process_time()
+    options = {"init": "kaiming", "layout": "slice"} if law == "kaiming" else {}
+    uora.inject(model, rank=rank, seed=seed, **options)
+    if "lr" in rates:
+        chosen = uora.param_groups(model, lr=rates["lr"])
+    else:
+        chosen = groups(model, rates["step"], rates["turn"], 4e-3)
+    losses = list(fit(model, torch.optim.AdamW(chosen, weight_decay=0.0), *there.train, epochs=epochs, seed=seed))
+    result = score(model, there.tune)
+    del result["right"]
+    last = losses[-len(losses) // epochs :]
+    gains = sorted(gain(adapter) for adapter in uora.adapters(model).values())
+    result |= {"gain": round(gains[len(gains) // 2], 4), "train_loss": round(sum(last) / len(last), 5)}
+    return result | {"seconds": round(time.process_time() - started, 1)}
+
+
+BEDS = {
+    "tiny48": lambda: tiny(48),
+    "tiny192": lambda: tiny(192),
+    "tiny768": lambda: tiny(768),
+    "cifar60 tail": cifar60_tail,
+}
+RATES = (0.05, 0.1, 0.2, 0.025, 0.4)
+
+
+def plane(results: Results) -> None:
+    for turn in (0.03, 0.1, 0.3, 1.0, 3.0):
+        for step in (0.003, 0.01, 0.03, 0.1, 0.3):
+            for rank in (8, 64, 256):
+                results.get(one, bed="tiny48", rank=rank, law="haar", step=step, turn=turn, seed=0, epochs=5)
+    for step, turn in ((0.01, 1.0), (0.03, 0.3), (0.03, 1.0), (0.003, 3.0)):
+        for rank in (8, 64, 256):
+            results.get(one, bed="cifar60 tail", rank=rank, law="haar", step=step, turn=turn, seed=0, epochs=4)
+
+
+def lines(results: Results) -> None:
+    for bed in sys.argv[2:] or BEDS:
+        for lr in RATES:
+            for law, rank in (("haar", 8), ("haar", 64), ("haar", 256), ("kaiming", 64)):
+                results.get(one, bed=bed, rank=rank, law=law, seed=0, epochs=4 if bed == "cifar60 tail" else 5, lr=lr)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    {"plane": plane, "lines": lines}[sys.argv[1]](Results(ROOT / "docs/results/scale.json"))
+
+
+if __name__ == "__main__":
+    main()
