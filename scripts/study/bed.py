@@ -59,7 +59,7 @@ def digits(pixels: int, classes: range = range(10), tune: float = 0.3) -> list[t
 
 
 class Tail(nn.Module):
-    """The last blocks of a timm ViT, over what its first blocks give for the images: (n, tokens, width) -> (n, classes).
+    """The last blocks of a timm ViT, over what its first blocks give for the images: (n, tokens, width) -> (n, 10).
 
     The first blocks are frozen and not adapted, so their output is computed once for all runs.
     """
@@ -120,6 +120,49 @@ def tiny(width: int) -> Bed:
     return Bed(make, *digits(8, range(5, 10)))
 
 
+class TextTail(nn.Module):
+    """The last layers of a BERT over the states (n, tokens, width) of the first; a last feature of each token says
+    whether it is one (1) or fills up (0)."""
+
+    def __init__(self, layers: list[nn.Module], width: int) -> None:
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(layers), nn.Linear(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states, there = x[..., :-1], x[..., -1]
+        mask = (1 - there)[:, None, None] * torch.finfo(torch.float32).min
+        for layer in self.layers:
+            states = layer(states, attention_mask=mask)
+        return self.head((states * there[..., None]).sum(1) / there.sum(1, keepdim=True))
+
+
+@functools.lru_cache(maxsize=1)
+def sst2_tail(first: int = 3, tokens: int = 24) -> Bed:
+    """SST-2 from MiniLM-L6 (the folder MINILM), of which the layers from `first` on are adapted; 1,600 sentences."""
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = os.environ["MINILM"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    bert = lambda: AutoModel.from_pretrained(folder, attn_implementation="eager").float()  # noqa: E731
+    model, sets = bert().eval(), []
+
+    def load(name: str, count: int) -> tuple[Tensor, Tensor]:
+        lines = [line.split("\t", 1) for line in (ROOT / f"../shared/data/sst2/{name}.tsv").read_text().splitlines()]
+        chosen = [lines[i] for i in np.random.default_rng(0).permutation(len(lines))[:count]]
+        coded = tokenizer([text for _, text in chosen], padding="max_length", truncation=True, max_length=tokens,
+                          return_tensors="pt")  # fmt: skip
+        parts = []
+        with torch.no_grad():
+            for ids, mask in zip(coded["input_ids"].split(64), coded["attention_mask"].split(64), strict=True):
+                states = model(ids, attention_mask=mask, output_hidden_states=True).hidden_states[first]
+                parts.append(torch.cat([states, mask[..., None].to(states)], dim=-1))
+        return torch.cat(parts), torch.tensor([int(label) for label, _ in chosen])
+
+    x, y = load("train", 1600)
+    sets = [(x[400:], y[400:]), (x[:400], y[:400]), load("test", 800)]
+    return Bed(lambda: TextTail(list(bert().encoder.layer[first:]), 384), *sets)
+
+
 def fit(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -130,7 +173,7 @@ def fit(
     warmup: float = 0.1,
 ) -> Iterator[float]:
     """Train as the recipes do: linear warm-up, cosine, gradients clipped to norm 1. Yields each step's loss."""
-    order, step = np.random.default_rng(seed), 0
+    order, step, warmup = np.random.default_rng(seed), 0, 0.1
     per_epoch = math.ceil(len(y) / BATCH)
     total = epochs * per_epoch
     base = [group["lr"] for group in optimizer.param_groups]

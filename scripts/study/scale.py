@@ -2,6 +2,7 @@
 
     python scripts/study/scale.py plane     # rates of b and d apart, three ranks
     python scripts/study/scale.py lines     # one rate, every rank, width and law
+    python scripts/study/scale.py plot      # docs/images/rates.png, from what is there
 
 Rates are told in the scale of docs/method.md: `step` is how far a step of b moves an adapted output, in units of the
 RMS of its input, and `turn` how far a step of d moves d, in units of d_init.
@@ -14,7 +15,7 @@ import time
 from typing import Any
 
 import torch
-from bed import ROOT, Bed, Results, cifar60_tail, fit, score, tiny
+from bed import ROOT, Bed, Results, cifar60_tail, fit, score, sst2_tail, tiny
 
 import uora_vision as uora
 from uora_vision.lifecycle.parameter_groups import gain
@@ -52,9 +53,12 @@ def one(bed: str, rank: int, law: str, seed: int, epochs: int, **rates: float) -
 BEDS = {
     "tiny48": lambda: tiny(48),
     "tiny192": lambda: tiny(192),
-    "tiny768": lambda: tiny(768),
+    "tiny384": lambda: tiny(384),
     "cifar60 tail": cifar60_tail,
+    "sst2 tail": sst2_tail,
 }
+EPOCHS = {"cifar60 tail": 4, "sst2 tail": 3}
+LAWS = (("haar", 8), ("haar", 64), ("haar", 256), ("kaiming", 64))
 RATES = (0.05, 0.1, 0.2, 0.025, 0.4)
 
 
@@ -71,13 +75,42 @@ def plane(results: Results) -> None:
 def lines(results: Results) -> None:
     for bed in sys.argv[2:] or BEDS:
         for lr in RATES:
-            for law, rank in (("haar", 8), ("haar", 64), ("haar", 256), ("kaiming", 64)):
-                results.get(one, bed=bed, rank=rank, law=law, seed=0, epochs=4 if bed == "cifar60 tail" else 5, lr=lr)
+            for law, rank in LAWS[: 2 if bed == "sst2 tail" else None]:
+                results.get(one, bed=bed, rank=rank, law=law, seed=0, epochs=EPOCHS.get(bed, 5), lr=lr)
+
+
+def plot(results: Results) -> None:
+    """Loss against the rate as `param_groups` takes it, and against the plain rate that does the same."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    runs = [run for run in results.runs if "lr" in run]
+    beds = [bed for bed in BEDS if any(run["bed"] == bed for run in runs)]
+    figure, axes = pyplot.subplots(2, len(beds), figsize=(4 * len(beds), 6), squeeze=False)
+    for column, bed in zip(axes.T, beds, strict=True):
+        for law, rank in LAWS:
+            mine = sorted(
+                (r for r in runs if (r["bed"], r["law"], r["rank"]) == (bed, law, rank)), key=lambda r: r["lr"]
+            )
+            for row, axis in enumerate(column):
+                # Equal rates p = q do what lr does where p q s = lr ** 2.
+                x = [r["lr"] / (r["gain"] ** 0.5 if row else 1) for r in mine]
+                if mine:
+                    axis.plot(x, [r["loss"] for r in mine], marker=".", label=f"{law} r{rank}")
+        column[0].set_title(bed)
+        for axis, name in zip(column, ("lr of param_groups", "plain rate of b and d"), strict=True):
+            axis.set(xscale="log", xlabel=name, ylabel="loss, held out")
+            axis.grid(alpha=0.3)
+        column[0].legend()
+    figure.tight_layout()
+    figure.savefig(ROOT / "docs/images/rates.png", dpi=80)
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    {"plane": plane, "lines": lines}[sys.argv[1]](Results(ROOT / "docs/results/scale.json"))
+    {"plane": plane, "lines": lines, "plot": plot}[sys.argv[1]](Results(ROOT / "docs/results/scale.json"))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """Parameter groups for any torch or timm optimizer, and the scale in which their learning rate is told.
 
 An adapted projection adds y = diag(b) B diag(d) A x. Adam moves every entry of b and d by about its rate in a step,
-whatever the gradient, so what a rate does to y depends on how large A and B are. Their *gain*, the RMS of the entries of
-B A x in units of those of x, is
+whatever the gradient, so what a rate does to y depends on how large A and B are. Their *gain*, the RMS of the entries
+of B A x in units of those of x, is
 
     s = |A| |B| / sqrt(rank * rows)            |.|: Frobenius norms of A (rank, in) and B (rows, rank)
 
-which is sqrt(rank / rows) for orthonormal banks, and 2 for VeRA's. A step moves y by about p * d_init * s of the input's
-RMS through b, with p the rate of b, and turns d by q / d_init, with q the rate of d. Both are the same for all ranks,
-widths and laws with
+which is sqrt(rank / rows) for orthonormal banks, and 2 for VeRA's. Through b, a step moves y by about p * d_init * s of
+the input's RMS, p the rate of b; through d, it moves d by q / d_init of itself, q the rate of d. Both are the same for
+all ranks, widths and laws with
 
     p = lr / s * (0.1 / d_init)        q = lr * (d_init / 0.1)
 
@@ -80,6 +80,6 @@ def param_groups(
 def gain(adapter: Adapter) -> float:
     """s of one adapter; of roles of several heights, which share b, the root of their mean square."""
     a, bm = adapter.matrices()
-    rank, rows = adapter.d.shape[1], sum(role.rows for role in adapter.roles)
+    rows = sum(role.rows for role in adapter.roles)
     squares = [m.double().pow(2).mean(1).sum() for m in (bm * len(adapter.roles))[: len(adapter.roles)]]
     return math.sqrt(sum(float(q) for q in squares) / rows * float(a[0].double().pow(2).sum()))
