@@ -94,7 +94,7 @@ class TestParameters:
         held = [id(p) for g in groups for p in g["params"]]
         assert sorted(held) == sorted(id(p) for p in vit.parameters() if p.requires_grad)
         rest = {g["name"]: (g["lr"], g["weight_decay"]) for g in groups if g["name"] != "adapter"}
-        assert rest == {"base": (1.0, 0.0), "head": (2.0, 0.5), "head_vectors": (2.0, 0.0)}
+        assert rest == {"base": (2.0, 0.0), "head": (2.0, 0.5), "head_vectors": (2.0, 0.0)}
         # d, then b of out-widths 64 and 256, whose gains are 1/4 and 1/8: see test_optim.py.
         assert sorted(g["lr"] for g in groups if g["name"] == "adapter") == pytest.approx([1, 4, 8])
         assert all(g["weight_decay"] == 0 for g in groups if g["name"] == "adapter")
