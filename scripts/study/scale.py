@@ -2,6 +2,8 @@
 
     python scripts/study/scale.py plane     # rates of b and d apart, three ranks
     python scripts/study/scale.py lines     # one rate, every rank, width and law
+    python scripts/study/scale.py extremes  # gains 10 apart
+    python scripts/study/scale.py steps     # longer runs
     python scripts/study/scale.py plot      # docs/images/rates.png, from what is there
 
 Rates are told in the scale of docs/method.md: `step` is how far a step of b moves an adapted output, in units of the
@@ -30,13 +32,15 @@ def groups(model: Any, step: float, turn: float, head_lr: float) -> list[dict[st
     return out
 
 
-def one(bed: str, rank: int, law: str, seed: int, epochs: int, **rates: float) -> dict[str, Any]:
+def one(
+    bed: str, rank: int, law: str, seed: int, epochs: int, targets: str = "attention+mlp", **rates: float
+) -> dict[str, Any]:
     """A run at `lr`, the rate of `uora.param_groups`, or at `step` and `turn`."""
     there: Bed = BEDS[bed]()
     torch.manual_seed(seed)
     model, started = there.make(), time.process_time()
     options = {"init": "kaiming", "layout": "slice"} if law == "kaiming" else {}
-    uora.inject(model, rank=rank, seed=seed, **options)
+    uora.inject(model, rank=rank, seed=seed, targets=targets, **options)
     if "lr" in rates:
         chosen = uora.param_groups(model, lr=rates["lr"])
     else:
@@ -79,6 +83,20 @@ def lines(results: Results) -> None:
                 results.get(one, bed=bed, rank=rank, law=law, seed=0, epochs=EPOCHS.get(bed, 5), lr=lr)
 
 
+def extremes(results: Results) -> None:
+    """Banks whose gains are 10 apart, on q and v alone, where VeRA's is largest."""
+    for lr in RATES:
+        for law, rank in (("haar", 2), ("kaiming", 64)):
+            results.get(one, bed="tiny48", rank=rank, law=law, seed=0, epochs=5, targets="qv", lr=lr)
+
+
+def steps(results: Results) -> None:
+    """Does the best rate fall as training gets longer?"""
+    for epochs, rates in ((20, (0.05, 0.1, 0.2, 0.025)), (80, (0.05, 0.1, 0.025, 0.0125))):
+        for lr in rates:
+            results.get(one, bed="tiny48", rank=64, law="haar", seed=0, epochs=epochs, lr=lr)
+
+
 def plot(results: Results) -> None:
     """Loss against the rate as `param_groups` takes it, and against the plain rate that does the same."""
     import matplotlib
@@ -86,7 +104,11 @@ def plot(results: Results) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    runs = [run for run in results.runs if "lr" in run]
+    runs = [
+        run
+        for run in results.runs
+        if "lr" in run and run["epochs"] == EPOCHS.get(run["bed"], 5) and "targets" not in run
+    ]
     beds = [bed for bed in BEDS if any(run["bed"] == bed for run in runs)]
     figure, axes = pyplot.subplots(2, len(beds), figsize=(4 * len(beds), 6), squeeze=False)
     for column, bed in zip(axes.T, beds, strict=True):
@@ -110,7 +132,9 @@ def plot(results: Results) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    {"plane": plane, "lines": lines, "plot": plot}[sys.argv[1]](Results(ROOT / "docs/results/scale.json"))
+    {"plane": plane, "lines": lines, "extremes": extremes, "steps": steps, "plot": plot}[sys.argv[1]](
+        Results(ROOT / "docs/results/scale.json")
+    )
 
 
 if __name__ == "__main__":
