@@ -103,13 +103,14 @@ def plot(results: Results) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import NullFormatter
 
     runs = [
         run
         for run in results.runs
         if "lr" in run and run["epochs"] == EPOCHS.get(run["bed"], 5) and "targets" not in run
     ]
-    beds = [bed for bed in BEDS if any(run["bed"] == bed for run in runs)]
+    beds = [bed for bed in BEDS if len({run["lr"] for run in runs if run["bed"] == bed}) > 2]
     figure, axes = pyplot.subplots(2, len(beds), figsize=(4 * len(beds), 6), squeeze=False)
     for column, bed in zip(axes.T, beds, strict=True):
         for law, rank in LAWS:
@@ -124,6 +125,8 @@ def plot(results: Results) -> None:
         column[0].set_title(bed)
         for axis, name in zip(column, ("lr of param_groups", "plain rate of b and d"), strict=True):
             axis.set(xscale="log", xlabel=name, ylabel="loss, held out")
+            axis.set_xticks([0.03, 0.1, 0.3], ["0.03", "0.1", "0.3"])
+            axis.xaxis.set_minor_formatter(NullFormatter())
             axis.grid(alpha=0.3)
         column[0].legend()
     figure.tight_layout()
