@@ -25,14 +25,14 @@ from typing import Annotated, Any
 from common.command import cli
 from common.command.choices import Method
 from common.command.display import Display
-from common.command.options import Defaults, MethodChoice, RunChoice, TrainChoice
+from common.command.options import LR, PEFT_LR, Defaults, MethodChoice, RunChoice, TrainChoice
 from common.errors import DataError, ModelError
 from typer import Option
 
 DEFAULTS = {
-    Method.uora: Defaults(1024, 2e-2, 2e-2),
-    Method.vera: Defaults(1024, 2e-2, 2e-2),
-    Method.vera_peft: Defaults(1024, 2e-2, 2e-2),
+    Method.uora: Defaults(1024, LR, 2e-2),
+    Method.vera: Defaults(1024, LR, 2e-2),
+    Method.vera_peft: Defaults(1024, PEFT_LR, 2e-2),
     Method.lora: Defaults(4, 1e-3, 1e-3),
     Method.linear: Defaults(None, 1e-3, 1e-3),
     Method.full: Defaults(None, 5e-5, 5e-5),

@@ -24,7 +24,7 @@ from typing import Annotated, Any
 from common.command import cli
 from common.command.choices import Method
 from common.command.display import Display
-from common.command.options import Defaults, MethodChoice, RunChoice, TrainChoice
+from common.command.options import LR, PEFT_LR, Defaults, MethodChoice, RunChoice, TrainChoice
 from common.errors import DataError
 from typer import Option
 
@@ -50,9 +50,9 @@ SCORES = {Task.cola: ("matthews",), Task.mrpc: ("f1", "accuracy"), Task.qqp: ("f
           Task.stsb: ("pearson", "spearman")}  # fmt: skip
 """GLUE's own metrics, the first is the one to compare by; accuracy for the others."""
 DEFAULTS = {
-    Method.uora: Defaults(256, 2e-2, 4e-3),
-    Method.vera: Defaults(256, 2e-2, 4e-3),
-    Method.vera_peft: Defaults(256, 2e-2, 4e-3),
+    Method.uora: Defaults(256, LR, 4e-3),
+    Method.vera: Defaults(256, LR, 4e-3),
+    Method.vera_peft: Defaults(256, PEFT_LR, 4e-3),
     Method.lora: Defaults(8, 2e-3, 2e-3),
     Method.linear: Defaults(None, 4e-3, 4e-3),
     Method.full: Defaults(None, 1e-4, 1e-3),

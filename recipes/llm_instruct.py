@@ -24,14 +24,14 @@ from typing import Annotated, Any
 from common.command import cli
 from common.command.choices import Method
 from common.command.display import Display
-from common.command.options import Defaults, MethodChoice, RunChoice, TrainChoice
+from common.command.options import LR, PEFT_LR, Defaults, MethodChoice, RunChoice, TrainChoice
 from common.errors import MethodError, ModelError, OutputError
 from typer import Option
 
 DEFAULTS = {
-    Method.uora: Defaults(256, 4e-3, 4e-3),
-    Method.vera: Defaults(256, 4e-3, 4e-3),
-    Method.vera_peft: Defaults(256, 4e-3, 4e-3),
+    Method.uora: Defaults(256, LR, 4e-3),
+    Method.vera: Defaults(256, LR, 4e-3),
+    Method.vera_peft: Defaults(256, PEFT_LR, 4e-3),
     Method.lora: Defaults(8, 4e-4, 4e-4),
     Method.linear: Defaults(None, 4e-4, 4e-4),
     Method.full: Defaults(None, 2e-5, 2e-5),

@@ -48,10 +48,10 @@ ROWS = (
     Row("linear head", ("--method", "linear"), "linear", 4e-3),
     Row("BitFit", ("--method", "bitfit"), "bitfit", 2e-3),
     Row("LoRA r8 (PEFT)", ("--method", "lora", "--rank", "8"), "lora", 2e-3),
-    Row("VeRA", ("--method", "vera"), "vera", 1.2e-2),
-    Row("UORA, never redrawn", (*UORA, "--reinit", "never"), "uora", 1.2e-2),
-    Row("UORA, tau 1e-5, shared", (*UORA, "--reinit", "shared", "--threshold", "1e-5"), "uora", 1.2e-2),
-    Row("UORA, 0.1 median, layer", (*UORA, "--reinit", "layer", "--threshold", "0.1", "--relative"), "uora", 1.2e-2),
+    Row("VeRA", ("--method", "vera"), "vera", 0.1),
+    Row("UORA, never redrawn", (*UORA, "--reinit", "never"), "uora", 0.1),
+    Row("UORA, tau 1e-5, shared", (*UORA, "--reinit", "shared", "--threshold", "1e-5"), "uora", 0.1),
+    Row("UORA, 0.1 median, layer", (*UORA, "--reinit", "layer", "--threshold", "0.1", "--relative"), "uora", 0.1),
     Row("full fine-tuning", ("--method", "full"), "full", 3e-4),
 )
 

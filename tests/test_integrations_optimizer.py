@@ -31,9 +31,12 @@ def trainer_of(folder: Path, base: Any, **given: Any) -> Any:
 @pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
 def test_a_trainer_of_adapters_has_the_groups_of_param_groups(tmp_path: Path, optim: str) -> None:
     base = adapter_only(transformers.Trainer)
-    optimizer = trainer_of(tmp_path, base, weight_decay=0.1, optim=optim, head_lr=1e-3).create_optimizer()
-    groups = {g["name"]: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups}
-    assert groups == {"adapter": (1e-2, 0.0), "head": (1e-3, 0.1), "head_vectors": (1e-3, 0.0)}
+    trainer = trainer_of(tmp_path, base, weight_decay=0.1, optim=optim, head_lr=1e-3)
+    optimizer, trained = trainer.create_optimizer(), trainer.model
+    groups = [(g["name"], g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
+    wanted = [(g["name"], g["lr"], g["weight_decay"]) for g in uora.param_groups(trained, 1e-2, 1e-3, 0.1)]
+    assert groups == wanted and ("adapter", 1e-2, 0.0) in groups
+    assert groups[-2:] == [("head", 1e-3, 0.1), ("head_vectors", 1e-3, 0.0)]
 
 
 def test_a_trainer_of_adapters_trains_parameters_around_the_injected_model(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from common.training.methods import DEFAULTS, AdaptedModel, MethodError, apply_m
 from torch import nn
 
 import uora_vision as uora
+from uora_vision.lifecycle import parameter_groups
 
 HEAD = 7 * 64 + 7
 
@@ -66,7 +67,8 @@ def test_groups_carry_the_rates_and_decay_only_matrices(method: Method, vit: nn.
     head = {id(p) for p in adapted.base.get_classifier().parameters()}
     for group in adapted.groups:
         for p in group["params"]:
-            assert group["lr"] == (0.2 if id(p) in head else 0.1)
+            if group["name"] != "adapter" or method not in (Method.uora, Method.vera):  # theirs follow the banks
+                assert group["lr"] == (0.2 if id(p) in head else 0.1)
             trained_vectors = method in (Method.uora, Method.vera, Method.vera_peft) and id(p) not in head
             assert group["weight_decay"] == (0.3 if p.dim() > 1 and not trained_vectors else 0.0)
 
@@ -108,3 +110,8 @@ def test_a_model_without_a_head_is_an_error(make_vit: Callable[..., nn.Module]) 
 def test_token_sampling_reaches_vera(vit: nn.Module) -> None:
     apply_method(vit, options(Method.vera, token_sampling=4))
     assert {adapter.token_sampling for adapter in uora.adapters(vit).values()} == {4}
+
+
+def test_the_rate_of_the_adapters_is_the_librarys() -> None:
+    assert DEFAULTS[Method.uora].lr == DEFAULTS[Method.vera].lr == parameter_groups.LR
+    assert DEFAULTS[Method.uora].head_lr == parameter_groups.HEAD_LR

@@ -17,8 +17,8 @@ from .lifecycle.counts import Summary, summary
 from .lifecycle.injection import inject, remove
 from .lifecycle.library import activate, active_adapter, adapter_names, adapters, delete
 from .lifecycle.merging import MergeReport, merge, unmerge
+from .lifecycle.parameter_groups import param_groups
 from .lifecycle.reinit import AlphaDecay, Reinitializer, ThresholdWave
-from .lifecycle.trained_parts import param_groups
 from .lifecycle.verification import verify
 from .serving.routing import route
 from .storage.base import Base

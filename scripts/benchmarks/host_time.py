@@ -10,7 +10,6 @@ take turns; the ratio of each round is that of two neighbouring blocks, and the 
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import subprocess
@@ -18,28 +17,30 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 CASES = ("one role", "qkv", "conv")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("before", type=Path, help="root of the tree to compare with")
-    parser.add_argument("--rounds", type=int, default=200, help="blocks of each tree and case (default 200)")
-    parser.add_argument("--steps", type=int, default=100, help="forwards and backwards in a block (default 100)")
-    args = parser.parse_args()
-    if not (args.before / "uora_vision").is_dir():
-        parser.error(f"{args.before} holds no uora_vision/: give the root of another checkout")
-    now, before = (_start(root, args.steps) for root in (Path(__file__).parents[2], args.before))
+def main(
+    before: Annotated[Path, typer.Argument(help="root of the tree to compare with")],
+    rounds: Annotated[int, typer.Option(min=1, help="blocks of each tree and case")] = 200,
+    steps: Annotated[int, typer.Option(min=1, help="forwards and backwards in a block")] = 100,
+) -> None:
+    if not (before / "uora_vision").is_dir():
+        raise typer.BadParameter(f"{before} holds no uora_vision/: give the root of another checkout")
+    now, then = (_start(root, steps) for root in (Path(__file__).parents[2], before))
     print(f"{'case':10} {'before us':>10} {'now us':>10} {'ratio':>7} {'quartiles':>14}")
     for case in CASES:
-        pairs = [tuple(_block(p, case) for p in order(now, before, i)) for i in range(args.rounds)]
+        pairs = [tuple(_block(p, case) for p in order(now, then, i)) for i in range(rounds)]
         times = [pair if i % 2 == 0 else pair[::-1] for i, pair in enumerate(pairs)]
         ratios = [mine / other for mine, other in times]
         low, middle, high = statistics.quantiles(ratios, n=4)
-        us = [statistics.median(t) * 1e6 / args.steps for t in zip(*times, strict=True)]
+        us = [statistics.median(t) * 1e6 / steps for t in zip(*times, strict=True)]
         print(f"{case:10} {us[1]:10.1f} {us[0]:10.1f} {middle:7.3f} {low:6.3f}-{high:.3f}")
-    for process in (now, before):
+    for process in (now, then):
         process.communicate()
 
 
@@ -105,4 +106,4 @@ def _runs() -> dict[str, Callable[[int], None]]:
 
 
 if __name__ == "__main__":
-    worker(int(sys.argv[2])) if sys.argv[1:2] == ["worker"] else main()
+    worker(int(sys.argv[2])) if sys.argv[1:2] == ["worker"] else typer.run(main)

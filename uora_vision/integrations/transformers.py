@@ -12,8 +12,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ..errors import StateError
 from ..lifecycle.library import bank_of
 from ..lifecycle.optimizers import check_optimizer
+from ..lifecycle.parameter_groups import param_groups
 from ..lifecycle.reinit import Reinitializer
-from ..lifecycle.trained_parts import param_groups
 from ..storage.folder import TENSOR_FILE
 from ..storage.save_load import save
 from .state import after_step, injected_in, innermost, restore, trained_d
@@ -164,7 +164,7 @@ def _regroup(optimizer: Any, model: torch.nn.Module, head_lr: float | None, weig
     if not plain or any(group.keys() - optimizer.defaults.keys() - {"params"} for group in optimizer.param_groups):
         return
     lr = optimizer.defaults["lr"]
-    groups = param_groups(injected_in(model), lr, head_lr, weight_decay)
+    groups = param_groups(injected_in(model), lr, lr if head_lr is None else head_lr, weight_decay)
     held = {id(p) for group in groups for p in group["params"]}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in held]
     for name, params in (

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, get_args
+from typing import get_args
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import BasePart
 from ..structure.heads import matching
 from ..structure.paths import lies_within
 from ..structure.survey import Survey
-from .library import LIBRARY, active_entry, adapters_in
+from .library import LIBRARY, adapters_in
 
 
 def trained_tensors(survey: Survey) -> dict[str, Tensor]:
@@ -55,47 +55,3 @@ def base_parameters(survey: Survey, parts: Iterable[str]) -> list[str]:
 
 STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
 """Ends of the names of buffers that training moves even in a frozen base."""
-
-
-def param_groups(
-    model: nn.Module, lr: float, head_lr: float | None = None, weight_decay: float = 0.0
-) -> list[dict[str, Any]]:
-    """What an injected model trains, in groups for an optimizer.
-
-    Args:
-        lr: learning rate of b and d, and of norms and biases that train.
-        head_lr: of heads and of what `train` named by its path; `lr` if None.
-        weight_decay: of the head's matrices. Vectors never decay: a decaying d would fire by itself.
-
-    Returns:
-        Groups named `adapter`, `base`, `head` and `head_vectors`, those that are not empty.
-
-    Raises:
-        StateError: the model is not injected.
-    """
-    survey = Survey(model)
-    vectors = {id(p) for adapter in adapters_in(survey).values() for p in adapter.parameters()}
-    asked = [term for term in active_entry(model).config.train if term not in ("norm", "bias")]
-    heads = {id(survey.tensors[name].tensor) for name in base_parameters(survey, asked)} | {
-        id(held.tensor) for name, held in survey.parameters.items() if lies_within(name, survey.parts.heads)
-    }
-    groups: dict[str, list[nn.Parameter]] = {"adapter": [], "base": [], "head": [], "head_vectors": []}
-    for module, key in survey.parameters.values():
-        p = module._parameters[key]
-        assert p is not None
-        if id(p) in vectors:
-            groups["adapter"].append(p)
-        elif p.requires_grad:
-            in_head = id(p) in heads
-            groups[("head" if p.dim() > 1 else "head_vectors") if in_head else "base"].append(p)
-    rates = {"adapter": lr, "base": lr}
-    return [
-        {
-            "name": name,
-            "params": params,
-            "lr": rates.get(name, lr if head_lr is None else head_lr),
-            "weight_decay": weight_decay if name == "head" else 0.0,
-        }
-        for name, params in groups.items()
-        if params
-    ]

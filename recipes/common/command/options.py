@@ -15,6 +15,11 @@ from .choices import Method, Scope
 FREE = {"output", "resume", "workers", "checkpoint_every", "max_steps", "max_seconds", "quiet", "demo"}
 """Options that may change when a run is resumed: they do not change what it computes."""
 
+LR = 0.05
+"""Rate of UORA and our VeRA, in the scale of `uora.param_groups`: one for all models, ranks and tasks."""
+PEFT_LR = LR / 2**0.5
+"""Of PEFT's VeRA, which has one rate for b and d: with its banks, of gain 2, it does what LR does with ours."""
+
 
 @dataclass(frozen=True)
 class Defaults:
@@ -33,7 +38,7 @@ class MethodOptions:
         rank: of the adapter, for the methods that have one.
         targets: which projections to adapt, in the words of `uora.inject`. LoRA and PEFT's VeRA adapt whole weights, so
             for them any role of a fused weight selects all of it.
-        lr: of what the method adds or unfreezes.
+        lr: of what the method adds or unfreezes; for UORA and its VeRA in the scale of `uora.param_groups`.
         head_lr: of the head.
         weight_decay: of matrices.
         seed: of the adapter's random matrices.
@@ -44,7 +49,7 @@ class MethodOptions:
     method: Method = Method.uora
     rank: int | None = 256
     targets: str = "attention+mlp"
-    lr: float = 4e-3
+    lr: float = LR
     head_lr: float = 4e-3
     weight_decay: float = 0.0
     seed: int = 0

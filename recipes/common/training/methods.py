@@ -12,13 +12,13 @@ import uora_vision as uora
 from uora_vision.structure.heads import head_names
 
 from ..command.choices import Method
-from ..command.options import Defaults, MethodOptions
+from ..command.options import LR, PEFT_LR, Defaults, MethodOptions
 from ..errors import MethodError
 
 DEFAULTS = {
-    Method.uora: Defaults(256, 4e-3, 4e-3),
-    Method.vera: Defaults(256, 4e-3, 4e-3),
-    Method.vera_peft: Defaults(256, 4e-3, 4e-3),
+    Method.uora: Defaults(256, LR, 4e-3),
+    Method.vera: Defaults(256, LR, 4e-3),
+    Method.vera_peft: Defaults(256, PEFT_LR, 4e-3),
     Method.lora: Defaults(8, 2e-3, 4e-3),
     Method.linear: Defaults(None, 4e-3, 4e-3),
     Method.full: Defaults(None, 3e-4, 4e-3),

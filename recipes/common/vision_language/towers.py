@@ -12,15 +12,15 @@ from torch import Tensor, nn
 import uora_vision as uora
 
 from ..command.choices import Method, Tower
-from ..command.options import Defaults, MethodOptions
+from ..command.options import LR, PEFT_LR, Defaults, MethodOptions
 from ..errors import MethodError
 from ..training.methods import AdaptedModel, apply_method
 from .dual import PROJECTIONS, Dual
 
 DEFAULTS = {  # the second rate is for a tower that trains in full beside an adapter, and for the logit scale
-    Method.uora: Defaults(256, 4e-3, 1e-5),
-    Method.vera: Defaults(256, 4e-3, 1e-5),
-    Method.vera_peft: Defaults(256, 4e-3, 1e-5),
+    Method.uora: Defaults(256, LR, 1e-5),
+    Method.vera: Defaults(256, LR, 1e-5),
+    Method.vera_peft: Defaults(256, PEFT_LR, 1e-5),
     Method.lora: Defaults(8, 1e-3, 1e-5),
     Method.linear: Defaults(None, 1e-3, 1e-3),
     Method.full: Defaults(None, 1e-5, 1e-5),

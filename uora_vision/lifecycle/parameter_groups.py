@@ -1,0 +1,89 @@
+"""Parameter groups for any torch or timm optimizer, and the scale in which their learning rate is told.
+
+An adapted projection adds y = diag(b) B diag(d) A x. Adam moves every entry of b and d by about its rate in a step,
+whatever the gradient, so what a rate does to y depends on how large A and B are. Their *gain*, the RMS of the entries
+of B A x in units of those of x, is
+
+    s = |A| |B| / sqrt(rank * rows)            |.|: Frobenius norms of A (rank, in) and B (rows, rank)
+
+which is sqrt(rank / rows) for orthonormal banks, and 2 for VeRA's. Through b, a step moves y by about p * d_init * s of
+the input's RMS, p the rate of b; through d, it moves d by q / d_init of itself, q the rate of d. Both are the same for
+all ranks, widths and laws with
+
+    p = lr / s * (0.1 / d_init)        q = lr * (d_init / 0.1)
+
+and so is all that training does: larger banks or another d_init change nothing. `docs/method.md` has the derivation and
+what was measured.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from ..structure.paths import lies_within
+from ..structure.survey import Survey
+from .adapter import Adapter
+from .library import active_entry, adapters_in
+from .trained_parts import base_parameters
+
+LR = 0.05
+"""Default learning rate of adapters, in the scale of `param_groups`."""
+HEAD_LR = 4e-3
+"""Default learning rate of heads, and of other parts of the base."""
+D_INIT = 0.1
+"""Initial value of d at which `lr` is the rate of d, and of b where the gain is 1."""
+
+
+def param_groups(
+    model: nn.Module, lr: float = LR, head_lr: float = HEAD_LR, weight_decay: float = 0.0, *, scaled: bool = True
+) -> list[dict[str, Any]]:
+    """What an injected model trains, in groups for Adam or an optimizer of its kind.
+
+    Args:
+        lr: learning rate of the adapter. That of b is divided by the gain of its banks, so that the best one hardly
+            depends on rank, width, layout or law, and `d_init` is a mere unit: see above.
+        head_lr: of heads, of what `train` named by its path, and of norms and biases of the base that train.
+        weight_decay: of the head's matrices. Vectors never decay: a decaying d would fire by itself.
+        scaled: False for the plain rate of the papers: `lr` for every b and d.
+
+    Returns:
+        Groups named `adapter` (one for each rate), `base`, `head` and `head_vectors`, those that are not empty.
+
+    Raises:
+        StateError: the model is not injected.
+    """
+    config, survey = active_entry(model).config, Survey(model)
+    d_init = abs(config.d_init) / D_INIT
+    rates: dict[float, list[nn.Parameter]] = {}
+    for adapter in adapters_in(survey).values():
+        b, d = (lr / gain(adapter) / d_init, lr * d_init) if scaled else (lr, lr)
+        for p, rate in ((adapter.b, b), (adapter.d, d)):
+            rates.setdefault(float(f"{rate:.6g}"), []).append(p)  # equal banks, equal to the last bits or not
+    vectors = {id(p) for params in rates.values() for p in params}
+    asked = [term for term in config.train if term not in ("norm", "bias")]
+    heads = {id(survey.tensors[name].tensor) for name in base_parameters(survey, asked)} | {
+        id(held.tensor) for name, held in survey.parameters.items() if lies_within(name, survey.parts.heads)
+    }
+    rest: dict[str, list[nn.Parameter]] = {"base": [], "head": [], "head_vectors": []}
+    for module, key in survey.parameters.values():
+        part = module._parameters[key]
+        assert part is not None
+        if id(part) not in vectors and part.requires_grad:
+            rest[("head" if part.dim() > 1 else "head_vectors") if id(part) in heads else "base"].append(part)
+    chosen = [("adapter", params, rate) for rate, params in rates.items()]
+    chosen += [(name, params, head_lr) for name, params in rest.items() if params]
+    return [
+        {"name": name, "params": params, "lr": rate, "weight_decay": weight_decay if name == "head" else 0.0}
+        for name, params, rate in chosen
+    ]
+
+
+def gain(adapter: Adapter) -> float:
+    """s of one adapter; of roles of several heights, which share b, the root of their mean square."""
+    a, bm = adapter.matrices()
+    rows = sum(role.rows for role in adapter.roles)
+    squares = [m.double().pow(2).mean(1).sum() for m in (bm * len(adapter.roles))[: len(adapter.roles)]]
+    return math.sqrt(sum(float(q) for q in squares) / rows * float(a[0].double().pow(2).sum()))
