@@ -68,7 +68,7 @@ class ReadWithin(Surgical):
             self.__dict__.pop(_FOLDS, None)
 
 
-class ReadRecurrent(ReadWithin, ComputedFlatWeights):
+class ReadRecurrent(ComputedFlatWeights, ReadWithin):
     """torch's LSTM and GRU."""
 
     def flatten_parameters(self) -> None:
