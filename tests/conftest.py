@@ -53,6 +53,12 @@ def wake(model: nn.Module, scale: float = 1.0, seed: int = 1) -> nn.Module:
     return model
 
 
+def merged(model: nn.Module, **options: Any) -> nn.Module:
+    """A model after `merge`."""
+    uora.merge(model, **options)
+    return model
+
+
 def kill(model: nn.Module, places: dict[str, list[int]], value: float = 0.0) -> None:
     """Set some d_i, by role name (`blocks.0.attn.qkv.q`)."""
     with torch.no_grad():

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import wake
+from conftest import merged, wake
 from torch import Tensor, nn
 
 import uora_vision as uora
@@ -67,5 +67,5 @@ def adapted(model: nn.Module, images: Tensor | None, **options: Any) -> list[str
         assert torch.equal(model(images), before)
         awake = wake(model)(images)
         assert (awake - before).abs().max() > 1e-3
-        torch.testing.assert_close(uora.merge(model)(images), awake, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(merged(model)(images), awake, rtol=1e-4, atol=1e-5)
     return paths

@@ -170,8 +170,13 @@ class TestInspect:
 
 
 class TestMerge:
-    def test_writes_a_plain_model(self, files: dict[str, Any], tmp_path: Path) -> None:
+    def test_writes_a_plain_model(
+        self, files: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         assert main(["merge", str(files["adapter"]), *of(files), "--output", str(tmp_path / "out")]) == 0
+        report, wrote = capsys.readouterr().out.splitlines()
+        assert report.startswith("merged 24 weights; ") and "difference of an output" in report
+        assert wrote == f"wrote {tmp_path / 'out' / 'model.safetensors'}"
         model = base()
         model.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))
         assert near(model(files["x"]), files["y"])

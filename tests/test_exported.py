@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import small_vit, trained
+from conftest import merged, small_vit, trained
 from torch import Tensor
 
 import uora_vision as uora
@@ -42,5 +42,5 @@ def test_torch_export_gives_the_graph_of_the_base(images: Tensor) -> None:
 def test_torchscript(images: Tensor) -> None:
     model = trained()
     want = model(images)
-    scripted = torch.jit.script(uora.merge(model))
+    scripted = torch.jit.script(merged(model))
     torch.testing.assert_close(scripted(images), want, rtol=1e-5, atol=1e-5)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import need_timm, small_vit, wake
+from conftest import merged, need_timm, small_vit, wake
 from refusals import adapted, snapshot
 from timm.models import ByobNet
 from timm.models.byobnet import ByoBlockCfg, ByoModelCfg
@@ -80,11 +80,11 @@ class TestFusing:
                 other = reparameterize_model(model)
                 assert type(other) is type(model) and len(list(other.modules())) < len(list(model.modules()))
                 assert_near(other(images), wanted)
-                assert_near(uora.merge(other)(images), wanted)
+                assert_near(merged(other)(images), wanted)
             assert torch.equal(model(images), wanted)
             asleep = uora.remove(copy.deepcopy(model))(images)
             assert (asleep - wanted).abs().max() > 1e-2 * wanted.abs().max()
-            assert_near(reparameterize_model(uora.merge(model))(images), wanted)
+            assert_near(reparameterize_model(merged(model))(images), wanted)
 
     def test_the_method_of_the_model_itself_refuses_before_it_begins(self) -> None:
         model, _ = fusing("shvit_s1")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import wake
+from conftest import merged, wake
 from mechanisms import MODELS, both, make, run
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -346,6 +346,6 @@ class TestCompilers:
     @pytest.mark.parametrize("name", ["vit", "lstm"])
     def test_a_merged_model_can_be_traced_and_exported(self, name: str, how: str) -> None:
         _, model, args = both(name)
-        want, plain = run(model, args), uora.merge(model)
+        want, plain = run(model, args), merged(model)
         made = torch.jit.trace(plain, args) if how == "trace" else torch.export.export(plain, args).module()
         assert close(run(made, args), want)

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import kill, small_vit, trained
+from conftest import kill, merged, small_vit, trained
 from torch import Tensor
 
 import uora_vision as uora
@@ -19,7 +19,8 @@ class TestMerge:
         base = small_vit()
         model = trained(scope=scope, targets=targets)
         want = model(images)
-        assert uora.merge(model) is model
+        report = uora.merge(model)
+        assert report == uora.MergeReport(weights=8 if targets == "attention+mlp" else 4, weight_error=0.0)
         torch.testing.assert_close(model(images), want, rtol=1e-5, atol=1e-5)
         assert [type(m) for m in model.modules()] == [type(m) for m in base.modules()]
         assert list(model.state_dict()) == list(base.state_dict())
@@ -45,25 +46,27 @@ class TestMerge:
                 exact[role.start : role.start + role.rows] += change
             weights[path] = exact.bfloat16()
             worst = max(worst, (exact.bfloat16().double() - exact).abs().max().item())
-        reports: list[uora.MergeReport] = []
         before = model(images.bfloat16()).double()
-        uora.merge(model, images.bfloat16(), on_report=reports.append)
-        assert reports[0].weights == 8 and reports[0].weight_error == pytest.approx(worst, rel=1e-4) and worst > 1e-4
+        report = uora.merge(model, images.bfloat16())
+        assert report.weights == 8 and report.weight_error == pytest.approx(worst, rel=1e-4) and worst > 1e-4
         for path, weight in weights.items():
             differing = (model.get_submodule(path).weight != weight).float().mean()
             assert differing < 1e-3, "rounding twice gives other weights"
         error = (model(images.bfloat16()).double() - before).abs().max().item()
-        assert reports[0].output_error == pytest.approx(error) and reports[0].output_scale == before.abs().max().item()
+        assert report.output_error == pytest.approx(error) and report.output_scale == before.abs().max().item()
 
     def test_the_report_of_a_float32_base(self, images: Tensor, capsys: pytest.CaptureFixture[str]) -> None:
         model = trained().train()
-        uora.merge(model, images)
-        assert "merged 8 weights" in capsys.readouterr().out and model.training
-        uora.merge(trained())
-        assert not capsys.readouterr().out
+        reports: list[uora.MergeReport] = []
+        report = uora.merge(model, images, on_report=reports.append)
+        assert reports == [report] and model.training
+        assert str(report).startswith("merged 8 weights; ") and "of an output" in str(report)
+        assert uora.merge(trained()).output_error is None
+        captured = capsys.readouterr()
+        assert not captured.out and not captured.err, "the caller prints what it wants to"
 
     def test_twice(self) -> None:
-        model = uora.merge(trained())
+        model = merged(trained())
         with pytest.raises(uora.StateError, match="no adapter"):
             uora.merge(model)
 

@@ -7,7 +7,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from conftest import wake
+from conftest import merged, wake
 from open_clip.transformer import AttentionalPooler, ResidualAttentionBlock, Transformer
 from proof.zoo import entries
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ def features(model: nn.Module, example: Any) -> tuple[Tensor, Tensor]:
 def merged_agrees(model: nn.Module, run: Any, tolerance: float = 1e-4) -> None:
     """What an awake model computes, the merged one computes."""
     before = run(model)
-    after = run(uora.merge(model))
+    after = run(merged(model))
     torch.testing.assert_close(after, before, rtol=tolerance, atol=tolerance * before.float().abs().max().item())
 
 

@@ -143,9 +143,10 @@ class Odd(nn.Module):
 
 @pytest.fixture
 def odd() -> Iterator[nn.Module]:
-    known = list(rules.registered)
+    known = rules.registered.copy()
     yield nn.ModuleDict({"block": Odd()})
-    rules.registered[:] = known
+    rules.registered.clear()
+    rules.registered.update(known)
 
 
 class TestRegister:
@@ -159,6 +160,21 @@ class TestRegister:
         }  # fmt: skip
         assert found["block.vkq"].roles[2].span.indices() == [8, 9, 10, 11, 20, 21, 22, 23]
         assert found["block.vkq"].rule == "registered for Odd"
+
+    def test_a_rule_is_undone(self, odd: nn.Module) -> None:
+        first = uora.register_rule(Odd, {"vkq": "first", "back": None})
+        with uora.register_rule("Odd", {"vkq": "second"}):
+            with uora.register_rule(Odd, {"vkq": "third"}):
+                assert roles(odd) == {"block.vkq": ["attn.third"]}
+            assert roles(odd) == {"block.vkq": ["attn.second"]}
+            first.remove()
+            first.remove()
+            assert roles(odd) == {"block.vkq": ["attn.second"]}, "not the last one, but this"
+        assert not rules.registered
+        with pytest.raises(ZeroDivisionError), uora.register_rule(Odd, {"vkq": "vkq"}):
+            raise ZeroDivisionError
+        with pytest.raises(uora.TargetError, match="register_rule"):
+            uora.plan(odd)
 
     def test_by_name_of_the_class_and_leaving_a_part(self, odd: nn.Module) -> None:
         uora.register_rule("Odd", {"vkq": "vkq", "back": None}, group="mlp")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import kill, small_vit, trained, wake
+from conftest import kill, merged, small_vit, trained, wake
 from mechanisms import MODELS, both, run
 from torch import Tensor, nn
 from unchanged import assert_same, snapshot
@@ -48,7 +48,7 @@ class TestUnmerge:
         model = trained(lambda: small_vit().bfloat16())
         before = snapshot(model)
         for _ in range(20):
-            uora.unmerge(uora.merge(model, reversible=True))
+            uora.unmerge(merged(model, reversible=True))
         assert_same(before, model)
 
     def test_optimizer_and_reinitialisation_go_on(self, images: Tensor) -> None:
@@ -107,12 +107,12 @@ class TestUnmerge:
 
 class TestStates:
     def test_unmerge_of_what_was_not_merged(self) -> None:
-        for model in (small_vit(), trained(), uora.merge(trained())):
+        for model in (small_vit(), trained(), merged(trained())):
             with pytest.raises(uora.StateError, match="was not merged with"):
                 uora.unmerge(model)
 
     def test_twice(self) -> None:
-        model = uora.merge(trained(), reversible=True)
+        model = merged(trained(), reversible=True)
         for reversible in (False, True):
             with pytest.raises(uora.StateError, match=r"unmerge\(\) it first"):
                 uora.merge(model, reversible=reversible)
@@ -140,7 +140,7 @@ class TestStates:
 
     @pytest.mark.parametrize("change", [lambda m: m.bfloat16(), lambda m: setattr(m.blocks[1], "mlp", nn.Identity())])
     def test_a_model_that_was_changed_stays_merged(self, change: Any) -> None:
-        model = uora.merge(trained(), reversible=True)
+        model = merged(trained(), reversible=True)
         change(model)
         before = snapshot(model)
         with pytest.raises(uora.StateError, match="is not the weight that was merged"):

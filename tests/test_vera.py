@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import small_vit, trained
+from conftest import merged, small_vit, trained
 from mechanisms import make as make_one
 from mechanisms import run
 from peft_models import close, loaded
@@ -63,7 +63,7 @@ def test_is_the_same_function(case: str, dtype: torch.dtype, tmp_path: Path) -> 
         model = from_peft_vera(copy.deepcopy(plain), tmp_path / "peft")
         close(run(model, args), want, base, 1e-5 if dtype == torch.float32 else 1e-6)
         if dtype == torch.float32:
-            close(run(uora.merge(copy.deepcopy(model)), args), want, base)
+            close(run(merged(copy.deepcopy(model)), args), want, base)
             uora.save(model, tmp_path / "uora")
             assert torch.equal(run(uora.load(copy.deepcopy(plain), tmp_path / "uora"), args), run(model, args))
             to_peft_vera(model, tmp_path / "back")

@@ -15,10 +15,11 @@ from .errors import (
 from .lifecycle.contexts import disabled
 from .lifecycle.counts import Summary, summary
 from .lifecycle.injection import inject, remove
-from .lifecycle.library import activate, active_adapter, adapter_names, adapters, delete
+from .lifecycle.library import adapters
 from .lifecycle.merging import MergeReport, merge, unmerge
 from .lifecycle.parameter_groups import param_groups
 from .lifecycle.reinit import AlphaDecay, Reinitializer, ThresholdWave
+from .lifecycle.selection import activate, active_adapter, adapter_names, delete
 from .lifecycle.verification import verify
 from .serving.routing import route
 from .storage.base import Base

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from .errors import ConfigError, OptionError
+from .options import UNSET, given, hinting
 
 Layout = Literal["shape", "slice"]
 
@@ -43,6 +43,12 @@ class UoraConfig:
         train: parts of the base that train besides: any of `head`, `norm`, `bias`, and paths of modules or parameters,
             or patterns over these (`decoder`, `*.embed_tokens`, as PEFT's modules_to_save); they are not adapted then.
             Heads are what is named so and what stands around a base model; see `plan`.
+
+    Example:
+        >>> import uora_vision as uora
+        >>> config = uora.UoraConfig(rank=64, targets="qv", blocks=range(6, 12))
+        >>> config.replace(rank=128).rank, config.targets
+        (128, ('qv',))
     """
 
     rank: int = 256
@@ -85,30 +91,54 @@ class UoraConfig:
         if not self.targets:
             raise ConfigError("targets is empty; name what to adapt, such as 'attention+mlp'")
 
-    def replace(self, **options: Any) -> UoraConfig:
+    @hinting
+    def replace(
+        self,
+        *,
+        rank: int = UNSET,
+        targets: str | Iterable[str] = UNSET,
+        exclude: str | Iterable[str] = UNSET,
+        blocks: Iterable[int] | None = UNSET,
+        d_init: float = UNSET,
+        seed: int = UNSET,
+        layout: Layout = UNSET,
+        init: Init = UNSET,
+        dropout: float = UNSET,
+        token_sampling: int = UNSET,
+        train: str | Iterable[str] = UNSET,
+    ) -> UoraConfig:
         """A copy with some options changed.
 
         Raises:
             OptionError: an option of that name does not exist.
+            ConfigError: a value cannot be used.
+
+        Example:
+            >>> import uora_vision as uora
+            >>> uora.UoraConfig().replace(r=8)
+            Traceback (most recent call last):
+            uora_vision.errors.OptionError: no option 'r'; did you mean 'rank'?
         """
-        known = [f.name for f in dataclasses.fields(self)]
-        for name in options:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, 1)
-                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
-                raise OptionError(f"no option {name!r}; {hint}")
-        return dataclasses.replace(self, **options)
+        changed = given(
+            rank=rank, targets=targets, exclude=exclude, blocks=blocks, d_init=d_init, seed=seed, layout=layout,
+            init=init, dropout=dropout, token_sampling=token_sampling, train=train,
+        )  # fmt: skip
+        return dataclasses.replace(self, **changed)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `UoraConfig(**d)` is its inverse."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
 
-def chosen(config: UoraConfig | None, options: dict[str, Any]) -> UoraConfig:
-    """The options of a call: those of `config`, or the defaults, with single ones changed.
+UoraConfig.__init__ = hinting(UoraConfig.__init__)  # type: ignore[method-assign]
+
+
+def chosen(config: UoraConfig | None, **options: Any) -> UoraConfig:
+    """The options of a call: those of `config`, or the defaults, with the ones changed that are not `UNSET`.
 
     Raises:
         OptionError: `config` is no config, or an option does not exist.
+        ConfigError: a value cannot be used.
     """
     if config is not None and not isinstance(config, UoraConfig):
         raise OptionError(

@@ -148,7 +148,7 @@ def merge_into(
 
     _check_free(output / "model.safetensors", overwrite)
     made, example = _loaded(_local(folder, revision), model, checkpoint)
-    merge(made, example)
+    report = merge(made, example)
     output.mkdir(parents=True, exist_ok=True)
     save_pretrained: Any = getattr(made, "save_pretrained", None)
     if save_pretrained is not None:
@@ -157,6 +157,7 @@ def merge_into(
         from safetensors.torch import save_model
 
         save_model(made, str(output / "model.safetensors"))
+    print(report)
     print(f"wrote {output / 'model.safetensors'}")
 
 

@@ -10,16 +10,47 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..errors import FormatError, StateError
-from ..lifecycle.reinit import Reinitializer
+from ..lifecycle.reinit import AlphaSchedule, Reinitializer, Scope, ThresholdSchedule
+from ..maths.redraw_log import Interpolation
+from ..options import UNSET, given, hinting
 from .state import after_step, changing_state, injected_in, innermost, load_changing_state
 
 MODEL_FILE = "uora_model.pt"
 
 
 class AcceleratedReinitializer(Reinitializer):
-    """A `Reinitializer` to call after every `optimizer.step()`, also one that Accelerate turns into nothing."""
+    """A `Reinitializer` to call after every `optimizer.step()`, also one that Accelerate turns into nothing.
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> None:
+    Example:
+        >>> import torch, uora_vision as uora
+        >>> from torch import nn
+        >>> from uora_vision.integrations.accelerate import AcceleratedReinitializer
+        >>> model = uora.inject(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), rank=4)
+        >>> optimizer = torch.optim.AdamW(uora.param_groups(model, lr=1e-2))
+        >>> reinit = AcceleratedReinitializer(model, optimizer, threshold=1e9)
+        >>> reinit.step()  # the optimizer has not stepped
+        0
+    """
+
+    @hinting
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        threshold: float | ThresholdSchedule = UNSET,
+        alpha: float | AlphaSchedule = UNSET,
+        every: int = UNSET,
+        scope: Scope = UNSET,
+        quorum: float = UNSET,
+        interpolation: Interpolation = UNSET,
+        relative: bool = UNSET,
+        reset_moments: bool = UNSET,
+    ) -> None:
+        options = given(
+            threshold=threshold, alpha=alpha, every=every, scope=scope, quorum=quorum, interpolation=interpolation,
+            relative=relative, reset_moments=reset_moments,
+        )  # fmt: skip
         super().__init__(model, optimizer=optimizer, **options)
         self._stepped = False
         after_step(optimizer, self._mark)
@@ -40,8 +71,20 @@ class AcceleratedReinitializer(Reinitializer):
         self._stepped = True
 
 
+@hinting
 def prepare_reinitializer(
-    accelerator: Accelerator, model: nn.Module, optimizer: Any, **options: Any
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Any,
+    *,
+    threshold: float | ThresholdSchedule = UNSET,
+    alpha: float | AlphaSchedule = UNSET,
+    every: int = UNSET,
+    scope: Scope = UNSET,
+    quorum: float = UNSET,
+    interpolation: Interpolation = UNSET,
+    relative: bool = UNSET,
+    reset_moments: bool = UNSET,
 ) -> AcceleratedReinitializer:
     """A reinitializer whose state `accelerator.save_state` and `load_state` keep.
 
@@ -49,17 +92,36 @@ def prepare_reinitializer(
 
     Args:
         model, optimizer: as `accelerator.prepare` returned them.
-        options: those of `Reinitializer`.
+        threshold, alpha, every, scope, quorum, interpolation, relative, reset_moments: see `Reinitializer`.
 
     Raises:
         StateError: the model is not injected, or was not prepared by this accelerator.
         ConfigError: an option cannot be used, or the optimizer lacks some b or d. One that decays them is warned of
             (`UoraWarning`).
+
+    Example:
+        >>> import torch, uora_vision as uora
+        >>> from accelerate import Accelerator
+        >>> from torch import nn
+        >>> from uora_vision.integrations.accelerate import prepare_reinitializer
+        >>> accelerator = Accelerator(cpu=True)
+        >>> model = uora.inject(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), rank=4)
+        >>> optimizer = torch.optim.AdamW(uora.param_groups(model, lr=1e-2))
+        >>> model, optimizer = accelerator.prepare(model, optimizer)
+        >>> reinit = prepare_reinitializer(accelerator, model, optimizer, threshold=1e-5)
+        >>> accelerator.backward(model(torch.randn(2, 5, 16)).square().mean())
+        >>> optimizer.step()
+        >>> reinit.step()
+        0
     """
     inner = injected_in(model)
     if _index(accelerator._models, inner) is None:
         raise StateError("accelerator.prepare() comes first, then prepare_reinitializer() with what it returned")
-    reinit = AcceleratedReinitializer(inner, optimizer, **options)
+    reinit = AcceleratedReinitializer(
+        inner, optimizer,
+        threshold=threshold, alpha=alpha, every=every, scope=scope, quorum=quorum, interpolation=interpolation,
+        relative=relative, reset_moments=reset_moments,
+    )  # fmt: skip
     reinit.optimizer = innermost(optimizer)
 
     def whole(models: list[nn.Module], i: int) -> nn.Module:

@@ -15,7 +15,9 @@ except ImportError:
 from ..errors import StateError
 from ..lifecycle.library import adapters, bank_of
 from ..lifecycle.optimizers import check_optimizer
-from ..lifecycle.reinit import Reinitializer
+from ..lifecycle.reinit import AlphaSchedule, Reinitializer, Scope, ThresholdSchedule
+from ..maths.redraw_log import Interpolation
+from ..options import UNSET, given, hinting
 from .state import after_step, frozen_names, injected_in, keep_missing_base
 
 KEY = "uora_reinit"
@@ -31,10 +33,31 @@ class UoraCallback(Callback):
     Raises, in fit:
         StateError: the module holds no injected model, no optimizer trains it, or a checkpoint has no such state.
         ConfigError: the optimizer that has d lacks some of b and d. One that decays them is warned of (`UoraWarning`).
+
+    Example:
+        >>> from uora_vision.integrations.lightning import UoraCallback
+        >>> callback = UoraCallback(threshold=1e-5, scope="layer")  # Trainer(callbacks=[callback])
+        >>> callback.options
+        {'threshold': 1e-05, 'scope': 'layer'}
     """
 
-    def __init__(self, **options: Any) -> None:
-        self.options = options
+    @hinting
+    def __init__(
+        self,
+        *,
+        threshold: float | ThresholdSchedule = UNSET,
+        alpha: float | AlphaSchedule = UNSET,
+        every: int = UNSET,
+        scope: Scope = UNSET,
+        quorum: float = UNSET,
+        interpolation: Interpolation = UNSET,
+        relative: bool = UNSET,
+        reset_moments: bool = UNSET,
+    ) -> None:
+        self.options = given(
+            threshold=threshold, alpha=alpha, every=every, scope=scope, quorum=quorum, interpolation=interpolation,
+            relative=relative, reset_moments=reset_moments,
+        )  # fmt: skip
         self.reinit: Reinitializer | None = None
         self._ends: list[Callable[[], None]] = []
 

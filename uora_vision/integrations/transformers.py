@@ -13,7 +13,9 @@ from ..errors import StateError
 from ..lifecycle.library import bank_of
 from ..lifecycle.optimizers import check_optimizer
 from ..lifecycle.parameter_groups import param_groups
-from ..lifecycle.reinit import Reinitializer
+from ..lifecycle.reinit import AlphaSchedule, Reinitializer, Scope, ThresholdSchedule
+from ..maths.redraw_log import Interpolation
+from ..options import UNSET, given, hinting
 from ..storage.folder import TENSOR_FILE
 from ..storage.save_load import save
 from .state import after_step, injected_in, innermost, restore, trained_d
@@ -33,10 +35,31 @@ class UoraCallback(TrainerCallback):
     Raises, when training begins:
         StateError: the model is not injected, or there is no state to resume from.
         ConfigError: the optimizer lacks some b or d. One that decays them is warned of (`UoraWarning`).
+
+    Example:
+        >>> from uora_vision.integrations.transformers import UoraCallback
+        >>> callback = UoraCallback(threshold=1e-5, scope="layer")  # Trainer(..., callbacks=[callback])
+        >>> callback.options
+        {'threshold': 1e-05, 'scope': 'layer'}
     """
 
-    def __init__(self, **options: Any) -> None:
-        self.options = options
+    @hinting
+    def __init__(
+        self,
+        *,
+        threshold: float | ThresholdSchedule = UNSET,
+        alpha: float | AlphaSchedule = UNSET,
+        every: int = UNSET,
+        scope: Scope = UNSET,
+        quorum: float = UNSET,
+        interpolation: Interpolation = UNSET,
+        relative: bool = UNSET,
+        reset_moments: bool = UNSET,
+    ) -> None:
+        self.options = given(
+            threshold=threshold, alpha=alpha, every=every, scope=scope, quorum=quorum, interpolation=interpolation,
+            relative=relative, reset_moments=reset_moments,
+        )  # fmt: skip
         self.reinit: Reinitializer | None = None
         self.resumed: Path | None = None
         self._stop: Callable[[], None] | None = None
@@ -118,6 +141,13 @@ def adapter_only(base: type[T]) -> type[T]:
 
     Args of the class that is returned:
         head_lr: learning rate of the head; that of the arguments if None.
+
+    Example:
+        >>> from transformers import Trainer
+        >>> from uora_vision.integrations.transformers import adapter_only
+        >>> AdapterTrainer = adapter_only(Trainer)  # AdapterTrainer(model=model, args=args, callbacks=[UoraCallback()])
+        >>> AdapterTrainer.__name__
+        'AdapterOnlyTrainer'
     """
 
     class AdapterOnly(base):  # type: ignore[misc, valid-type]

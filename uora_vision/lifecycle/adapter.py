@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import UoraWarning
+from ..errors import warn
 from ..maths import linear
 from ..maths.bank import Bank
 from ..maths.convolution import Geometry, convolve
@@ -84,12 +83,10 @@ class Adapter(nn.Module):
         super()._apply(fn, recurse)
         if not narrow and self.b.dtype not in WIDE and not self.bank.__dict__.get(_CAST):
             self.bank.__dict__[_CAST] = True
-            warnings.warn(
+            warn(
                 f"the adapter's b and d are cast to {self.b.dtype} with the model: steps below half a unit in the last "
                 "place, most of a young adapter's, are rounded away. Cast the base before inject() or load(), which "
-                "keep b and d in float32, or train under torch.autocast.",
-                UoraWarning,
-                stacklevel=2,
+                "keep b and d in float32, or train under torch.autocast."
             )
         return self
 

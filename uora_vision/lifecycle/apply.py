@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import UoraWarning
+from ..errors import warn
 from ..maths.bank import Bank
 from ..maths.forms import WIDE
 from ..maths.redraw_log import BankState
@@ -58,11 +57,9 @@ def apply_plan(
     ]
     coarse = [p.path for p, w in zip(what.projections, weights, strict=True) if p.read and w.dtype not in WIDE]
     if coarse:
-        warnings.warn(
+        warn(
             f"{len(coarse)} weights ({coarse[0]}, ...) are read by the model itself and stored in a half type: small "
-            "updates to them are rounded away. Keep the base in float32 and use torch.autocast.",
-            UoraWarning,
-            stacklevel=3,
+            "updates to them are rounded away. Keep the base in float32 and use torch.autocast."
         )
     entry = Entry(config, placement, bank or bank_for(model, what), {}, state or BankState(), vector)
     if activate:
@@ -146,5 +143,5 @@ def _copy(t: Tensor, trains: bool = False) -> Tensor:
 def _trains(name: str, p: Tensor) -> bool:
     if p.is_floating_point() or p.is_complex():
         return True
-    warnings.warn(f"{name} is of {p.dtype} and does not train", UoraWarning, stacklevel=4)
+    warn(f"{name} is of {p.dtype} and does not train")
     return False

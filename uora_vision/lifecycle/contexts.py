@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
 
+from ..errors import warn
 from .library import Library, check_movable, library_of, strangers
 
 
@@ -25,11 +25,10 @@ class Context:
         self.model, self.library, self.kind, self.first = model, library, kind, undo
         self.before = library.active, library.owner
         if strange := strangers(model, library):
-            warnings.warn(
+            warn(
                 f"{strange[0]} trains, but not as a part of the adapter {library.active!r}: it stays as it is where "
                 f"the adapter is {'disabled' if kind == 'disabled' else 'routed'}. Name it in train= to have what the "
-                "base has there.",
-                stacklevel=5,
+                "base has there."
             )
 
     def open(self) -> None:
@@ -69,6 +68,17 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         StateError: the model is not injected, is spread over processes, has a mixed batch, or another thread has
             switched its adapters.
+
+    Example:
+        >>> import torch, uora_vision as uora
+        >>> from torch import nn
+        >>> model = uora.inject(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval(), rank=4)
+        >>> x, linear = torch.randn(2, 5, 16), uora.adapters(model)["linear1"]
+        >>> before = model(x)
+        >>> _ = linear.b.data.normal_()
+        >>> with uora.disabled(model):
+        ...     torch.allclose(model(x), before, atol=1e-5)
+        True
     """
     library = library_of(model)
     context = Context(model, library, "disabled")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
 
-from ..config import UoraConfig, chosen
-from ..errors import UoraWarning
+from ..config import Init, Layout, UoraConfig, chosen
+from ..errors import warn
+from ..options import UNSET, hinting
 from ..structure.checks import check_whole
 from ..structure.planning import planned
 from ..structure.survey import Survey
@@ -21,6 +22,7 @@ from .undo import Undo
 from .verification import verify
 
 
+@hinting
 @outside_inference_mode
 def inject(
     model: nn.Module,
@@ -28,7 +30,17 @@ def inject(
     *,
     name: str = DEFAULT,
     example_input: Any = None,
-    **options: Any,
+    rank: int = UNSET,
+    targets: str | Iterable[str] = UNSET,
+    exclude: str | Iterable[str] = UNSET,
+    blocks: Iterable[int] | None = UNSET,
+    d_init: float = UNSET,
+    seed: int = UNSET,
+    layout: Layout = UNSET,
+    init: Init = UNSET,
+    dropout: float = UNSET,
+    token_sampling: int = UNSET,
+    train: str | Iterable[str] = UNSET,
 ) -> nn.Module:
     """Adapt a model in place: freeze it, and give every chosen projection its trained vectors.
 
@@ -54,15 +66,30 @@ def inject(
     Warns:
         UoraWarning: parts of the model look new and do not train wholly; all are named, with the option that trains
             them. `train=()` says that this is meant.
+
+    Example:
+        >>> import torch, uora_vision as uora
+        >>> from torch import nn
+        >>> model, x = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval(), torch.randn(2, 5, 16)
+        >>> before = model(x)
+        >>> model = uora.inject(model, rank=4, targets="attention+mlp", example_input=x)
+        >>> torch.allclose(model(x), before, atol=1e-5)
+        True
+        >>> uora.summary(model).trained
+        136
     """
+    options = chosen(
+        config, rank=rank, targets=targets, exclude=exclude, blocks=blocks, d_init=d_init, seed=seed, layout=layout,
+        init=init, dropout=dropout, token_sampling=token_sampling, train=train,
+    )  # fmt: skip
     survey = Survey(model)
     library = check_room(survey, name)
     with library.undo(model) if library else Undo(model):
         with disabled(model) if library else nullcontext():
-            what = planned(survey, chosen(config, options), example_input)
+            what = planned(survey, options, example_input)
         apply_plan(survey, what, name)
         if what.new:
-            warnings.warn(what.news, UoraWarning, stacklevel=2)
+            warn(what.news)
         if example_input is not None:
             verify(model, example_input)
     return model
@@ -70,7 +97,17 @@ def inject(
 
 def remove(model: nn.Module) -> nn.Module:
     """Take all adapters out without merging: the base as it was, with its own head, its parameters trainable as they
-    were."""
+    were.
+
+    Example:
+        >>> import uora_vision as uora
+        >>> from torch import nn
+        >>> model = uora.inject(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), rank=4)
+        >>> uora.remove(model) is model
+        True
+        >>> sorted(name for name, _ in model.named_parameters() if "uora" in name)
+        []
+    """
     library = library_of(model)
     check_outside(library)
     check_whole(Survey(model))

@@ -7,7 +7,6 @@ pointers, and the rows in which the banks of the two differ.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -72,6 +71,17 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 
     Raises:
         StateError: the model is not injected, or its adapters are disabled.
+
+    Example:
+        >>> import uora_vision as uora
+        >>> from torch import nn
+        >>> model = uora.inject(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), rank=4)
+        >>> for path, adapter in uora.adapters(model).items():
+        ...     print(path, tuple(adapter.b.shape), tuple(adapter.d.shape))
+        self_attn.in_proj_weight (48,) (3, 4)
+        self_attn.out_proj (16,) (1, 4)
+        linear1 (32,) (1, 4)
+        linear2 (16,) (1, 4)
     """
     return adapters_in(Survey(model))
 
@@ -269,64 +279,6 @@ def library_of(model: nn.Module) -> Library:
             "what it computes is not known. load() its adapters into a fresh base."
         )
     return library
-
-
-def adapter_names(model: nn.Module) -> list[str]:
-    """Names of a model's adapters, in the order in which they came.
-
-    Raises:
-        StateError: the model is not injected.
-    """
-    return list(library_of(model).entries)
-
-
-def active_adapter(model: nn.Module) -> str | None:
-    """Name of the active adapter, None while all are disabled.
-
-    Raises:
-        StateError: the model is not injected.
-    """
-    return library_of(model).active
-
-
-def activate(model: nn.Module, name: str) -> nn.Module:
-    """Make another adapter the active one: the one that computes, trains and is saved.
-
-    Its parameters are objects of their own: make a new optimizer and `Reinitializer` for it, or use those of its last
-    training. Those of the adapter that was active stay valid for when it is active again.
-
-    Returns:
-        The same model.
-
-    Raises:
-        StateError: the model is not injected, has no adapter of that name, is spread over processes, or trains parts of
-            the base that its active adapter does not know of.
-    """
-    library = library_of(model)
-    known_name(library, name)
-    check_switch(model, library)
-    with library.undo(model, name):
-        library.owner = threading.get_ident()
-        library.switch(model, name)
-    return model
-
-
-def delete(model: nn.Module, name: str) -> nn.Module:
-    """Forget an adapter that is not active. `remove` takes out all.
-
-    Returns:
-        The same model.
-
-    Raises:
-        StateError: the model is not injected, has no adapter of that name, or it is active.
-    """
-    library = library_of(model)
-    check_outside(library)
-    known_name(library, name)
-    if library.active == name:
-        raise StateError(f"the adapter {name!r} is active; activate() another one first, or remove() all")
-    del library.entries[name]
-    return model
 
 
 def known_name(library: Library, name: str) -> Entry:

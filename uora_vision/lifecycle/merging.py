@@ -46,6 +46,11 @@ class MergeReport:
         output_error: largest |merged - unmerged| of the outputs in eval mode, None without an example input or where
             no output is of floats, as where the model gives labels.
         output_scale: largest |output| of the unmerged model, None where output_error is.
+
+    Example:
+        >>> import uora_vision as uora
+        >>> print(uora.MergeReport(weights=8, weight_error=0.0, output_error=2e-6, output_scale=3.1))
+        merged 8 weights; largest rounding of a weight 0; largest difference of an output 2e-06, of outputs up to 3.1
     """
 
     weights: int
@@ -88,7 +93,7 @@ def merge(
     reversible: bool = False,
     dequantize: bool = False,
     on_report: Callable[[MergeReport], None] | None = None,
-) -> nn.Module:
+) -> MergeReport:
     """Add every dW to its weight, in place, and take the adapter out: the original classes and state-dict keys.
 
     The sum is formed in float32 (float64 for a float64 base) and rounded once to the type of the weight. A base stored
@@ -104,10 +109,10 @@ def merge(
         dequantize: replace every adapted layer that is stored quantised by an nn.Linear that holds the values of its
             codes plus dW: in the type of its inputs for torchao, in that of the base's first parameter of floats (its
             embedding) for bitsandbytes. Hooks on the old layer are lost. Other quantised layers stay as they are.
-        on_report: called with what was measured; by default a line is printed when an example input is given.
+        on_report: called with the report too, before this returns.
 
     Returns:
-        The same model, trainable where it was before `inject`, or not at all if the merge is reversible.
+        What was measured. The model trains where it did before `inject`, or nowhere if the merge is reversible.
 
     Raises:
         StateError: the model is not injected, is merged already, is spread over processes, or has adapters on quantised
@@ -115,6 +120,14 @@ def merge(
             shape.
         ConfigError: a share is not finite, or `shares` comes with `reversible`.
         DeadAdapterError: a merged weight would not be finite; nothing is changed.
+
+    Example:
+        >>> import torch, uora_vision as uora
+        >>> from torch import nn
+        >>> model = uora.inject(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), rank=4)
+        >>> report = uora.merge(model, torch.randn(2, 5, 16))  # model is a plain one now
+        >>> report.weights, report.output_error < 1e-5
+        (4, True)
     """
     check_module(model)
     if MERGED in model.__dict__:
@@ -181,9 +194,7 @@ def merge(
         report = MergeReport(report.weights, report.weight_error, error, max(map(_size, before)))
     if on_report is not None:
         on_report(report)
-    elif example_input is not None and shares is None:
-        print(report)
-    return model
+    return report
 
 
 @torch.no_grad()
@@ -198,6 +209,15 @@ def unmerge(model: nn.Module) -> nn.Module:
     Raises:
         StateError: the model was not merged reversibly, or its weights were replaced, cast or reshaped since; it stays
             merged then.
+
+    Example:
+        >>> import torch, uora_vision as uora
+        >>> from torch import nn
+        >>> model = uora.inject(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), rank=4)
+        >>> report = uora.merge(model, reversible=True)
+        >>> model = uora.unmerge(model)
+        >>> uora.active_adapter(model)
+        'default'
     """
     check_module(model)
     merged = model.__dict__.get(MERGED)

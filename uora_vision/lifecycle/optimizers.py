@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, UoraWarning
+from ..errors import ConfigError, warn
 from ..tables import shortened
 from .library import adapters
 
@@ -43,11 +42,9 @@ def check_optimizer(optimizer: Any, model: nn.Module) -> None:
         )
     decaying = [name for name, p in vectors.items() if decay[id(p)]]
     if decaying:
-        warnings.warn(
+        warn(
             f"{len(decaying)} of the {len(vectors)} vectors b and d decay in the optimizer ({shortened(decaying, 3)}) "
-            f"and a d that decays falls below the threshold by itself and is redrawn. {REMEDY}",
-            UoraWarning,
-            stacklevel=3,
+            f"and a d that decays falls below the threshold by itself and is redrawn. {REMEDY}"
         )
 
 
@@ -76,11 +73,9 @@ class DecayWatch:
 
 
 def warn_of_decay() -> None:
-    warnings.warn(
+    warn(
         "in this step every d was made smaller by one factor, as weight decay does: d falls below the threshold by "
-        f"itself then, and is redrawn. {REMEDY} Reinitializer(..., optimizer=optimizer) looks at it itself.",
-        UoraWarning,
-        stacklevel=3,
+        f"itself then, and is redrawn. {REMEDY} Reinitializer(..., optimizer=optimizer) looks at it itself."
     )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, FormatError, StateError
 from ..maths.redraw_log import Interpolation, pack_log, unpack_log
+from ..options import hinting
 from ..weights.sharded import clear, joined
 from .adapter import Adapter
 from .library import active_entry, adapters, bank_of
@@ -48,6 +49,11 @@ class AlphaDecay:
 
     Raises:
         ConfigError: it would not fall, or leave [0, 1].
+
+    Example:
+        >>> import torch, uora_vision as uora
+        >>> uora.AlphaDecay(start=1.0, by=0.05, floor=0.5)(torch.tensor([0, 1, 20]))
+        tensor([1.0000, 0.9500, 0.5000], dtype=torch.float64)
     """
 
     start: float = 1.0
@@ -69,6 +75,12 @@ class ThresholdWave:
 
     Raises:
         ConfigError: the numbers give no such wave.
+
+    Example:
+        >>> import uora_vision as uora
+        >>> wave = uora.ThresholdWave(low=0.0, high=0.5, by=0.25, steps=10)
+        >>> [wave(step) for step in (1, 11, 21, 31, 41)]
+        [0.0, 0.25, 0.5, 0.25, 0.0]
     """
 
     low: float = 1e-6
@@ -114,8 +126,24 @@ class Reinitializer:
     Warns:
         UoraWarning: the optimizer lets b or d decay. Without an optimizer, the same is seen in a step in which no
             gradient reaches d, as in the first one after `inject`. Also if d is of a half type.
+
+    Example:
+        >>> import torch, uora_vision as uora
+        >>> from torch import nn
+        >>> model = uora.inject(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), rank=4)
+        >>> optimizer = torch.optim.AdamW(uora.param_groups(model, lr=1e-2))
+        >>> reinit = uora.Reinitializer(model, threshold=1e-5, alpha=0.5)
+        >>> model(torch.randn(2, 5, 16)).square().mean().backward()
+        >>> optimizer.step()
+        >>> reinit.step()  # nothing has died yet
+        0
+        >>> with torch.no_grad():
+        ...     uora.adapters(model)["linear1"].d[0, 2] = 0.0
+        >>> reinit.step(), reinit.history()[0].tolist()  # the step, the layer's number, the direction
+        (1, [2, 4, 2])
     """
 
+    @hinting
     def __init__(
         self,
         model: nn.Module,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import DeadAdapterError, UoraWarning
+from ..errors import DeadAdapterError, warn
 from ..maths.bank import Bank
 from ..private import no_steps_in_backward
 from ..structure.example import call, float_tensors
@@ -47,6 +46,14 @@ def verify(model: nn.Module, example_input: Any) -> dict[str, float]:
     Warns:
         UoraWarning: a trained part of the base (a head) is frozen or gets no gradient, or the model does not run in
             training mode on this input, so that it was seen in evaluation mode alone.
+
+    Example:
+        >>> import torch, uora_vision as uora
+        >>> from torch import nn
+        >>> model = uora.inject(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), rank=4)
+        >>> norms = uora.verify(model, torch.randn(2, 5, 16))
+        >>> len(norms), all(norm > 0 for norm in norms.values())
+        (6, True)
     """
     entry = active_entry(model)
     adapters = list(adapters_in(Survey(model)).values())
@@ -80,11 +87,9 @@ def verify(model: nn.Module, example_input: Any) -> dict[str, float]:
     left = [f"{n} is frozen" if not p.requires_grad else f"{n} gets no gradient" for n, p in parts.items()
             if not p.requires_grad or n not in reached]  # fmt: skip
     if left:
-        warnings.warn(
+        warn(
             f"the adapters train, but of {len(parts)} trained parts of the base {len(left)} would not on this input: "
-            f"{shortened(left, between='; ')}",
-            UoraWarning,
-            stacklevel=2,
+            f"{shortened(left, between='; ')}"
         )
     return norms
 
@@ -103,11 +108,9 @@ def _in_training(
             try:
                 backward = _backward(model, example_input)
             except Exception as error:  # broad on purpose: some models want labels, or more samples, to train
-                warnings.warn(
+                warn(
                     "the gradients were looked at in evaluation mode alone; in training mode the model does not run on "
-                    f"this input: {type(error).__name__}: {error}",
-                    UoraWarning,
-                    stacklevel=3,
+                    f"this input: {type(error).__name__}: {error}"
                 )
                 model.eval()
                 backward = _backward(model, example_input)

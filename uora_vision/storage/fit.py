@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..errors import FormatError, StateError, UoraWarning
+from ..errors import FormatError, StateError, warn
 from ..lifecycle.library import LIBRARY
 from ..structure.paths import lies_within, submodule
 from ..structure.targets import Projection
@@ -123,11 +122,7 @@ def _check_weights(stored: Stored, base: Base, paths: tuple[str, ...]) -> None:
     try:
         sketch = base.sketch(paths)
     except (StateError, ImportError, RuntimeError) as reason:
-        warnings.warn(
-            f"whether this is the base that the adapter was made for could not be told: {reason}",
-            UoraWarning,
-            stacklevel=4,
-        )
+        warn(f"whether this is the base that the adapter was made for could not be told: {reason}")
         return
     if sketch is not None and made_for.sketch is not None and distance(sketch, made_for.sketch) > CLOSE:
         raise error

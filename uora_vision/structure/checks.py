@@ -160,7 +160,7 @@ def _check_registered(survey: Survey) -> None:
     for candidate in survey.candidates.values() if registered else ():
         for above in ancestors(candidate.path):
             members[above][candidate.path[len(above) :].lstrip(".")] = candidate
-    for _, rule in registered:
+    for _, rule in reversed(registered.values()):
         for path, module in survey.modules.items():
             try:
                 rule(Unit(path, module, members[path]))

@@ -7,14 +7,15 @@ import fnmatch
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
 from torch import nn
 
-from ..config import BasePart, UoraConfig, chosen
+from ..config import BasePart, Init, Layout, UoraConfig, chosen
 from ..errors import ConfigError, TargetError
+from ..options import UNSET, hinting
 from ..tables import render, shortened
 from ..weights.quantised import is_quantised
 from ..weights.role import ATTENTION, CONV, MLP, OTHER, Role
@@ -42,6 +43,13 @@ class Plan:
             what the model does with their output was lost to it.
         trained: paths of the modules and parameters of the base that train wholly, besides norms and biases.
         new: paths of modules that look new and do not train wholly. `train` takes them.
+
+    Example:
+        >>> import uora_vision as uora
+        >>> from torch import nn
+        >>> found = uora.plan(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), rank=4, targets="attention")
+        >>> found.parameters, [p.path for p in found.projections]
+        (80, ['self_attn.in_proj_weight', 'self_attn.out_proj'])
     """
 
     config: UoraConfig
@@ -117,7 +125,24 @@ class Plan:
         return text + render("What the trace shows otherwise", ("weight", "", "trace"), rows_)
 
 
-def plan(model: nn.Module, config: UoraConfig | None = None, *, example_input: Any = None, **options: Any) -> Plan:
+@hinting
+def plan(
+    model: nn.Module,
+    config: UoraConfig | None = None,
+    *,
+    example_input: Any = None,
+    rank: int = UNSET,
+    targets: str | Iterable[str] = UNSET,
+    exclude: str | Iterable[str] = UNSET,
+    blocks: Iterable[int] | None = UNSET,
+    d_init: float = UNSET,
+    seed: int = UNSET,
+    layout: Layout = UNSET,
+    init: Init = UNSET,
+    dropout: float = UNSET,
+    token_sampling: int = UNSET,
+    train: str | Iterable[str] = UNSET,
+) -> Plan:
     """What `inject` would do with the same arguments. Touches nothing.
 
     Args:
@@ -127,8 +152,19 @@ def plan(model: nn.Module, config: UoraConfig | None = None, *, example_input: A
     Raises:
         ConfigError, OptionError: an option is wrong.
         TargetError: nothing in the model matches a term.
+
+    Example:
+        >>> import uora_vision as uora
+        >>> from torch import nn
+        >>> found = uora.plan(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), rank=4, targets="qv")
+        >>> [(p.path, [role.label for role in p.roles]) for p in found.projections]
+        [('self_attn.in_proj_weight', ['attn.q', 'attn.v'])]
     """
-    return planned(Survey(model), chosen(config, options), example_input)
+    options = chosen(
+        config, rank=rank, targets=targets, exclude=exclude, blocks=blocks, d_init=d_init, seed=seed, layout=layout,
+        init=init, dropout=dropout, token_sampling=token_sampling, train=train,
+    )  # fmt: skip
+    return planned(Survey(model), options, example_input)
 
 
 def planned(survey: Survey, config: UoraConfig, example_input: Any = None) -> Plan:
@@ -228,15 +264,27 @@ def say_new(new: Sequence[str], train: Sequence[str]) -> str:
 
 
 def _match(found: list[tuple[Finding, Role]], terms: Any) -> set[int]:
-    chosen: set[int] = set()
+    asked: set[int] = set()
     for term in terms:
         parts = ("q", "v") if term == "qv" else (term,)
         for part in parts:
             hits = {i for i, (finding, role) in enumerate(found) if _is(part, finding, role)}
             if not hits and part not in GROUPS:
-                raise TargetError(f"no projection matched {part!r}; this model has: {_inventory(found)}")
-            chosen |= hits
-    return chosen
+                raise TargetError(
+                    f"no projection matched {part!r}; this model has: {_inventory(found)}. {_hint(part, found)}"
+                )
+            asked |= hits
+    return asked
+
+
+def _hint(term: str, found: list[tuple[Finding, Role]]) -> str:
+    """What to write in place of a term that matches nothing: it may be of another library's kind."""
+    pattern = f"*.{term}"
+    paths = [
+        path for finding, role in found for path in (finding.candidate.path, f"{finding.candidate.path}.{role.name}")
+    ]
+    by_path = f", or the pattern {pattern!r}" if fnmatch.filter(paths, pattern) else ", a role or a pattern over paths"
+    return f"Name a group or shorthand, as 'qv', 'attention' or 'attention+mlp'{by_path}"
 
 
 def _is(term: str, finding: Finding, role: Role) -> bool:

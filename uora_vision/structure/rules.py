@@ -8,11 +8,13 @@ name of a model. `register_rule` adds a rule for an architecture of one's own.
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import ConfigError
 from ..weights.kinds import base_class
@@ -219,18 +221,14 @@ RULES: list[tuple[str, Rule]] = [
     ("token mixing", token_mixing),
 ]
 
-registered: list[tuple[str, Rule]] = []
+registered: OrderedDict[int, tuple[str, Rule]] = OrderedDict()
+"""By the number of the handle, the latest last; it takes precedence."""
 
 
 def register_rule(
     owner: type[nn.Module] | str, roles: Mapping[str, str | Packed | None], group: str = ATTENTION
-) -> None:
+) -> RemovableHandle:
     """Teach the injector a module of one's own; it takes precedence over the built-in rules.
-
-        class MyAttention(nn.Module):  # wqkv: heads, each with its q, k and v; wo
-            ...
-
-        uora_vision.register_rule(MyAttention, {"wqkv": Packed("qkv", times=lambda m: m.n_heads), "wo": "proj"})
 
     Args:
         owner: class of the module that holds the projections, or its name.
@@ -240,6 +238,19 @@ def register_rule(
 
     Raises:
         ConfigError: the group or a role cannot be used.
+
+    Example:
+        >>> import uora_vision as uora
+        >>> from torch import nn
+        >>> class MyAttention(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.n_heads, self.wx, self.wo = 2, nn.Linear(8, 24), nn.Linear(8, 8)
+        >>> roles = {"wx": uora.Packed("qkv", times=lambda owner: owner.n_heads), "wo": "proj"}
+        >>> with uora.register_rule(MyAttention, roles):  # without `with`, until .remove()
+        ...     found = uora.plan(nn.ModuleList([MyAttention()]), rank=4)
+        >>> [role.label for p in found.projections for role in p.roles]
+        ['attn.q', 'attn.k', 'attn.v', 'attn.proj']
     """
     if group not in (ATTENTION, MLP):
         raise ConfigError(f"group must be {ATTENTION!r} or {MLP!r}, got {group!r}")
@@ -266,13 +277,15 @@ def register_rule(
             claims[name] = divided if not isinstance(role, str) else (Role(role, group, 0, rows),)
         return claims
 
-    registered.insert(0, (f"registered for {label}", rule))
+    handle = RemovableHandle(registered)
+    registered[handle.id] = f"registered for {label}", rule
+    return handle
 
 
 def apply_rules(unit: Unit) -> dict[str, tuple[str, tuple[Role, ...]]]:
     """Rule and roles of the members of a unit that some rule knows."""
     known: dict[str, tuple[str, tuple[Role, ...]]] = {}
-    for label, rule in (*registered, *RULES):
+    for label, rule in (*reversed(registered.values()), *RULES):
         for name, roles in rule(unit).items():
             if name not in known:
                 known[name] = (label, roles)
