@@ -49,6 +49,16 @@ def from_peft_vera(
     Raises:
         StateError: the model has an adapter of that name, or is spread over processes.
         FormatError: the folder holds no VeRA adapter, is damaged, or does not fit this model.
+
+    Example:
+        >>> import tempfile, uora_vision as uora
+        >>> from torch import nn
+        >>> model = uora.inject(nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)), rank=4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = uora.export.to_peft_vera(model, folder)
+        ...     other = uora.export.from_peft_vera(uora.remove(model), folder)
+        >>> list(uora.adapters(other))
+        ['0', '2']
     """
     survey = Survey(model)
     check_room(survey, name)

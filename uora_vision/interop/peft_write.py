@@ -40,6 +40,17 @@ class ExportReport:
             the type of the file is lost.
         parameters: of the adapter, as PEFT counts them: without A and B of VeRA, and without the head.
         size: of the folder in bytes.
+
+    Example:
+        >>> import tempfile, uora_vision as uora
+        >>> from torch import nn
+        >>> model = uora.inject(nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)), rank=4)
+        >>> for adapter in uora.adapters(model).values():  # as after training
+        ...     _ = adapter.b.data.normal_()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = uora.export.to_peft_lora(model, folder)
+        >>> report.kind, report.parameters, report.worst
+        ('LoRA', 384, 0.0)
     """
 
     folder: Path
@@ -85,6 +96,17 @@ def to_peft_lora(model: nn.Module, folder: str | os.PathLike[str], rank: int | N
         ConfigError: the rank is not a whole number of at least 1.
         ExportError: PEFT cannot express the adapter; see `docs/export.md`.
         OSError: the folder cannot be written to.
+
+    Example:
+        >>> import tempfile, uora_vision as uora
+        >>> from torch import nn
+        >>> model = uora.inject(nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)), rank=4)
+        >>> for adapter in uora.adapters(model).values():  # as after training
+        ...     _ = adapter.b.data.normal_()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = uora.export.to_peft_lora(model, folder, rank=2)
+        >>> report.ranks
+        {'0': 2, '2': 2}
     """
     if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
         raise ConfigError(f"rank must be a whole number of at least 1, or None for all of it; got {rank!r}")
@@ -143,6 +165,15 @@ def to_peft_vera(model: nn.Module, folder: str | os.PathLike[str]) -> ExportRepo
         StateError: the model is not injected.
         ExportError: PEFT cannot express the adapter; see `docs/export.md`.
         OSError: the folder cannot be written to.
+
+    Example:
+        >>> import tempfile, uora_vision as uora
+        >>> from torch import nn
+        >>> model = uora.inject(nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)), rank=4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = uora.export.to_peft_vera(model, folder)
+        >>> report.ranks, report.worst
+        ({'0': 8, '2': 8}, 0.0)
     """
     weights = adapted_weights(model)
     check_expressible(model, weights, "VeRA")

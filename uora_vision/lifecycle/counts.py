@@ -26,6 +26,14 @@ class Summary:
         total: parameters of the base.
         new: paths of modules that look new and do not train wholly.
         train: the option of the adapter.
+
+    Example:
+        >>> import uora_vision as uora
+        >>> from torch import nn
+        >>> model = uora.inject(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), rank=4)
+        >>> counts = uora.summary(model)
+        >>> counts.adapter_parameters, counts.rows[0]
+        (136, ('attn.q', 1, '16 x 16', 20))
     """
 
     rows: tuple[tuple[str, int, str, int], ...]
@@ -59,6 +67,14 @@ def summary(model: nn.Module) -> Summary:
 
     Raises:
         StateError: the model is not injected.
+
+    Example:
+        >>> import uora_vision as uora
+        >>> from torch import nn
+        >>> model = uora.inject(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), rank=4)
+        >>> found = uora.summary(model)
+        >>> found.trained, found.total  # rank + out for each of q, k, v, proj, linear1, linear2
+        (136, 2224)
     """
     survey, train = Survey(model), tuple(active_entry(model).config.train)
     found = adapters_in(survey)

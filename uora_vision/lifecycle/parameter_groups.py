@@ -54,6 +54,15 @@ def param_groups(
 
     Raises:
         StateError: the model is not injected.
+
+    Example:
+        >>> import torch, uora_vision as uora
+        >>> from torch import nn
+        >>> model = uora.inject(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), rank=4)
+        >>> groups = uora.param_groups(model, lr=0.05, weight_decay=0.1)
+        >>> [(group["name"], len(group["params"]), group["lr"], group["weight_decay"]) for group in groups]
+        [('adapter', 3, 0.1, 0.0), ('adapter', 4, 0.05, 0.0), ('adapter', 1, 0.141421, 0.0)]
+        >>> optimizer = torch.optim.AdamW(groups)
     """
     config, survey = active_entry(model).config, Survey(model)
     d_init = abs(config.d_init) / D_INIT

@@ -38,9 +38,7 @@ from .read_weights import Reads
 
 @contextmanager
 def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
-    """Inside, each sample of a batch is computed with its own adapter:
-
-        with uora.route(model, ["cats", "dogs", None]): y = model(images)  # (3, ...)
+    """Inside, each sample of a batch is computed with its own adapter.
 
     The samples may lie anywhere in the model's tensors (windows, sequence first): where they are is found once per
     model, by three or four runs of the first batch. Where the heads of the adapters have different numbers of classes,
@@ -53,6 +51,17 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
     Raises:
         StateError: an adapter does not exist, the batch has another length than `names`, or an adapter trains or adapts
             something that cannot be computed sample by sample.
+
+    Example:
+        >>> import torch, uora_vision as uora
+        >>> from torch import nn
+        >>> model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+        >>> for name in ("cats", "dogs"):
+        ...     model = uora.inject(model, rank=4, name=name)
+        >>> with torch.no_grad(), uora.route(model, ["cats", "dogs", None]):
+        ...     y = model(torch.randn(3, 5, 16))
+        >>> y.shape
+        torch.Size([3, 5, 16])
     """
     library = library_of(model)
     if isinstance(names, str):

@@ -34,6 +34,18 @@ class Base:
 
     Raises:
         StateError: see `plan`.
+
+    Example:
+        >>> import tempfile, uora_vision as uora
+        >>> from torch import nn
+        >>> model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = uora.save(uora.inject(model, rank=4), folder)
+        ...     base = uora.Base(uora.remove(model))
+        ...     for name in ("a", "b"):
+        ...         model = uora.load(model, folder, name=name, activate=False, base=base)
+        >>> uora.adapter_names(model)
+        ['a', 'b']
     """
 
     def __init__(self, model: nn.Module | Survey) -> None:

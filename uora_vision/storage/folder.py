@@ -275,6 +275,14 @@ def upgrade(folder: str | os.PathLike[str]) -> bool:
     Raises:
         FormatError: the adapter cannot be read.
         OSError: the folder cannot be written to.
+
+    Example:
+        >>> import tempfile, uora_vision as uora
+        >>> from torch import nn
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = uora.save(uora.inject(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), rank=4), folder)
+        ...     uora.upgrade(folder)  # it is of the present version
+        False
     """
     adapter = read_folder(folder)
     if not is_old(Path(folder)):

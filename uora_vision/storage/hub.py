@@ -58,6 +58,15 @@ def push_to_hub(
         StateError: the model is not injected.
         FormatError: the folder holds no adapter that loads.
         HubError: there is no huggingface_hub, no network, or no permission.
+
+    Example:
+        >>> import uora_vision as uora
+        >>> from torch import nn
+        >>> model = uora.inject(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), rank=4)
+        >>> url = uora.push_to_hub(model, "me/cats", data="Pets", metrics={"accuracy": 0.93})  # doctest: +SKIP
+        >>> uora.push_to_hub("nowhere", "me/cats")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        uora_vision.errors.FormatError: nowhere/adapter_model.safetensors does not exist; ...
     """
     if isinstance(what, nn.Module):
         adapter = collect(what)

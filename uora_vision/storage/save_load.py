@@ -47,6 +47,14 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, save_banks: SaveBa
         StateError: the model is not injected.
         FormatError: a trained value is NaN or infinite.
         OSError: the folder cannot be written to.
+
+    Example:
+        >>> import tempfile, uora_vision as uora
+        >>> from torch import nn
+        >>> model = uora.inject(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), rank=4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     sorted(path.name for path in uora.save(model, folder).iterdir())
+        ['adapter_config.json', 'adapter_model.safetensors']
     """
     survey = Survey(model)
     adapter = collect(survey, save_banks=save_banks)
@@ -83,6 +91,16 @@ def load(
         StateError: the model has an adapter of that name, or is spread over processes.
         FormatError: a file is missing, damaged, of a newer version, or does not fit this model.
         HubError: the repository cannot be had.
+
+    Example:
+        >>> import tempfile, uora_vision as uora
+        >>> from torch import nn
+        >>> model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = uora.save(uora.inject(model, rank=4), folder)
+        ...     model = uora.load(uora.remove(model), folder, name="cats")
+        >>> uora.active_adapter(model)
+        'cats'
     """
     survey = base.survey if base and base.model is model else Survey(model)
     library = check_room(survey, name)

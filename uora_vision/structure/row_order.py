@@ -31,6 +31,13 @@ class Packed:
         sizes: rows of each, from the owner; None if all are equal.
         times: how often the sequence repeats, from the owner: the number of heads where the parts of a head lie
             together; None if it does not repeat.
+
+    Example:
+        >>> import uora_vision as uora
+        >>> from torch import nn
+        >>> heads = uora.Packed(("q", "k", "v"), times=lambda owner: 2)  # q, k, v of head 0, then of head 1
+        >>> [(role.name, role.span.indices()) for role in heads.roles(nn.Linear(8, 12), 12, "attn")]
+        [('q', [0, 1, 6, 7]), ('k', [2, 3, 8, 9]), ('v', [4, 5, 10, 11])]
     """
 
     names: Sequence[str]
