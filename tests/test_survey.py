@@ -164,6 +164,13 @@ class TestSurvey:
         held = held_at(model, name)
         assert held is not None and held.tensor is dict(tensors_under_every_name(model))[name]
 
+    def test_a_tensor_of_a_scripted_module_is_found(self) -> None:
+        model = small_vit()
+        model.head = torch.jit.script(model.head)
+        held = held_at(model, "head.weight")
+        assert held is not None and held.tensor.shape == (7, 64)
+        assert held_at(model, "head.none") is None
+
     @pytest.mark.parametrize("name", ["", "first", "first.none", "none.weight", "first.weight.x", "norm.momentum"])
     def test_what_is_no_tensor_is_not_found(self, name: str) -> None:
         assert held_at(Tied(), name) is None
@@ -173,6 +180,19 @@ class TestSurvey:
         for name in ("modules", "weights", "parameters", "buffers", "tensors", "heads", "hidden", "shown",
                      "candidates", "findings"):  # fmt: skip
             assert getattr(survey, name) is getattr(survey, name), name
+
+    def test_adapters_take_turns_over_a_scripted_head(self, tmp_path: Path) -> None:
+        first, second = small_vit(), small_vit(seed=1)
+        for model in (first, second):
+            model.head = torch.jit.script(model.head)
+        want = second.head.weight.detach().clone()
+        own = first.head.weight.detach().clone()
+        uora.save(uora.inject(second, rank=4), tmp_path)
+        uora.inject(first, rank=4)
+        uora.load(first, tmp_path, name="second", check_base=False)
+        assert torch.equal(first.head.weight, want) and not torch.equal(want, own)
+        uora.activate(first, "default")
+        assert torch.equal(first.head.weight, own)
 
     def test_a_head_that_is_tied_to_a_frozen_part_trains_by_its_first_name(self) -> None:
         model = small_vit(num_classes=64)

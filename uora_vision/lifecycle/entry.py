@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..config import UoraConfig
 from ..maths.bank import Bank
 from ..maths.redraw_log import BankState
-from ..structure.survey import Survey
+from ..structure.survey import Held, Survey
 from ..structure.targets import Projection
 from .adapter import Adapter
 from .turns import Turns
@@ -121,8 +121,8 @@ def holders(survey: Survey, names: Iterable[str]) -> dict[str, list[tuple[nn.Mod
 
 def replace_tensor(module: nn.Module, key: str, value: Tensor) -> None:
     """Put a tensor where another of that name was. The head of another number of classes has another width."""
-    old = module._parameters.get(key, module._buffers.get(key))
-    if old is not None and value.device != old.device:
+    old = Held(module, key).tensor
+    if value.device != old.device:
         value.data = value.to(old.device)
     (module._parameters if key in module._parameters else module._buffers)[key] = value  # type: ignore[assignment]
     if key == "weight" and isinstance(module, nn.Linear) and value.dim() == 2:

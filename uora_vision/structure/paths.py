@@ -33,5 +33,7 @@ def submodule(model: nn.Module, path: str) -> nn.Module | None:
     """The module at a path, also at the second one of a module that has two; None if there is none."""
     module: nn.Module | None = model
     for name in path.split(".") if path else ():
-        module = None if module is None else module._modules.get(name)
+        if module is None or name not in module._modules:
+            return None
+        module = module._modules[name]
     return module

@@ -132,9 +132,11 @@ def held_at(model: nn.Module, name: str) -> Held | None:
     """The parameter or buffer of a name, found without a walk; None if there is none."""
     path, _, key = name.rpartition(".")
     module = submodule(model, path)
-    if module is None or (module._parameters.get(key) is None and module._buffers.get(key) is None):
+    if module is None:
         return None
-    return Held(module, key)
+    # By `in`: the registers of scripted modules have no `get`.
+    there = any(key in tensors and tensors[key] is not None for tensors in (module._parameters, module._buffers))
+    return Held(module, key) if there else None
 
 
 def _each_once(held: dict[str, Held]) -> dict[str, Held]:
