@@ -56,7 +56,8 @@ def verify(model: nn.Module, example_input: Any) -> dict[str, float]:
         (6, True)
     """
     entry = active_entry(model)
-    adapters = list(adapters_in(Survey(model)).values())
+    survey = Survey(model)
+    adapters = list(adapters_in(survey).values())
     frozen = [a.name for a in adapters if not (a.b.requires_grad and a.d.requires_grad)]
     if frozen:
         raise DeadAdapterError(
@@ -64,9 +65,9 @@ def verify(model: nn.Module, example_input: Any) -> dict[str, float]:
             "set requires_grad to False on their b or d: set it to True, or freeze the rest by name."
         )
     parts = {name: t for name, t in entry.parts.items() if isinstance(t, nn.Parameter)}
-    with _as_before(model), _noise(model, adapters):
+    with _as_before(survey), _noise(survey, adapters):
         model.eval()
-        alive = _alive(adapters, _backward(model, example_input))
+        alive = _alive(adapters, _backward(survey, example_input))
         norms = {name: norm for name, (norm, _) in alive.items()}
         dead = {name: why for name, (_, why) in alive.items() if why}
     if dead:
@@ -76,7 +77,7 @@ def verify(model: nn.Module, example_input: Any) -> dict[str, float]:
             "them. In a base that is not pretrained, frozen norms or gates that start at zero (SwinV2, layer scale) "
             "stop every gradient."
         )
-    still, reached = _in_training(model, example_input, adapters, parts)
+    still, reached = _in_training(survey, example_input, adapters, parts)
     if still:
         raise DeadAdapterError(
             f"{len(still)} of {len(norms)} adapters get a gradient in evaluation mode, but not as the model trains: "
@@ -95,25 +96,26 @@ def verify(model: nn.Module, example_input: Any) -> dict[str, float]:
 
 
 def _in_training(
-    model: nn.Module, example_input: Any, adapters: list[Adapter], parts: dict[str, nn.Parameter]
+    survey: Survey, example_input: Any, adapters: list[Adapter], parts: dict[str, nn.Parameter]
 ) -> tuple[dict[str, str], set[str]]:
     """Which adapters get no gradient in training mode, and which parts of the base do. Several runs count as one."""
     dead: dict[str, str] | None = None
     reached: set[str] = set()
-    training = any(m.training for m in model.modules() if not isinstance(m, Bank | Adapter))
-    with _as_before(model), _noise(model, adapters):
+    model = survey.model
+    training = any(m.training for m in survey.modules.values() if not isinstance(m, Bank | Adapter))
+    with _as_before(survey), _noise(survey, adapters):
         if not training:
             model.train()
         for _ in range(TRIES):
             try:
-                backward = _backward(model, example_input)
+                backward = _backward(survey, example_input)
             except Exception as error:  # broad on purpose: some models want labels, or more samples, to train
                 warn(
                     "the gradients were looked at in evaluation mode alone; in training mode the model does not run on "
                     f"this input: {type(error).__name__}: {error}"
                 )
                 model.eval()
-                backward = _backward(model, example_input)
+                backward = _backward(survey, example_input)
             found = {name: why for name, (_, why) in _alive(adapters, backward).items() if why}
             reached |= {name for name, p in parts.items() if p.grad is not None and p.grad.any()}
             dead = found if dead is None else {name: why for name, why in dead.items() if name in found}
@@ -122,13 +124,13 @@ def _in_training(
     return dead or {}, reached
 
 
-def _backward(model: nn.Module, example_input: Any) -> Callable[[], None]:
+def _backward(survey: Survey, example_input: Any) -> Callable[[], None]:
     """The forward pass; what is returned does the backward one. Not by torch.autograd.grad, which reentrant checkpoints
     refuse."""
-    for p in model.parameters():
-        p.grad = None
+    for held in survey.parameters.values():
+        held.tensor.grad = None
     noise = torch.Generator().manual_seed(0)
-    outputs = list(float_tensors(call(model, example_input)))
+    outputs = list(float_tensors(call(survey.model, example_input)))
 
     def backward() -> None:
         loss = sum((t.float() * torch.randn(t.shape, generator=noise).to(t.device)).sum() for t in outputs)
@@ -155,13 +157,14 @@ def _alive(adapters: list[Adapter], backward: Callable[[], None]) -> dict[str, t
 
 
 @contextmanager
-def _noise(model: nn.Module, adapters: list[Adapter]) -> Iterator[None]:
+def _noise(survey: Survey, adapters: list[Adapter]) -> Iterator[None]:
     """Inside, b and trained parts that are all zero have small random values: with b = 0, d gets no gradient, and a
     head of zeros hides every adapter from the loss until its first step."""
     device = adapters[0].b.device
     mine = {id(p) for a in adapters for p in (a.b, a.d)}
-    zero = [p for p in model.parameters() if p.requires_grad and id(p) not in mine and not p.any()]
-    changed = [*(a.b for a in adapters), *zero]
+    others = (held.tensor for held in survey.parameters.values())
+    zero = [p for p in others if p.requires_grad and id(p) not in mine and not p.any()]
+    changed: list[Tensor] = [*(a.b for a in adapters), *zero]
     saved = [p.detach().clone() for p in changed]
     generator = torch.Generator(device).manual_seed(0)
     try:
@@ -176,18 +179,19 @@ def _noise(model: nn.Module, adapters: list[Adapter]) -> Iterator[None]:
 
 
 @contextmanager
-def _as_before(model: nn.Module) -> Iterator[None]:
+def _as_before(survey: Survey) -> Iterator[None]:
     """Inside, gradients are enabled; afterwards gradients, buffers, training flags and random state are as before."""
-    flags = {m: m.training for m in model.modules()}
-    gradients = [(p, p.grad) for p in model.parameters()]
+    modules, parameters = survey.modules.values(), [held.tensor for held in survey.parameters.values()]
+    flags = {m: m.training for m in modules}
+    gradients = [(p, p.grad) for p in parameters]
     buffers = [
         (m, key, t, t.detach().clone())
-        for m in model.modules() if not isinstance(m, Bank | Adapter)
+        for m in modules if not isinstance(m, Bank | Adapter)
         for key, t in m._buffers.items() if t is not None
     ]  # fmt: skip
     devices = sorted({p.device.index for p, _ in gradients if p.is_cuda})
     try:
-        with torch.random.fork_rng(devices), torch.enable_grad(), no_steps_in_backward(model.parameters()):
+        with torch.random.fork_rng(devices), torch.enable_grad(), no_steps_in_backward(parameters):
             yield
     finally:
         for p, grad in gradients:
