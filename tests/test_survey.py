@@ -86,7 +86,7 @@ class TestWalks:
     def test_inject_with_an_example(self, counting: Counting) -> None:
         made = counting(model := small_vit())
         uora.inject(model, rank=4, example_input=EXAMPLE)
-        assert 0 < made.total() <= 40  # `verify` puts a model into eval mode and into train mode, and back
+        assert 0 < made.total() <= 5
 
     def test_a_second_inject(self, counting: Counting) -> None:
         made = counting(model := uora.inject(small_vit(), rank=4))
@@ -190,7 +190,7 @@ class TestSurvey:
         uora.save(uora.inject(second, rank=4), tmp_path)
         uora.inject(first, rank=4)
         uora.load(first, tmp_path, name="second", check_base=False)
-        assert torch.equal(first.head.weight, want) and not torch.equal(want, own)
+        assert torch.equal(first.head.weight, want) and not torch.equal(want, own) and first.head.weight.requires_grad
         uora.activate(first, "default")
         assert torch.equal(first.head.weight, own)
 

@@ -95,6 +95,8 @@ def plain_copy(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Modu
         return copies[module]
     if isinstance(module, torch.jit.ScriptModule):
         copies[module] = nn.Identity()
+        if any(True for _ in module.parameters()):  # as a head has
+            copies[module].register_parameter("scripted", nn.Parameter(torch.empty(0, device="meta")))
     elif size := _packed_linear(module):
         copies[module] = nn.Linear(size[1], size[0], device="meta")
     else:
