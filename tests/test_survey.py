@@ -81,7 +81,7 @@ class TestWalks:
     def test_inject(self, train: tuple[str, ...], counting: Counting) -> None:
         made = counting(model := small_vit())
         uora.inject(model, rank=4, train=train)
-        assert 0 < made.total() <= 1
+        assert 0 < made.total() <= 2
 
     def test_inject_with_an_example(self, counting: Counting) -> None:
         made = counting(model := small_vit())
@@ -91,13 +91,13 @@ class TestWalks:
     def test_a_second_inject(self, counting: Counting) -> None:
         made = counting(model := uora.inject(small_vit(), rank=4))
         uora.inject(model, rank=8, name="second")
-        assert 0 < made.total() <= 6
+        assert 0 < made.total() <= 10  # the first is taken out and put back for the plan, each wholly or not at all
 
     def test_load(self, counting: Counting, tmp_path: Path) -> None:
         uora.save(wake(uora.inject(small_vit(), rank=4)), tmp_path)
         made = counting(model := small_vit())
         uora.load(model, tmp_path)
-        assert 0 < made.total() <= 2
+        assert 0 < made.total() <= 3
 
     def test_a_second_load_with_a_base_that_is_kept(self, counting: Counting, tmp_path: Path) -> None:
         uora.save(wake(uora.inject(small_vit(), rank=4)), tmp_path)
@@ -107,7 +107,7 @@ class TestWalks:
         uora.load(model, tmp_path, base=base, name="second", activate=False)
         assert made.total() == 0
         uora.load(model, tmp_path, base=base, name="third")
-        assert 0 < made.total() <= 2
+        assert 0 < made.total() <= 3
 
     @pytest.mark.parametrize("save_banks", [None, "changed", "all"])
     def test_save(self, save_banks: str | None, counting: Counting, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ def apply_plan(
     state: BankState | None = None,
     activate: bool = True,
     bank: Bank | None = None,
+    undo: Undo | None = None,
 ) -> Entry:
     """Carry out a plan. Everything that can fail is made before the model is touched.
 
@@ -44,12 +45,13 @@ def apply_plan(
         state: what redraws made of its bank.
         activate: whether the model computes with it from now on.
         bank: its bank, see `bank_for`.
+        undo: of the operation that this is a part of.
 
     Raises:
         StateError: the model was made inside torch.inference_mode.
     """
     model, config = survey.model, what.config
-    check_normal(model)
+    check_normal(survey)
     library = model.__dict__.get(LIBRARY) or Library(survey)
     placement = _placement(survey, library, what)
     weights: list[Any] = [
@@ -74,7 +76,11 @@ def apply_plan(
     else:
         entry.parts = dict(base)
     kept = {n: _copy(survey.tensors[n].tensor) for n in entry.parts if n not in library.base_parts}
-    with Undo(model) if first else library.undo(model):
+    if undo is None and first:
+        undo = Undo(survey)
+    elif undo is None:  # many are added beside others, where nothing of the model changes
+        undo = library.undo(model) if activate else Undo(None, [library]).or_break(library)
+    with undo:
         model.__dict__[LIBRARY] = library
         library.base_parts |= kept
         library.entries[name] = entry

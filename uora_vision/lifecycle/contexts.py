@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from ..errors import warn
+from ..structure.survey import Survey
 from .library import Library, check_movable, library_of, strangers
 
 
@@ -21,10 +22,11 @@ class Context:
     """
 
     def __init__(self, model: nn.Module, library: Library, kind: str, undo: Callable[[], None] | None = None) -> None:
-        check_movable(model, library)
+        survey = Survey(model)
+        check_movable(survey, library)
         self.model, self.library, self.kind, self.first = model, library, kind, undo
         self.before = library.active, library.owner
-        if strange := strangers(model, library):
+        if strange := strangers(survey, library):
             warn(
                 f"{strange[0]} trains, but not as a part of the adapter {library.active!r}: it stays as it is where "
                 f"the adapter is {'disabled' if kind == 'disabled' else 'routed'}. Name it in train= to have what the "

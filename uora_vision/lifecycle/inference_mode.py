@@ -7,10 +7,11 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import StateError
 from ..private import tree_map_only
+from ..structure.survey import Survey
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -30,13 +31,13 @@ def outside_inference_mode(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def check_normal(model: nn.Module) -> None:
+def check_normal(survey: Survey) -> None:
     """Whether the tensors of a model can be adapted.
 
     Raises:
         StateError: they were made inside torch.inference_mode.
     """
-    made = [name for name, t in [*model.named_parameters(), *model.named_buffers()] if t.is_inference()]
+    made = [name for name, held in survey.tensors.items() if held.tensor.is_inference()]
     if made:
         raise StateError(
             f"{made[0]} was made inside torch.inference_mode, so nothing that it is part of can be trained. Make the "

@@ -84,10 +84,10 @@ def inject(
     )  # fmt: skip
     survey = Survey(model)
     library = check_room(survey, name)
-    with library.undo(model) if library else Undo(model):
+    with library.undo(model) if library else Undo(survey) as undo:
         with disabled(model) if library else nullcontext():
             what = planned(survey, options, example_input)
-        apply_plan(survey, what, name)
+        apply_plan(survey, what, name, undo=undo)
         if what.new:
             warn(what.news)
         if example_input is not None:

@@ -161,7 +161,7 @@ class Library:
         """
         entries = [self.entries[n] for n in {self.active, *names} if n in self.entries]
         modules = [m for e in entries for m in (e.bank, *(e.modules or ()))]
-        return Undo(model, [self, *entries, *modules]).or_break(self)
+        return Undo(Survey(model), [self, *entries, *modules]).or_break(self)
 
     @outside_inference_mode
     def switch(self, model: nn.Module, name: str | None) -> None:
@@ -325,27 +325,28 @@ def check_not_routing(library: Library) -> None:
         raise StateError("a mixed batch is being routed; leave `with route(...)` first")
 
 
-def strangers(model: nn.Module, library: Library) -> list[str]:
+def strangers(survey: Survey, library: Library) -> list[str]:
     """What trains beside the active adapter and is no part of it: the base's value of it is not known."""
     if library.active is None:
         return []
     entry = library.entries[library.active]
     mine = {id(p) for module in entry.modules or () for p in module.parameters()} | set(map(id, entry.parts.values()))
-    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in mine]
+    trained = ((name, held.tensor) for name, held in survey.parameters.items() if held.tensor.requires_grad)
+    return [name for name, p in trained if id(p) not in mine]
 
 
-def check_movable(model: nn.Module, library: Library) -> None:
+def check_movable(survey: Survey, library: Library) -> None:
     """Whether the active adapter can be taken out, and put back as it was."""
     check_owner(library)
     check_not_routing(library)
-    if any(map(is_sharded, model.parameters())):
+    if any(is_sharded(held.tensor) for held in survey.parameters.values()):
         raise StateError("adapters cannot be switched while the model is spread over processes")
 
 
-def check_switch(model: nn.Module, library: Library) -> None:
+def check_switch(survey: Survey, library: Library) -> None:
     """Whether another adapter can become the active one."""
-    check_movable(model, library)
-    if strange := strangers(model, library):
+    check_movable(survey, library)
+    if strange := strangers(survey, library):
         raise StateError(
             f"{strange[0]} trains, but not as a part of the adapter {library.active!r}, so it could not be told what "
             "the base has there. Freeze it, or inject with train=('head', 'norm', 'bias') as needed."

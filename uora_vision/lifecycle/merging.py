@@ -140,7 +140,7 @@ def merge(
         names = {str(library.active): 1.0}
     else:
         names = _checked(library, shares, reversible)
-        check_switch(model, library)
+        check_switch(Survey(model), library)
     placements = [known_name(library, name).placement for name in names]
     owners = {p.path: (m, p) for x in placements for p, m in zip(x.projections, x.modules, strict=True)}
     weights = {path: raw(module, p.tensor) for path, (module, p) in owners.items()}
@@ -243,7 +243,7 @@ def unmerge(model: nn.Module) -> nn.Module:
             "or load() the adapter into a fresh base."
         )
     there_too = [library, entry, entry.bank, *(entry.modules or ()), *merged.replaced.values()]
-    with Undo(model, there_too).or_break(library) as undo:
+    with Undo(Survey(model), there_too).or_break(library) as undo:
         _replace(model, merged.replaced)
         for path, old in merged.originals.items():
             weight = weights[path]

@@ -7,6 +7,7 @@ import threading
 from torch import nn
 
 from ..errors import StateError
+from ..structure.survey import Survey
 from .library import check_outside, check_switch, known_name, library_of
 
 
@@ -68,7 +69,7 @@ def activate(model: nn.Module, name: str) -> nn.Module:
     """
     library = library_of(model)
     known_name(library, name)
-    check_switch(model, library)
+    check_switch(Survey(model), library)
     with library.undo(model, name):
         library.owner = threading.get_ident()
         library.switch(model, name)

@@ -13,21 +13,26 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from ..structure.survey import Survey
 
 
 class Undo:
-    """`with Undo(model, ...):` an operation that is undone if it does not come to its end.
+    """`with Undo(survey, ...):` an operation that is undone if it does not come to its end. Where one operation is part
+    of another, both can be inside the same one.
 
     Args:
-        model: its modules are noted: their classes, attributes, hooks, parameters and buffers, and what trains.
+        survey: of the model as it is. Its modules are noted: their classes, attributes, hooks, parameters and buffers,
+            and what trains. None if nothing of the model changes.
         others: objects that the operation changes besides, and modules outside the model.
     """
 
-    def __init__(self, model: nn.Module, others: Iterable[Any] = ()) -> None:
-        objects = dict.fromkeys([*model.modules(), *others])
+    def __init__(self, survey: Survey | None, others: Iterable[Any] = ()) -> None:
+        modules, parameters = (survey.modules.values(), survey.parameters.values()) if survey else ((), ())
+        objects = dict.fromkeys([*modules, *others])
         self._noted = [(x, type(x), dict(vars(x)), _copies(x)) for x in objects]
-        self._training = [(p, p.requires_grad) for p in model.parameters()]
+        self._training = [(held.tensor, held.tensor.requires_grad) for held in parameters]
         self._written: list[tuple[Tensor, Tensor]] = []
         self._broken: Any = None
 
@@ -78,7 +83,7 @@ class Undo:
 
 def _copies(x: Any) -> list[tuple[Any, Any]]:
     """The dicts and sets among the attributes of an object, and what is in them."""
-    return [(v, v.copy()) for v in vars(x).values() if type(v) in (dict, OrderedDict, set)]
+    return [(v, v.copy() if v else ()) for v in vars(x).values() if type(v) in (dict, OrderedDict, set)]
 
 
 def is_other_thread(ident: int | None) -> bool:

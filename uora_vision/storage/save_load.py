@@ -107,7 +107,7 @@ def load(
     if library is None:
         check_whole(survey)
     elif activate:
-        check_switch(model, library)
+        check_switch(Survey(model), library)
     if is_repository(folder):
         folder = local_copy(os.fspath(folder), revision)
     stored = read_folder(folder)
