@@ -109,6 +109,21 @@ class TestWalks:
         uora.load(model, tmp_path, base=base, name="third")
         assert 0 < made.total() <= 3
 
+    def test_an_adapter_beside_others_is_added_wholly_or_not_at_all(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        uora.save(wake(uora.inject(small_vit(), rank=4)), tmp_path)
+        uora.load(model := small_vit(), tmp_path, name="first")
+        before, trained = uora.adapter_names(model), [p.requires_grad for p in model.parameters()]
+        with monkeypatch.context() as patch:
+            patch.setattr(nn.Parameter, "requires_grad_", lambda *_: (_ for _ in ()).throw(MemoryError))
+            with pytest.raises(MemoryError):
+                uora.load(model, tmp_path, name="second", activate=False)
+        assert uora.adapter_names(model) == before == ["first"]
+        assert [p.requires_grad for p in model.parameters()] == trained
+        uora.load(model, tmp_path, name="second", activate=False)
+        assert uora.adapter_names(model) == ["first", "second"]
+
     @pytest.mark.parametrize("save_banks", [None, "changed", "all"])
     def test_save(self, save_banks: str | None, counting: Counting, tmp_path: Path) -> None:
         made = counting(model := wake(uora.inject(small_vit(), rank=4)))
