@@ -179,3 +179,14 @@ def test_a_plan_prints_the_path_of_all_that_is_left(vit: nn.Module) -> None:
 
 def test_models_of_timm_have_nothing_new() -> None:
     assert uora.plan(small_vit(), rank=4).new == uora.plan(small_vit(num_classes=0), rank=4).new == ()
+
+
+def test_a_head_inside_a_tower_is_a_part_of_the_base() -> None:
+    """SigLIP's vision tower pools by attention under the name `head`."""
+    from transformers import SiglipConfig, SiglipModel
+
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = SiglipConfig(text_config=size | {"vocab_size": 50}, vision_config=size | {"image_size": 32})
+    what = uora.plan(SiglipModel(config), rank=4)
+    assert "vision_model.head.attention.in_proj_weight" in {p.path for p in what.projections}
+    assert not any(path.startswith("vision_model") for path in what.trained)

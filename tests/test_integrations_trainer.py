@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ def train_bert(
 
 @pytest.fixture(scope="module")
 def whole_bert(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return train_bert(tmp_path_factory.mktemp("whole"))
+    """A whole run of a class of trainers, which have an optimizer each."""
+    return functools.cache(lambda base: train_bert(tmp_path_factory.mktemp("whole"), base))
 
 
 def test_trainer_redraws_once_per_optimizer_step(whole_bert: Any) -> None:
@@ -60,19 +62,18 @@ def test_trainer_resumes_to_the_bit(base: Any, whole_bert: Any, tmp_path: Path) 
     first, reinit = train_bert(tmp_path, base, stop=2)
     assert reinit.steps == 2 and reinit.firings > 0
     second, reinit = train_bert(tmp_path, base, resume=True)
-    whole, expected = whole_bert
+    whole, expected = whole_bert(base)
     assert (reinit.history() == expected.history()).all() and second.state.global_step == 4
     same(second.model, whole.model)
     assert any(not torch.equal(t, banks(second.model)[n]) for n, t in banks(first.model).items())
 
 
 def test_trainer_resumes_from_another_folder(whole_bert: Any, tmp_path: Path) -> None:
-    train_bert(tmp_path / "old", adapter_only(transformers.Trainer), stop=2)
-    train_bert(tmp_path / "new", adapter_only(transformers.Trainer), stop=2, learning_rate=2e-2)  # another run's
-    resumed, _ = train_bert(
-        tmp_path / "new", adapter_only(transformers.Trainer), resume=str(tmp_path / "old/checkpoint-2")
-    )
-    same(resumed.model, whole_bert[0].model)
+    base = adapter_only(transformers.Trainer)
+    train_bert(tmp_path / "old", base, stop=2)
+    train_bert(tmp_path / "new", base, stop=2, learning_rate=2e-2)  # another run's
+    resumed, _ = train_bert(tmp_path / "new", base, resume=str(tmp_path / "old/checkpoint-2"))
+    same(resumed.model, whole_bert(base)[0].model)
 
 
 def test_trainer_without_a_state_to_resume_from_says_so(tmp_path: Path) -> None:
@@ -110,7 +111,7 @@ def test_trainer_ends_with_the_best_banks(base: Any, tmp_path: Path) -> None:
     )  # fmt: skip
     best = trainer.state.best_global_step
     assert best < 4 and reinit.steps == best and reinit.firings > 0  # the largest loss is an early one
-    first, _ = train_bert(tmp_path / "short", stop=best)
+    first, _ = train_bert(tmp_path / "short", base, stop=best)
     same(trainer.model, first.model)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import small_vit
 from torch import Tensor, nn
 
 import uora_vision as uora
@@ -98,8 +99,10 @@ def test_d_init_does_not_change_what_training_does(options: dict[str, Any]) -> N
 
 def test_nor_do_larger_banks() -> None:
     before, larger = adapted(rank=4), adapted(rank=4)
-    for matrix in larger.get_submodule("uora").buffers():
+    bank = next(iter(uora.adapters(larger).values())).bank
+    for name, matrix in bank.named_buffers():
         matrix.mul_(3)
+        bank._first[name] = bank._first[name] * 3
     assert torch.allclose(trained(before), trained(larger), atol=2e-4)
     assert not torch.allclose(trained(adapted(rank=4), scaled=False), trained(larger, scaled=False), atol=2e-2)
 
@@ -113,3 +116,14 @@ def test_defaults_and_the_plain_rate() -> None:
         ("adapter", 0.3), ("head", HEAD_LR), ("head_vectors", HEAD_LR),
     ]  # fmt: skip
     assert len(plain[0]["params"]) == 4
+
+
+def test_groups_are_the_same_after_redraws() -> None:
+    """So that a run resumed with redrawn banks can load its optimizer's state."""
+    model = uora.inject(small_vit(), rank=8)
+    before = [(g["name"], g["lr"], len(g["params"])) for g in uora.param_groups(model)]
+    for scope in ("shared", "layer"):
+        for adapter in uora.adapters(model).values():
+            nn.init.zeros_(adapter.d)
+        assert uora.Reinitializer(model, alpha=0.0, scope=scope).step() > 0
+        assert [(g["name"], g["lr"], len(g["params"])) for g in uora.param_groups(model)] == before

@@ -99,7 +99,7 @@ def test_adapters_of_both_towers_of_a_llava_train_together_and_come_back(tmp_pat
     model = uora.inject(llava(), rank=8, train=())
     image, text = towers(model, "model.vision_tower.", "model.language_model.")
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
-    optimizer = torch.optim.Adam(uora.param_groups(model, lr=0.05))
+    optimizer = torch.optim.Adam(uora.param_groups(model, lr=0.1))
     reinit = uora.Reinitializer(model, optimizer=optimizer, threshold=0.05, relative=True)
     losses = [step(model, reinit, optimizer) for _ in range(25)]
     assert losses[-1] < 0.9 * losses[0] and reinit.firings > 0

@@ -12,15 +12,15 @@ X = torch.randn(2, 6, 32)
 
 
 class Attention(nn.Module):
-    """Packed, in an order of one's own; `leave` takes the output out of torch's sight."""
+    """Packed as q, k and v; `leave` takes the output out of torch's sight."""
 
     def __init__(self, leave: bool = False) -> None:
         super().__init__()
-        self.qkv, self.proj, self.leave = nn.Linear(32, 96), nn.Linear(32, 32), leave
+        self.qkv, self.proj, self.heads, self.leave = nn.Linear(32, 96), nn.Linear(32, 32), 4, leave
 
     def forward(self, x: Tensor) -> Tensor:
         b, n, c = x.shape
-        y = self.qkv(x).reshape(b, n, 3, 4, c // 4)
+        y = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads)
         if self.leave:
             y = torch.from_numpy(y.detach().numpy().copy())
         q, k, v = y.permute(2, 0, 3, 1, 4)

@@ -94,7 +94,7 @@ def batch(n: int = 24) -> tuple[Tensor, Tensor]:
 def test_training_learns_and_leaves_the_frozen_base_to_the_bit(options: dict[str, Any], scope: str | None) -> None:
     model = uora.inject(small_vit(), rank=16, **options).train()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    optimizer = torch.optim.AdamW(uora.param_groups(model, lr=2e-2, head_lr=1e-2, weight_decay=0.1))
+    optimizer = torch.optim.AdamW(uora.param_groups(model, lr=4e-2, head_lr=1e-2, weight_decay=0.1))
     reinit = uora.Reinitializer(
         model, scope=scope or "shared", relative=scope is not None, threshold=0.05 if scope else 0.0
     )  # type: ignore[arg-type]

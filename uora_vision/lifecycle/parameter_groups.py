@@ -91,8 +91,10 @@ def param_groups(
 
 
 def gain(adapter: Adapter) -> float:
-    """s of one adapter; of roles of several heights, which share b, the root of their mean square."""
-    a, bm = adapter.matrices()
-    rows = sum(role.rows for role in adapter.roles)
-    squares = [m.double().pow(2).mean(1).sum() for m in (bm * len(adapter.roles))[: len(adapter.roles)]]
-    return math.sqrt(sum(float(q) for q in squares) / rows * float(a[0].double().pow(2).sum()))
+    """s of one adapter; of roles of several heights, which share b, the root of their mean square.
+
+    Of the banks as they were first drawn: a run that is resumed after redraws must come to the same groups.
+    """
+    bank, rows = adapter.bank, [role.rows for role in adapter.roles]
+    squares = [float(bank.drawn("B", n).double().pow(2).sum()) / bank.config.rank for n in rows]
+    return math.sqrt(sum(squares) / sum(rows) * float(bank.drawn("A", adapter.width).double().pow(2).sum()))

@@ -86,6 +86,10 @@ class Bank(nn.Module):
         """B of an output width, (width, r)."""
         return self._view("B", width)
 
+    def drawn(self, side: Side, width: int) -> Tensor:
+        """A, (r, width), or B transposed, (r, width), as it was drawn first: before any redraw, on the CPU."""
+        return self._first[self.matrix(side, width)][:, :width]
+
     def _view(self, side: Side, width: int) -> Tensor:
         """The same tensor from one forward to the next. Compilers and tracers get a new one, from the buffer."""
         buffer: Tensor = getattr(self, self.matrix(side, width))  # sooner than get_buffer

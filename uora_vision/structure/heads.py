@@ -93,7 +93,8 @@ def find_parts(
         blocks: the path of the numbered module around each, None outside of blocks.
     """
     roots = [p for p, m in modules.items() if _is_base(m)]
-    roots = [p for p in roots if not any(p != other and lies_within(p, (other,)) for other in roots)]
+    # A base inside of a base is a part of it: what is called `head` in a tower of SigLIP pools and is pretrained.
+    roots = [p for p in roots if not any(p != other and (not other or lies_within(p, (other,))) for other in roots)]
     heads, outputs = [*head_names(model, modules)], [*output_names(model, modules)]
     new: list[str] = []
     for root in roots:
