@@ -52,7 +52,7 @@ def whole_bert(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_trainer_redraws_once_per_optimizer_step(whole_bert: Any) -> None:
-    trainer, reinit = whole_bert
+    trainer, reinit = whole_bert(transformers.Trainer)
     assert trainer.state.global_step == reinit.steps == 4
     assert reinit.firings > 20
 
