@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from projections import FEW, MANY, Case, assert_agree, case, measured, reference, reference_weight
 from torch import Tensor
@@ -80,6 +80,7 @@ def layouts(draw: st.DrawFn) -> tuple[tuple[tuple[int, ...], ...], int]:
     flags=st.tuples(*[st.booleans()] * 4),
     seed=st.integers(0, 10**6),
 )
+@example((((0, 16), (16, 16), (32, 16)), 48), 2, 2, 1, (True, True, False, False), 0)  # an A each, one B, one token
 def test_output_and_gradients_follow_the_formula(
     layout: tuple[tuple[tuple[int, ...], ...], int],
     width: int,

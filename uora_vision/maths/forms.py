@@ -72,7 +72,7 @@ def added(y: Tensor, u: Sequence[Tensor], update: Update) -> tuple[Tensor, Tenso
 
 def _narrow(x: Tensor, update: Update, out: int) -> bool:
     """Whether tokens are so few that scaling them, N (r + out), is less than forming L, r out: at least below r."""
-    return len(x) < update.d.shape[1] and len(update.B) == 1 and in_order(update.spans, out)
+    return len(x) < update.d.shape[1] and len(update.A) == len(update.B) == 1 and in_order(update.spans, out)
 
 
 def reuses(x: Tensor, weight: Tensor) -> bool:
