@@ -73,6 +73,7 @@ def state(model: nn.Module) -> tuple[Any, Tensor]:
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.slow
 def test_all_or_nothing(name: str) -> None:
     act = OPERATIONS[name]
     before = state(make())
