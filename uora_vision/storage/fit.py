@@ -62,12 +62,12 @@ def fit(stored: Stored, base: Base, check_base: bool = True) -> Fitted:
 
 def _names(stored: Stored, base: Base) -> dict[str, str]:
     names: dict[str, str] = {}
-    for name, t in stored.parts.items():
+    for name, t in sorted(stored.parts.items()):  # files keep no order
         held = base.held[name].tensor if name in base.held else None
         if held is not None and (held.shape == t.shape or _other_classes(base, name, held, t)):
             names[name] = name
     taken = set(names.values())
-    for name, t in stored.parts.items():
+    for name, t in sorted(stored.parts.items()):  # files keep no order
         if name in names:
             continue
         same = {other: _common_end(name, other) for other, o in base.held.items() if o.tensor.shape == t.shape} if (
