@@ -122,4 +122,4 @@ def outputs(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def banks(model: nn.Module) -> dict[str, Tensor]:
-    return {name: t.clone() for name, t in model.uora.named_buffers()}
+    return {name: model.uora.get_buffer(name).clone() for name in model.uora.matrices}

@@ -65,7 +65,7 @@ def fill(model: nn.Module, start: int) -> None:
 def state(model: nn.Module) -> dict[str, Tensor]:
     """Everything that an adapter brings into a model: vectors, trained parts of the base, shared and own rows."""
     tensors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    tensors |= {f"bank.{name}": t for name, t in model.uora.named_buffers()}
+    tensors |= {f"bank.{name}": model.uora.get_buffer(name) for name in model.uora.matrices}
     for path, adapter in uora.adapters(model).items():
         for side, matrices in zip("ab", adapter.matrices(), strict=True):
             tensors |= {f"matrices.{path}.{side}{k}": m for k, m in enumerate(matrices)}

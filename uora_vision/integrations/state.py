@@ -58,8 +58,11 @@ def load_changing_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     Raises:
         FormatError: the model has other trained parameters.
     """
-    wanted = {name: value.shape for name, value in changing_state(model).items()}
-    found = {name: value.shape for name, value in state.items()}
+
+    def shapes(of: dict[str, Tensor]) -> dict[str, Any]:
+        return {n: t.shape for n, t in of.items() if not n.endswith("_extra_state")}  # which grows with its content
+
+    wanted, found = shapes(changing_state(model)), shapes(state)
     if wanted != found:
         odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         raise FormatError(f"the checkpoint is of another model or method: {odd[0]} differs, and {len(odd) - 1} more")

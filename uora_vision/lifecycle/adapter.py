@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -71,7 +71,12 @@ class Adapter(nn.Module):
         # In float32 whatever the base's type: young updates are below the resolution of bfloat16.
         self.b = nn.Parameter(torch.zeros(sum(role.rows for role in roles), device=device, dtype=torch.float32))
         self.d = nn.Parameter(torch.full((len(roles), rank), d_init, device=device, dtype=torch.float32))
-        self._own: tuple[int, ...] = ()
+        # The rows that some roles have of their own: which (k,), of A (k, in), of B (k, rows). They are no buffers:
+        # code that averages models pairs buffers by their number, and these come one by one.
+        self._own: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._changes = bank.changes
+        self.leads = False
+        """Whether it is the first of its model."""
 
     def own(self, role: int) -> tuple[OwnMatrix, OwnMatrix]:
         """A and B that a role may have of its own."""
@@ -81,6 +86,7 @@ class Adapter(nn.Module):
         """As in nn.Module, which moves and casts parameters by it; a cast to a half type is warned of, once a model."""
         narrow = self.b.dtype not in WIDE
         super()._apply(fn, recurse)
+        self._own = {role: (fn(index), fn(a), fn(b)) for role, (index, a, b) in self._own.items()}
         if not narrow and self.b.dtype not in WIDE and not self.bank.__dict__.get(_CAST):
             self.bank.__dict__[_CAST] = True
             warn(
@@ -93,36 +99,43 @@ class Adapter(nn.Module):
     def refresh_own(self, role: int) -> None:
         """Take over a role's own rows from the bank, after they were redrawn there.
 
-        The buffers grow by doubling, filled up with repetitions, so that a compiled model sees few different shapes.
+        The tensors grow by doubling, filled up with repetitions, so that a compiled model sees few different shapes.
         """
-        for side, own in zip("ab", self.own(role), strict=True):
+        found = []
+        for own in self.own(role):
             indices, rows = self.bank.own(own.name)
             size = min(self.d.shape[1], 1 << max(3, (len(indices) - 1).bit_length()))
-            fill = torch.arange(size).clamp(max=len(indices) - 1)
+            fill = torch.arange(size, device="cpu").clamp(max=len(indices) - 1)
             shared = self.bank.a(self.width)
-            self._set(f"own_index_{role}", indices[fill].to(shared.device))
-            self._set(f"own_{side}_{role}", rows[fill].to(shared))
-        self._own = tuple(sorted({*self._own, role}))
+            found += [indices[fill].to(shared.device), rows[fill].to(shared)]
+        new = found[0], found[1], found[3]
+        old = self._own.get(role)
+        if old is not None and all(o.shape == n.shape for o, n in zip(old, new, strict=True)):
+            for o, n in zip(old, new, strict=True):
+                o.copy_(n)
+        else:
+            self._own = dict(sorted({**self._own, role: new}.items()))
 
     def take_own(self) -> None:
         """Take over the own rows of every role, as the bank has them now."""
-        for name in list(self._buffers):
-            del self._buffers[name]
-        self._own = ()
+        self._own, self._changes = {}, self.bank.changes
         for role in range(len(self.roles)):
             if self.bank.draws(self.own(role)[0].name).any():
                 self.refresh_own(role)
 
-    def _set(self, name: str, value: Tensor) -> None:
-        old = self._buffers.get(name)
-        if old is not None and old.shape == value.shape:
-            old.copy_(value)
-        else:
-            self.register_buffer(name, value, persistent=False)
+    def _settle(self) -> None:
+        """Follow redraws that came with tensors which were copied or averaged into the model's."""
+        bank = self.bank
+        # Writes past torch's count of versions (`t.data.copy_`) are looked for once in a forward.
+        bank.settle(closely=self.leads and bank.watched)
+        if self._changes != bank.changes:
+            self.take_own()
 
     def matrices(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """A of the roles, each (r, in), and B of the roles, each (rows, r): one entry where all of them share it."""
         self.turns.check()
+        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+            self._settle()
         shared, rows, device = self.bank.a(self.width), [role.rows for role in self.roles], self.b.device
         if not self._own:
             b = tuple([self.bank.b(n) for n in (rows[:1] if len(set(rows)) == 1 else rows)])
@@ -132,10 +145,9 @@ class Adapter(nn.Module):
         # One view each: autograd functions must not be given one tensor twice when compiled.
         A = [self.bank.a(self.width).to(device) for _ in rows]
         B = [self.bank.b(n).to(device) for n in rows]
-        for k in self._own:
-            index = self.get_buffer(f"own_index_{k}")
-            A[k] = A[k].index_copy(0, index, self.get_buffer(f"own_a_{k}"))
-            B[k] = B[k].t().index_copy(0, index, self.get_buffer(f"own_b_{k}")).t()
+        for k, (index, own_a, own_b) in self._own.items():
+            A[k] = A[k].index_copy(0, index.to(device), own_a.to(A[k]))
+            B[k] = B[k].t().index_copy(0, index.to(device), own_b.to(B[k])).t()
         return tuple(A), tuple(B)
 
     def update(self) -> Update:
@@ -184,3 +196,8 @@ class Adapter(nn.Module):
 def child(tensor: str) -> str:
     """Name of the child module that holds the vectors of a module's tensor."""
     return CHILD if tensor == "weight" else f"{CHILD}_{tensor}"
+
+
+def own_matrices(found: Iterable[Adapter]) -> dict[str, OwnMatrix]:
+    """The matrices that layers may have of their own, by name."""
+    return {own.name: own for adapter in found for k in range(len(adapter.roles)) for own in adapter.own(k)}

@@ -92,6 +92,7 @@ class Entry:
             )
             for module in modules:
                 module.__dict__["turns"] = self.turns
+            modules[0].leads = True
             if self.vector is not None:
                 parts = iter(self.vector.split(self.placement.sizes))
                 for module in modules:

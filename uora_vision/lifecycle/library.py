@@ -7,7 +7,7 @@ pointers, and the rows in which the banks of the two differ.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,10 +18,10 @@ from ..maths.redraw_log import BankState
 from ..private import TORCH_UNSENT
 from ..structure.paths import joined
 from ..structure.survey import Survey, held_at
-from ..structure.targets import Projection
 from ..weights.kinds import check_module, is_adapted
 from ..weights.sharded import is_sharded
-from .adapter import CHILD, Adapter, child
+from .adapter import CHILD, Adapter, child, own_matrices
+from .banks import check_redraws, house, housed
 from .entry import Entry, holders, replace_tensor
 from .fusing import allow_fusing, forbid_fusing
 from .inference_mode import outside_inference_mode
@@ -114,15 +114,6 @@ DEFAULT = "default"
 """Name of an adapter that was given none."""
 
 
-def house(model: nn.Module, bank: Bank, modules: Sequence[nn.Module]) -> None:
-    """Make a bank a child of the model, so that it moves with it; of a container, whose children are its members, of
-    the first adapter."""
-    if isinstance(model, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-        modules[0]._modules["shared"] = bank
-    else:
-        model._modules[CHILD] = bank
-
-
 class Library:
     """All adapters of a model.
 
@@ -137,6 +128,7 @@ class Library:
         """The base's own values of the parts that some adapter trains."""
         self.flags = {name: held.tensor.requires_grad for name, held in survey.parameters.items()}
         self.unsent: set[str] = set()
+        self.hook: Any = None
         self.contexts: list[Any] = []
         """Those that are open, the innermost last."""
         self.owner: int | None = None
@@ -197,10 +189,14 @@ class Library:
         for p, owner, module in zip(placement.projections, placement.modules, modules, strict=True):
             attach(owner, p.tensor, module, p.read)
         forbid_fusing(model, (p.module_path for p in placement.projections))
-        self._keep_from_sending(model, placement.projections)
+        self.hook = model.register_load_state_dict_pre_hook(check_redraws)
+        self._keep_from_sending(model)
 
     def detach(self, survey: Survey) -> None:
         """Take out whatever sits in the model."""
+        if self.hook is not None:
+            self.hook.remove()
+            self.hook = None
         for module in survey.modules.values():
             allow_fusing(module)
             detach(module)
@@ -226,9 +222,13 @@ class Library:
         if new and (old is None or new.bank is not old.bank):
             new.bank.swap(new.state)
         if new:
+            if old is None or (old.bank, old.placement) != (new.bank, new.placement):
+                new.bank.layers = own_matrices(new.modules or ())
             device = next(p.device for m in new.placement.modules for p in m._parameters.values() if p is not None)
             house(model, new.bank.to(device), new.modules or ())
             new.bank.config = new.config
+        elif isinstance(model._modules.get(CHILD), Bank):
+            del model._modules[CHILD]
 
     def _swap_parts(self, survey: Survey, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
         if not (changed := old.keys() | new.keys()):
@@ -244,18 +244,11 @@ class Library:
             for module, key in places:
                 replace_tensor(module, key, values[name])
 
-    def _keep_from_sending(self, model: nn.Module, projections: tuple[Projection, ...]) -> None:
+    def _keep_from_sending(self, model: nn.Module) -> None:
         """Tell DistributedDataParallel to leave the matrices alone: by default it sends every buffer of the first
         process to the others before each forward, and every process makes and redraws its own, equal ones."""
-        names = {
-            joined(path, name)
-            for path, module in model.named_modules()
-            if isinstance(module, Bank)
-            for name, _ in module.named_buffers()
-        }
-        for p in projections:  # what a redraw in the scope `layer` will give it
-            path = joined(p.module_path, child(p.tensor))
-            names |= {f"{path}.own_{part}_{k}" for k in range(len(p.roles)) for part in ("index", "a", "b")}
+        path, bank = housed(model)
+        names = {joined(path, name) for name, _ in bank.named_buffers()}
         there = set(getattr(model, TORCH_UNSENT, ()))
         self.unsent = names - there
         setattr(model, TORCH_UNSENT, there | names)

@@ -21,7 +21,7 @@ from ..errors import ConfigError, FormatError, StateError
 from ..maths.redraw_log import Interpolation, pack_log, unpack_log
 from ..options import hinting
 from ..weights.sharded import clear, joined
-from .adapter import Adapter
+from .adapter import Adapter, own_matrices
 from .library import active_entry, adapters, bank_of
 from .optimizers import DecayWatch, check_optimizer, warn_of_decay
 
@@ -175,7 +175,7 @@ class Reinitializer:
             raise ConfigError("reset_moments needs the optimizer: Reinitializer(model, ..., optimizer=optimizer)")
         self.model, self.bank, self._adapters = model, bank_of(model), adapters(model)
         rank = self.bank.config.rank
-        widths = {n: b.shape[1] for n, b in self.bank.named_buffers()}
+        widths = self.bank.matrices
         if scope == "layer":
             widths = {
                 f"{a.name} ({w})": w for a in self._adapters.values() for w in (a.width, *(r.rows for r in a.roles))
@@ -294,8 +294,7 @@ class Reinitializer:
                 f"this reinitialisation state belongs to banks with {state['banks']}, this model has "
                 f"{self._bank_options()}; inject with the options of the run that is continued"
             )
-        own = {own.name: own for adapter, k in self._places for own in adapter.own(k)}
-        self.bank.replay(unpack_log(state["log"], state["matrices"]), own)
+        self.bank.replay(unpack_log(state["log"], state["matrices"]), own_matrices(self._adapters.values()))
         for adapter in self._adapters.values():
             adapter.take_own()
         self.steps = state["steps"]

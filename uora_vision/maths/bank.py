@@ -1,30 +1,34 @@
 """The frozen random matrices A and B that all layers of an adapter share, and their redrawn rows.
 
-Nothing here is trained or saved: the matrices follow from (rank, seed, layout, init) and the widths of the model, and
-their present state from those and the log of redraws. Draws are made on the CPU in float64, each from a generator keyed
-by what is drawn, so that neither the order of layers nor the device changes them.
+Nothing here is trained, and a state dict holds no matrices: they follow from (rank, seed, layout, init) and the widths
+of the model, and their present state from those and the log of redraws, which a state dict holds. Draws are made on the
+CPU in float64 by one thread, each from a generator keyed by what is drawn, so that neither the order of layers nor the
+device changes them.
 
-`draws.py` has the laws. Shapes: A (r, in), B (rows, r), a `state` or row buffer of either (r, width), indices and alpha
-(k,), draws (r,).
+`draws.py` has the laws, `carried.py` how redraws go where the tensors of a model go. Shapes: A (r, in), B (rows, r), a
+`state` or row buffer of either (r, width), indices and alpha (k,), draws (r,).
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import UoraConfig
-from ..errors import ConfigError, FormatError
-from .draws import fresh_row, initial_rows, keyed_generator, orthonormal_columns
-from .redraw_log import BankState, Interpolation, Redraw
+from ..errors import ConfigError
+from .carried import Carried
+from .draws import fresh_row, initial_rows, keyed_generator, orthonormal_columns, reproducible
+from .mark import digest
+from .redraw_log import BankState, Interpolation, Redraw, check_log
 from .widths import OwnMatrix, Side, Widths
 
 
-class Bank(nn.Module):
+class Bank(Carried):
     """A and B for every width of a model, as non-persistent buffers that follow `.to()`.
 
     Rows are directions in both: A is kept as (r, in) and B as (r, out) transposed on use, so that a direction is a row
@@ -46,9 +50,11 @@ class Bank(nn.Module):
         dtype: torch.dtype = torch.float32,
         first: Mapping[str, Tensor] | None = None,
     ) -> None:
-        super().__init__()
+        options: dict[str, Any] = {name: getattr(config, name) for name in ("rank", "seed", "layout", "init")}
+        if first is not None:
+            options["given"] = _digest_of(first)
+        super().__init__(options, widths.matrices(config.layout), device)
         self.config = config
-        self.log: list[Redraw] = []
         self.given = first is not None
         self.widths = widths
         # In float32 on the CPU: buffers may be moved, or rounded to a half type. Rows are redrawn from `_state`, where
@@ -57,7 +63,7 @@ class Bank(nn.Module):
         self._own: dict[str, Tensor] = {}
         self._draws: dict[str, Tensor] = {}
         self._views: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
-        for name, width in widths.matrices(config.layout).items():
+        for name, width in self.matrices.items():
             if torch.device(device).type == "meta":
                 rows = torch.empty(config.rank, width, device="meta")
             else:
@@ -72,7 +78,7 @@ class Bank(nn.Module):
     def serves(self, config: UoraConfig, widths: Widths) -> bool:
         """Whether the matrices of these options and widths are those of this bank, before any redraw."""
         same = all(getattr(config, k) == getattr(self.config, k) for k in ("rank", "seed", "layout", "init"))
-        return same and widths.matrices(config.layout).keys() <= self._buffers.keys()
+        return same and widths.matrices(config.layout).keys() <= self.matrices.keys()
 
     def matrix(self, side: Side, width: int) -> str:
         """Name of the matrix that a projection of this width uses."""
@@ -104,7 +110,13 @@ class Bank(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start without views."""
-        return {**self.__dict__, "_views": {}}
+        return {**super().__getstate__(), "_views": {}}
+
+    @property
+    def log(self) -> list[Redraw]:
+        """The redraws, in order."""
+        self.settle(closely=True)
+        return self._log
 
     def own(self, matrix: str) -> tuple[Tensor, Tensor]:
         """A layer's own copies: (indices (k,), rows (k, width)), float32 on the CPU."""
@@ -112,7 +124,7 @@ class Bank(nn.Module):
 
     def draws(self, matrix: str) -> Tensor:
         """How often each direction of a matrix has been drawn again, (r,) int64."""
-        return self._draws.get(matrix, torch.zeros(self.config.rank, dtype=torch.int64))
+        return self._draws.get(matrix, torch.zeros(self.config.rank, dtype=torch.int64, device="cpu"))
 
     def redraw(
         self,
@@ -138,9 +150,26 @@ class Bank(nn.Module):
         """
         own = matrix if isinstance(matrix, OwnMatrix) else None
         matrix = matrix.name if isinstance(matrix, OwnMatrix) else matrix
-        if any(e.matrix == matrix for e in itertools.takewhile(lambda e: e.step == step, reversed(self.log))):
+        self._settle_all()
+        if any(e.matrix == matrix for e in itertools.takewhile(lambda e: e.step == step, reversed(self._log))):
             raise ConfigError(f"{matrix} was redrawn at step {step} already; give all of its indices in one call")
-        indices, alpha = indices.cpu(), alpha.to("cpu", torch.float64)
+        with reproducible(), torch.no_grad():
+            event = self._redraw(matrix, own, indices.cpu(), alpha.to("cpu", torch.float64), step, interpolation)
+            if own is None:
+                self._write(matrix, event.indices)
+        self._sign(digest(self.digest, [event]))
+        return event
+
+    def _redraw(
+        self,
+        matrix: str,
+        own: OwnMatrix | None,
+        indices: Tensor,
+        alpha: Tensor,
+        step: int,
+        interpolation: Interpolation,
+    ) -> Redraw:
+        """`redraw` of the rows on the CPU and of the log."""
         draws = self._draws.setdefault(matrix, torch.zeros(self.config.rank, dtype=torch.int64))
         if matrix in self._state:
             state = self._state[matrix]
@@ -170,9 +199,7 @@ class Bank(nn.Module):
         if matrix not in self._state:
             self._own[matrix] = state[draws > 0]
         event = Redraw(step, matrix, indices.clone(), draws[indices].clone(), alpha.clone(), interpolation)
-        self.log.append(event)
-        if matrix in self._state:
-            self._write(matrix, indices)
+        self._log.append(event)
         return event
 
     def reset(self) -> None:
@@ -181,9 +208,11 @@ class Bank(nn.Module):
 
     def state(self) -> BankState:
         """What redraws have made of the bank. It shares the log with the bank, which goes on with it."""
+        self.settle(closely=True)
         changed = {n: self._draws[n].nonzero().squeeze(1) for n in self._state if n in self._draws}
         rows = {n: (indices, self._state[n][indices]) for n, indices in changed.items()}
-        return BankState(self.log, self._draws, rows, self._own)
+        signed = self._start, len(self._log), self.digest
+        return BankState(self._log, self._draws, rows, self._own, signed)
 
     def swap(self, new: BankState) -> BankState:
         """Become what other redraws made of the same first draw: only matrices that differ are made, as new tensors,
@@ -192,6 +221,7 @@ class Bank(nn.Module):
         Returns:
             The state before.
         """
+        self._settle_all()
         old = self.state()
         states, buffers = {}, {}
         for name in old.rows.keys() | new.rows.keys():
@@ -202,9 +232,13 @@ class Bank(nn.Module):
             for indices, _ in (held.rows[name] for held in (old, new) if name in held.rows):
                 buffer[indices.to(buffer.device)] = state[indices].to(buffer)
             states[name], buffers[name] = state, buffer
-        self.log, self._draws, self._own = new.log, new.draws, new.own
+        start, length, known = new.signed or (b"", 0, b"")
+        if (start, length) != (self._start, len(new.log)):
+            known = digest(self._start, new.log)
+        self._log, self._draws, self._own = new.log, new.draws, new.own
         self._state |= states
         self._buffers.update(buffers)
+        self._sign(known)
         return old
 
     def _write(self, name: str, indices: Tensor) -> None:
@@ -212,28 +246,41 @@ class Bank(nn.Module):
         buffer = self.get_buffer(name)
         buffer[indices.to(buffer.device)] = self._state[name][indices].to(buffer)
 
-    def replay(self, log: Iterable[Redraw], own: Mapping[str, OwnMatrix]) -> None:
-        """The state after a log, from the initial draw.
+    def _write_all(self) -> None:
+        self._first = self._first or {n: initial_rows(self.config, n, w) for n, w in self.matrices.items()}
+        self._state = self._first | self._state
+        with torch.no_grad():
+            for name, rows in self._state.items():
+                self._write(name, torch.arange(len(rows), device="cpu"))
+        self.changes += 1
+
+    def replay(self, log: Iterable[Redraw], own: Mapping[str, OwnMatrix] | None = None) -> None:
+        """The state after a log, from the initial draw; on an error the bank is as it was.
 
         Args:
             log: what `log` held.
-            own: the matrices that layers may have of their own, by name.
+            own: the matrices that layers may have of their own, by name; `layers` if None.
 
         Raises:
             FormatError: the log does not belong to this bank.
         """
-        self.reset()
-        for event in log:
-            if event.matrix not in self._state and event.matrix not in own:
-                raise FormatError(f"the log redraws {event.matrix!r}, which this model does not have")
-            if (last := int(event.indices.max())) >= self.config.rank:
-                raise FormatError(
-                    f"the log redraws direction {last} of {event.matrix!r}; the rank is {self.config.rank}"
-                )
-            matrix = own.get(event.matrix, event.matrix)
-            again = self.redraw(matrix, event.indices, event.alpha, event.step, event.interpolation)
-            if not torch.equal(again.draws, event.draws):
-                raise FormatError(f"the log of {event.matrix!r} has gaps: step {event.step} is not the next draw")
+        own, log = self.layers if own is None else own, list(log)
+        check_log(log, self.config.rank, self.matrices | {name: matrix.width for name, matrix in own.items()})
+        self._settle_all()
+        known = len(self._log)
+        if digest(self._start, log[:known]) != self.digest:
+            known = 0
+        before = self.swap(BankState()) if known == 0 else self.state()
+        if known:  # redraws go on in what the state shares with the bank
+            draws = {name: t.clone() for name, t in before.draws.items()}
+            before = BankState(list(before.log), draws, before.rows, dict(before.own))
+        try:
+            for e in log[known:]:
+                self.redraw(own.get(e.matrix, e.matrix), e.indices, e.alpha, e.step, e.interpolation)
+        except BaseException:
+            self.swap(before)
+            raise
+        self.changes += 1
 
     def _rotate(self, matrix: str, state: Tensor, indices: Tensor, alpha: Tensor, length: float) -> None:
         """Rotate rows towards fresh ones of the given length: 1, or what a slice has of a unit vector on average."""
@@ -251,6 +298,13 @@ class Bank(nn.Module):
             fresh = length * orthonormal_columns(gauss.t()).t()
             angle = (1 - keep[:, None]) * (torch.pi / 2)
             state[part] = (angle.cos() * rows[part] + angle.sin() * fresh).to(state.dtype)
+
+
+def _digest_of(matrices: Mapping[str, Tensor]) -> str:
+    found = hashlib.sha256()
+    for name, t in sorted(matrices.items()):
+        found.update(name.encode() + t.contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def _pairs(indices: Tensor, draws: Tensor) -> Iterable[tuple[int, int]]:

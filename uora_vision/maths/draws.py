@@ -8,14 +8,47 @@ Shapes: a matrix (r, width), a row (width,), float64.
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Callable
-from typing import NamedTuple
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Generator, Tensor
 
 from ..config import Init, UoraConfig
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_DRAWING = threading.RLock()
+
+
+def on_cpu(function: Callable[P, R]) -> Callable[P, R]:
+    """Run a function that says where its tensors lie, or means the CPU, whatever torch's default device is."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **options: P.kwargs) -> R:
+        with torch.device("cpu"):
+            return function(*args, **options)
+
+    return run
+
+
+@contextmanager
+def reproducible(threads: int = 1) -> Iterator[None]:
+    """Draw on the CPU, in one thread: the last bits of a QR depend on the number of threads, which is one setting of
+    the whole process, so that only one draws at a time."""
+    with _DRAWING:
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(threads)
+            with torch.device("cpu"):
+                yield
+        finally:
+            torch.set_num_threads(before)
 
 
 class Law(NamedTuple):
@@ -58,11 +91,16 @@ def kaiming_row(rank: int, width: int, fan_in: int, generator: Generator) -> Ten
 LAWS: dict[Init, Law] = {"haar": Law(haar_matrix, haar_row), "kaiming": Law(kaiming_matrix, kaiming_row)}
 
 
-def initial_rows(config: UoraConfig, name: str, width: int) -> Tensor:
-    """A shared matrix as it is first drawn, (r, width) float32, keyed by (seed, name)."""
+def initial_rows(config: UoraConfig, name: str, width: int, threads: int = 1) -> Tensor:
+    """A shared matrix as it is first drawn, (r, width) float32, keyed by (seed, name).
+
+    Args:
+        threads: in how many it is drawn; only adapters of earlier versions have matrices of more than one.
+    """
     rank = config.rank
-    drawn = LAWS[config.init].matrix(rank, width, _fan_in(name, rank, width), keyed_generator(config.seed, name))
-    return drawn.float().contiguous()
+    with reproducible(threads):
+        drawn = LAWS[config.init].matrix(rank, width, _fan_in(name, rank, width), keyed_generator(config.seed, name))
+        return drawn.float().contiguous()
 
 
 def fresh_row(config: UoraConfig, matrix: str, key: tuple[int, int], width: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config import UoraConfig
 from ..errors import FormatError
-from ..maths.redraw_log import draw_counts, pack_log, unpack_log
+from ..maths.redraw_log import check_log, draw_counts, pack_log, unpack_log
 from ..weights.matrix import disjoint
 from ..weights.role import ATTENTION, CONV, MLP, OTHER, Role
 from .stored import Identity, Stored, StoredProjection
@@ -132,7 +132,8 @@ def check(stored: Stored) -> None:
     for name, t in (("vectors", stored.vector), *((BASE + name, t) for name, t in stored.parts.items())):
         if not t.isfinite().all():
             raise FormatError(f"{_where(stored, name)} holds NaN or infinite values")
-    _check_log(stored)
+    if stored.log:
+        check_log(stored.log, rank, stored._widths())
     if stored.shared is not None and stored.rows is None:
         raise FormatError(f"{SHARED} is there without {ROWS}")
     if stored.rows is not None:
@@ -275,30 +276,6 @@ def _hex(value: Any, what: str) -> str | None:
     if value is not None and (not isinstance(value, str) or not re.fullmatch(r"[0-9a-f]{32}", value)):
         raise FormatError(f"{what} must be 32 hexadecimal digits or null, not {shortened(value)}")
     return value
-
-
-def _check_log(stored: Stored) -> None:
-    rank, step = stored.config.rank, 0
-    if len({(event.step, event.matrix) for event in stored.log}) < len(stored.log):
-        raise FormatError("the log redraws a matrix twice at one step")
-    draws: dict[str, Tensor] = {}
-    known = stored._widths() if stored.log else {}
-    for event in stored.log:
-        if event.matrix not in known:
-            raise FormatError(f"the log redraws {shortened(event.matrix)}, which this adapter does not have")
-        if (last := int(event.indices.max())) >= rank:
-            raise FormatError(f"the log redraws direction {last} of {event.matrix!r}; the rank is {rank}")
-        if event.step < step:
-            raise FormatError(f"the log goes back from step {step} to {event.step}")
-        if not ((event.alpha >= 0) & (event.alpha <= 1)).all():
-            raise FormatError(f"the log has an alpha outside of [0, 1] at step {event.step}")
-        if event.interpolation == "spherical" and known[event.matrix] <= rank:
-            raise FormatError(f"the log rotates rows of {event.matrix!r}, which is too narrow for that")
-        step = event.step
-        seen = draws.setdefault(event.matrix, torch.zeros(rank, dtype=torch.int64))
-        seen[event.indices] += 1
-        if not torch.equal(seen[event.indices], event.draws):
-            raise FormatError(f"the log of {event.matrix!r} has gaps: step {event.step} is not the next draw")
 
 
 def _check_saved_rows(name: str, t: Tensor, wanted: int) -> None:
