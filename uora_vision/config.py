@@ -75,8 +75,8 @@ class UoraConfig:
             set_("blocks", blocks)
         if not _is_whole(self.rank) or self.rank < 1:
             raise ConfigError(f"rank must be a whole number of at least 1, got {self.rank!r}")
-        if not _is_whole(self.seed) or self.seed < 0:
-            raise ConfigError(f"seed must be a whole number of at least 0, got {self.seed!r}")
+        if not _is_whole(self.seed) or not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must be a whole number of at least 0 and below 2**63, got {self.seed!r}")
         if not isinstance(self.d_init, int | float) or not math.isfinite(self.d_init) or self.d_init == 0:
             raise ConfigError(f"d_init must be finite and not 0 (b would receive no gradient), got {self.d_init!r}")
         if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import warn
 from ..maths.bank import Bank
+from ..maths.draws import on_cpu
 from ..maths.forms import WIDE
 from ..maths.redraw_log import BankState
 from ..maths.shared_product import Reduced
@@ -25,6 +26,7 @@ from .trained_parts import STATISTICS, base_parameters
 from .undo import Undo
 
 
+@on_cpu
 def apply_plan(
     survey: Survey,
     what: Plan,

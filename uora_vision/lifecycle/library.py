@@ -265,7 +265,9 @@ def library_of(model: nn.Module) -> Library:
     if MERGED in model.__dict__:
         raise StateError(f"the adapters of this {type(model).__name__} are merged reversibly; unmerge() it first")
     if not isinstance(library, Library):
-        raise StateError(f"this {type(model).__name__} has no adapter; call inject() or load() on it first")
+        inside = [path for path, m in model.named_modules() if path and LIBRARY in m.__dict__]
+        hint = f"a part of it has; pass that, model.{inside[0]}" if inside else "call inject() or load() on it first"
+        raise StateError(f"this {type(model).__name__} has no adapter; {hint}")
     if library.broken:
         raise StateError(
             f"an operation on the adapters of this {type(model).__name__} was interrupted and could not be undone, so "

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, FormatError, StateError
+from ..maths.draws import on_cpu
 from ..maths.redraw_log import Interpolation, pack_log, unpack_log
 from ..options import hinting
 from ..weights.sharded import clear, joined
@@ -144,6 +145,7 @@ class Reinitializer:
     """
 
     @hinting
+    @on_cpu
     def __init__(
         self,
         model: nn.Module,
@@ -216,6 +218,7 @@ class Reinitializer:
         """How many directions, counted by layer and index, have fired so far."""
         return sum(len(h) for h in self._history)
 
+    @on_cpu
     def history(self) -> np.ndarray:
         """Every firing so far, (n, 3) int64: optimizer step, layer number (see `layers`), index."""
         return self._firings().numpy()
@@ -224,6 +227,7 @@ class Reinitializer:
         return torch.cat([torch.zeros(0, 3, dtype=torch.int64), *self._history])
 
     @torch.no_grad()
+    @on_cpu
     def step(self) -> int:
         """Look at every d once and draw dead directions again. One device synchronisation, however large the model.
 
@@ -268,6 +272,7 @@ class Reinitializer:
             self._history.append(torch.cat([torch.full((len(places), 1), self.steps), places], dim=1))
         return len(places)
 
+    @on_cpu
     def state_dict(self) -> dict[str, Any]:
         """Counters, history and the log of redraws: with the seed, the whole state of the banks."""
         log, matrices = pack_log(self.bank.log)
@@ -281,6 +286,7 @@ class Reinitializer:
             "banks": self._bank_options(),
         }
 
+    @on_cpu
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state, and rebuild the banks from its log.
 
@@ -348,7 +354,7 @@ class Reinitializer:
                     f"{alphas!r}"
                 )
             return alphas
-        return torch.full((len(indices),), float(self.alpha), dtype=torch.float64)
+        return torch.full((len(indices),), float(self.alpha), dtype=torch.float64, device="cpu")
 
     def _clear_moments(self, fired: Tensor) -> None:
         assert self.optimizer is not None

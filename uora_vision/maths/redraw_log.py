@@ -81,8 +81,8 @@ def pack_log(log: list[Redraw]) -> tuple[dict[str, Tensor], list[str]]:
         )
         for e in log
     ]
-    empty = torch.zeros(0, 5, dtype=torch.int64)
-    alpha = torch.cat([e.alpha for e in log]) if log else torch.zeros(0, dtype=torch.float64)
+    empty = torch.zeros(0, 5, dtype=torch.int64, device="cpu")
+    alpha = torch.cat([e.alpha for e in log]) if log else torch.zeros(0, dtype=torch.float64, device="cpu")
     return {"entries": torch.cat([empty, *entries]).to(torch.int32), "alpha": alpha}, names
 
 
@@ -98,7 +98,7 @@ def unpack_log(tensors: dict[str, Tensor], names: list[str]) -> list[Redraw]:
     if len(entries) and (entries.min() < 0 or entries[:, 1].max() >= len(names) or entries[:, 4].max() > 1):
         raise FormatError("the log of redraws holds numbers out of range; the file is damaged")
     key = entries[:, [0, 1, 4]]
-    starts = torch.ones(len(key), dtype=torch.bool)
+    starts = torch.ones(len(key), dtype=torch.bool, device="cpu")
     starts[1:] = (key[1:] != key[:-1]).any(1) | (entries[1:, 2] <= entries[:-1, 2])
     bounds = [*starts.nonzero().squeeze(1).tolist(), len(key)]
     return [
@@ -119,7 +119,7 @@ def draw_counts(log: list[Redraw], rank: int) -> dict[str, Tensor]:
     """How often each direction was drawn again, (r,) int64, by matrix."""
     draws: dict[str, Tensor] = {}
     for event in log:
-        draws.setdefault(event.matrix, torch.zeros(rank, dtype=torch.int64))[event.indices] = event.draws
+        draws.setdefault(event.matrix, torch.zeros(rank, dtype=torch.int64, device="cpu"))[event.indices] = event.draws
     return draws
 
 
@@ -191,8 +191,16 @@ def log_from_bytes(content: bytes) -> tuple[list[Redraw], dict[str, Any]]:
         count, names, first = found["redraws"], found["matrices"], found["first"]
         if type(count) is not int or len(rest) != 28 * count or not isinstance(first, dict):
             raise FormatError("the redraws in this state dict are not as many as it says")
-        entries = torch.frombuffer(bytearray(rest[: 20 * count]), dtype=torch.int32) if count else torch.zeros(0)
-        alpha = torch.frombuffer(bytearray(rest[20 * count :]), dtype=torch.float64) if count else torch.zeros(0)
+        entries = (
+            torch.frombuffer(bytearray(rest[: 20 * count]), dtype=torch.int32)
+            if count
+            else torch.zeros(0, device="cpu")
+        )
+        alpha = (
+            torch.frombuffer(bytearray(rest[20 * count :]), dtype=torch.float64)
+            if count
+            else torch.zeros(0, device="cpu")
+        )
     except (ValueError, KeyError, TypeError, RecursionError, zlib.error) as error:
         raise FormatError(f"the redraws in this state dict are damaged: {error}") from error
     return unpack_log({"entries": entries.view(-1, 5), "alpha": alpha}, names), first

@@ -46,6 +46,7 @@ def fit(stored: Stored, base: Base, check_base: bool = True) -> Fitted:
     known = made_for.architecture and base.architecture
     if check_base and known and made_for.architecture != base.architecture:
         raise FormatError(f"the adapter was made for {made_for.architecture}; this model is {base.architecture}")
+    _check_size(stored, base)
     projections = base.projections_of(stored)
     moved = [p.path for p in projections] != [p.path for p in stored.projections]
     if not moved and made_for.parameter_tensors not in (None, base.parameter_tensors):
@@ -58,6 +59,24 @@ def fit(stored: Stored, base: Base, check_base: bool = True) -> Fitted:
     if check_base:
         _check_weights(stored, base, tuple(p.path for p in projections))
     return Fitted(projections, names)
+
+
+def _check_size(stored: Stored, base: Base) -> None:
+    """Whether an adapter is no larger than the model can have, before anything of that size is made."""
+    places = len(base.survey.shown.candidates)
+    if len(stored.projections) > places:
+        raise FormatError(f"the adapter has {len(stored.projections):,} weights; this model has {places:,} to adapt")
+    held = sum(h.tensor.numel() for h in base.held.values())
+    wanted = stored.config.rank * sum(stored.matrices.values())
+    if wanted > max(LEAST_ROOM, ROOM * held):
+        raise FormatError(
+            f"A and B of this adapter are {wanted:,} numbers at rank {stored.config.rank:,}; the whole model has "
+            f"{held:,}, so it is not for this model"
+        )
+
+
+ROOM, LEAST_ROOM = 4, 2**22
+"""How many times the numbers of the model A and B can have, and how many in any model."""
 
 
 def _names(stored: Stored, base: Base) -> dict[str, str]:

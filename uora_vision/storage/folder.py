@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import struct
 import tempfile
 import time
@@ -22,6 +23,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from ..errors import FormatError
+from ..maths.draws import on_cpu
 from . import schema
 from .schema import FORMAT, FORMAT_VERSION, shortened
 from .stored import Stored
@@ -38,6 +40,7 @@ STALE = 3600
 _PENDING = "0" * 64
 
 
+@on_cpu
 def read_folder(folder: str | os.PathLike[str]) -> Stored:
     """A saved adapter, with everything checked that can be checked without a model. Nothing is unpickled.
 
@@ -65,6 +68,7 @@ def read_folder(folder: str | os.PathLike[str]) -> Stored:
     return adapter
 
 
+@on_cpu
 def write_folder(adapter: Stored, folder: str | os.PathLike[str]) -> Path:
     """Write an adapter into a folder, over one that is there.
 
@@ -97,7 +101,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -108,6 +112,13 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(parent)
         finally:
             os.close(parent)
+
+
+def _umask() -> int:
+    """What the user wants new files not to be; it can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def check_version(source: Path, config: dict[str, Any]) -> None:
@@ -154,11 +165,7 @@ def _check_copy(path: Path) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        config = parse(path.read_bytes())
-    except FileNotFoundError as error:
-        raise _missing(path) from error
-    except OSError as error:
-        raise FormatError(f"{path} cannot be read ({error})") from error
+        config = parse(_content(path))
     except FormatError as error:
         raise _damaged(path, error) from error
     if not isinstance(config, dict):
@@ -169,7 +176,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _content(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        # A pipe would make open() wait for a writer, and a device has no end.
+        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise FormatError(f"{path} is no regular file")
+            return file.read()
     except FileNotFoundError as error:
         raise _missing(path) from error
     except OSError as error:

@@ -6,15 +6,19 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import FormatError
+from ..errors import FormatError, StateError
 from ..lifecycle.apply import apply_plan, bank_for
 from ..lifecycle.inference_mode import outside_inference_mode
 from ..lifecycle.library import DEFAULT, check_room, check_switch
+from ..maths.bank import Bank
+from ..maths.draws import initial_rows, on_cpu
+from ..maths.redraw_log import BankState
 from ..structure.checks import check_whole
 from ..structure.planning import Plan
 from ..structure.survey import Survey
@@ -27,6 +31,7 @@ from .snapshot import collect, rebuilt
 from .stored import SaveBanks, Stored
 
 
+@on_cpu
 def save(model: nn.Module, folder: str | os.PathLike[str], *, save_banks: SaveBanks | None = None) -> Path:
     """Write the active adapter and the trained parts of the base into a folder.
 
@@ -63,6 +68,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, save_banks: SaveBa
 
 
 @outside_inference_mode
+@on_cpu
 def load(
     model: nn.Module,
     folder: str | os.PathLike[str],
@@ -88,7 +94,7 @@ def load(
         The same model, with the trained parts of the base (the head) restored too.
 
     Raises:
-        StateError: the model has an adapter of that name, or is spread over processes.
+        StateError: the model has an adapter of that name, is spread over processes, or `base` is of another one.
         FormatError: a file is missing, damaged, of a newer version, or does not fit this model.
         HubError: the repository cannot be had.
 
@@ -102,7 +108,9 @@ def load(
         >>> uora.active_adapter(model)
         'cats'
     """
-    survey = base.survey if base and base.model is model else Survey(model)
+    if base is not None and base.model is not model:
+        raise StateError("base is of another model; make it of this one: Base(model)")
+    survey = base.survey if base else Survey(model)
     library = check_room(survey, name)
     if library is None:
         check_whole(survey)
@@ -115,13 +123,45 @@ def load(
     try:
         fitted = fit(stored, base, check_base)
         what = Plan(stored.config, fitted.projections, ())
-        bank = bank_for(model, what, stored.first())
-        state = rebuilt(stored, bank)
-        parts = _parts(stored, fitted, base)
+        parts, vector = _parts(stored, fitted, base), _converted("vectors", stored.vector, torch.float32)
+        bank, state = _banks(stored, model, what)
     except FormatError as error:
         raise FormatError(f"{os.fspath(folder)}: {error}") from error
-    apply_plan(survey, what, name, stored.vector.to(torch.float32, copy=True), parts, state, activate, bank)
+    apply_plan(survey, what, name, vector, parts, state, activate, bank)
     return model
+
+
+def _banks(stored: Stored, model: nn.Module, what: Plan) -> tuple[Bank, BankState]:
+    """The bank of a saved adapter, and what redraws made of it."""
+    bank = bank_for(model, what, stored.first())
+    try:
+        return bank, rebuilt(stored, bank)
+    except FormatError:
+        if stored.shared is not None or stored.config.init != "haar":
+            raise
+        # Adapters were saved where a QR ran in several threads, which changes its last bits.
+        for threads in OTHER_THREADS:
+            first = {n: initial_rows(stored.config, n, w, threads) for n, w in stored.matrices.items()}
+            bank = bank_for(model, what, first)
+            with suppress(FormatError):
+                return bank, rebuilt(stored, bank)
+        raise
+
+
+OTHER_THREADS = (2, 4, 8, 16, 32, 64)
+"""Numbers of threads in which the matrices of an older file may have been drawn."""
+
+
+def _converted(name: str, t: Tensor, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """A copy of another type.
+
+    Raises:
+        FormatError: it holds values that are infinite there.
+    """
+    out = t.to(device=device, dtype=dtype, copy=True)
+    if out.is_floating_point() and not out.isfinite().all():
+        raise FormatError(f"{name} holds {float(t.abs().max()):.3g}, which is too large for {dtype} of this model")
+    return out
 
 
 def _parts(stored: Stored, fitted: Fitted, base: Base) -> dict[str, Tensor]:
@@ -131,6 +171,6 @@ def _parts(stored: Stored, fitted: Fitted, base: Base) -> dict[str, Tensor]:
         held = base.held[fitted.names[saved]].tensor
         if held.is_floating_point() != value.is_floating_point():
             raise FormatError(f"{saved} is of {value.dtype}, in this model of {held.dtype}")
-        copy = value.to(device=held.device, dtype=held.dtype, copy=True)
+        copy = _converted(saved, value, held.dtype, held.device)
         parts[fitted.names[saved]] = nn.Parameter(copy) if isinstance(held, nn.Parameter) else copy
     return parts

@@ -125,7 +125,7 @@ def _identity(base: Base, bank: Bank, paths: tuple[str, ...]) -> Identity:
 
 
 def _flat(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([torch.zeros(0), *(t.flatten() for t in tensors)])
+    return torch.cat([torch.zeros(0, dtype=torch.float32, device="cpu"), *(t.flatten() for t in tensors)])
 
 
 def _differing(one: dict[str, Any], two: dict[str, Any]) -> list[str]:
