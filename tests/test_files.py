@@ -219,6 +219,7 @@ class TestBanks:
     def other_qr(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A LAPACK whose last bits are others."""
         from uora_vision.maths import bank
+        from uora_vision.storage import save_load
 
         real = bank.initial_rows
 
@@ -228,6 +229,7 @@ class TestBanks:
             return rows
 
         monkeypatch.setattr(bank, "initial_rows", initial)
+        monkeypatch.setattr(save_load, "initial_rows", initial)
 
     def test_banks_that_come_out_otherwise_are_refused(self, tmp_path: Path, request: pytest.FixtureRequest) -> None:
         uora.save(trained(scope="layer"), tmp_path)

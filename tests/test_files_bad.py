@@ -250,7 +250,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: (f / CONFIG_FILE).write_text(json.dumps({"format": "uora_vision", "format_version": 99})),
         "format version 99.*a newer one",
     ),
-    "newer": (lambda f: rewrite(f, lambda c: c.update(format_version=4)), "format version 4.*a newer one"),
+    "newer": (lambda f: rewrite(f, lambda c: c.update(format_version=5)), "format version 5.*a newer one"),
     "much older": (lambda f: rewrite(f, lambda c: c.update(format_version=1)), "format version 1"),
     "description nested": (
         lambda f: rewrite(f, metadata=lambda m: m.update(config="[" * 100_000)), "nested too deeply"

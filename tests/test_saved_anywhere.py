@@ -14,7 +14,10 @@ from torch import nn
 
 import uora_vision as uora
 from uora_vision.maths.draws import initial_rows
+from uora_vision.storage import schema
+from uora_vision.storage.fit import fit
 from uora_vision.storage.folder import read_folder, write_folder
+from uora_vision.storage.snapshot import put_back
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o077, 0o600), (0o022, 0o644), (0o002, 0o664)])
@@ -167,7 +170,7 @@ def test_an_adapter_lives_under_another_default_device(tmp_path: Path) -> None:
     for scope in ("shared", "layer"):
         with torch.device("meta"):
             reinit = uora.Reinitializer(model, scope=scope)
-            assert reinit.step() == 16
+            assert reinit.step() == 8
         with torch.device("cpu"):
             want = out(model)
         with torch.device("meta"):
@@ -175,3 +178,60 @@ def test_an_adapter_lives_under_another_default_device(tmp_path: Path) -> None:
             model.load_state_dict(state)
             reinit.load_state_dict(kept)
         assert torch.equal(out(model), want)
+
+
+class Centred(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("center", torch.zeros(12))
+        self.register_buffer("cache", torch.zeros(12), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x - self.center)
+
+
+def test_buffers_that_moved_are_saved_and_others_are_not(tmp_path: Path) -> None:
+    model = uora.inject(Centred(), rank=4, targets="all")
+    uora.save(model, tmp_path / "still")
+    model.center += 1
+    model.cache += 1
+    want = out(model)
+    uora.save(model, tmp_path / "moved")
+    assert {"center", "cache"} & read_folder(tmp_path / "still").parts.keys() == set()
+    assert {"center", "cache"} & read_folder(tmp_path / "moved").parts.keys() == {"center"}
+    assert torch.equal(out(uora.load(Centred(), tmp_path / "moved")), want)
+    for name, value in (("still", 0), ("moved", 1)):
+        put_back(model, read_folder(tmp_path / name))
+        assert (model.center == value).all()
+
+
+def test_weights_that_were_unfrozen_by_hand_come_back(tmp_path: Path) -> None:
+    model = made()
+    for p in (model.blocks[0][0].weight, model.norm.weight, model.blocks[1][2].bias):
+        p.requires_grad_(True)
+        p.data += 0.1
+    uora.save(model, tmp_path)
+    again = uora.load(Net(), tmp_path)
+    assert torch.equal(out(again), out(model)) and again.blocks[0][0].weight.requires_grad
+    uora.save(again, tmp_path / "again")
+    assert torch.equal(out(uora.load(Net(), tmp_path / "again")), out(model))
+    other = Net()
+    other.blocks[1][0].weight.data += 0.1
+    with pytest.raises(uora.FormatError, match="other weights"):
+        uora.load(other, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["blocks.0.0.weight", "norm.weight", "blocks.1.2.bias"])
+def test_a_signed_file_changes_only_what_it_declares(name: str, tmp_path: Path) -> None:
+    stored = read_folder(uora.save(made(), tmp_path))
+    config, tensors = schema.to_config(stored), schema.to_tensors(stored)
+    with pytest.raises(uora.FormatError, match="declares as trained"):
+        schema.from_config(config, tensors | {f"base/{name}": Net().get_parameter(name) + 1})
+    with pytest.raises(uora.FormatError, match="declares as trained"):
+        schema.from_config(config, {n: t for n, t in tensors.items() if n != "base/head.bias"})
+    old = {k: v for k, v in config.items() if k != "trained"} | {"format_version": 3}
+    assert schema.from_config(old, tensors).trained is None
+    if name == "blocks.0.0.weight":
+        older = schema.from_config(old, tensors | {f"base/{name}": Net().get_parameter(name) + 1})
+        with pytest.raises(uora.FormatError, match="does not say"):
+            fit(older, uora.Base(Net()))

@@ -114,6 +114,10 @@ DEFAULT = "default"
 """Name of an adapter that was given none."""
 
 
+LARGEST_BUFFER = 2**20
+"""Numbers in a buffer above which it counts as a table that training does not move."""
+
+
 class Library:
     """All adapters of a model.
 
@@ -126,6 +130,12 @@ class Library:
         self.active: str | None = None
         self.base_parts: dict[str, Tensor] = {}
         """The base's own values of the parts that some adapter trains."""
+        self.buffers = {
+            name: held.tensor.detach().clone()
+            for name, held in survey.buffers.items()
+            if held.key not in held.module._non_persistent_buffers_set and held.tensor.numel() <= LARGEST_BUFFER
+        }
+        """The base's own buffers, by which those that moved in training are known."""
         self.flags = {name: held.tensor.requires_grad for name, held in survey.parameters.items()}
         self.unsent: set[str] = set()
         self.hook: Any = None

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import get_args
 
+import torch
 from torch import Tensor
 
 from ..config import BasePart
 from ..structure.heads import matching
 from ..structure.paths import lies_within
 from ..structure.survey import Survey
-from .library import LIBRARY, adapters_in
+from .library import LIBRARY, adapters_in, library_of
 
 
 def trained_tensors(survey: Survey) -> dict[str, Tensor]:
@@ -20,7 +21,21 @@ def trained_tensors(survey: Survey) -> dict[str, Tensor]:
     base = {name: held.tensor for name, held in survey.parameters.items()}
     base = {name: p for name, p in base.items() if p.requires_grad and id(p) not in vectors}
     # A frozen BatchNorm in training mode still moves its statistics, and the adapter was trained with them.
-    return base | {name: held.tensor for name, held in survey.buffers.items() if name.endswith(STATISTICS)}
+    base |= {name: held.tensor for name, held in survey.buffers.items() if name.endswith(STATISTICS)}
+    return base | moved_buffers(survey)
+
+
+def moved_buffers(survey: Survey) -> dict[str, Tensor]:
+    """Buffers of the base, by name, that are part of its state dict and are not as they were without adapters."""
+    kept = library_of(survey.model).buffers
+    found = {name: held.tensor for name, held in survey.buffers.items() if name in kept}
+    return {name: t for name, t in found.items() if not _equal(t, kept[name])}
+
+
+def _equal(one: Tensor, two: Tensor) -> bool:
+    if one.shape != two.shape or one.is_meta or two.is_meta:
+        return one.shape == two.shape
+    return torch.equal(one, two.to(one))
 
 
 def base_parameters(survey: Survey, parts: Iterable[str]) -> list[str]:

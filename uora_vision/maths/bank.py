@@ -148,28 +148,28 @@ class Bank(Carried):
             ConfigError: there is no such matrix, it was redrawn at this step already (a log holds one redraw of a
                 matrix per step), or it is too narrow for spherical interpolation.
         """
-        own = matrix if isinstance(matrix, OwnMatrix) else None
-        matrix = matrix.name if isinstance(matrix, OwnMatrix) else matrix
         self._settle_all()
-        if any(e.matrix == matrix for e in itertools.takewhile(lambda e: e.step == step, reversed(self._log))):
-            raise ConfigError(f"{matrix} was redrawn at step {step} already; give all of its indices in one call")
+        name = matrix.name if isinstance(matrix, OwnMatrix) else matrix
+        if any(e.matrix == name for e in itertools.takewhile(lambda e: e.step == step, reversed(self._log))):
+            raise ConfigError(f"{name} was redrawn at step {step} already; give all of its indices in one call")
         with reproducible(), torch.no_grad():
-            event = self._redraw(matrix, own, indices.cpu(), alpha.to("cpu", torch.float64), step, interpolation)
-            if own is None:
-                self._write(matrix, event.indices)
+            event = self._redraw(matrix, indices.cpu(), alpha.to("cpu", torch.float64), step, interpolation)
+            if name in self._state:
+                self._write(name, event.indices)
         self._sign(digest(self.digest, [event]))
         return event
 
     def _redraw(
         self,
-        matrix: str,
-        own: OwnMatrix | None,
+        matrix: str | OwnMatrix,
         indices: Tensor,
         alpha: Tensor,
         step: int,
         interpolation: Interpolation,
     ) -> Redraw:
         """`redraw` of the rows on the CPU and of the log."""
+        own = matrix if isinstance(matrix, OwnMatrix) else None
+        matrix = matrix.name if isinstance(matrix, OwnMatrix) else matrix
         draws = self._draws.setdefault(matrix, torch.zeros(self.config.rank, dtype=torch.int64))
         if matrix in self._state:
             state = self._state[matrix]

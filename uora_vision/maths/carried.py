@@ -1,4 +1,7 @@
-"""How the redraws of a bank go wherever its model's tensors go: into state dicts, and into averages by its mark."""
+"""How the redraws of a bank go wherever its model's tensors go: into state dicts, and into averages by its mark.
+
+Shapes: a mark (16,) float32, an extra state (n,) uint8.
+"""
 
 from __future__ import annotations
 

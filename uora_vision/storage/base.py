@@ -14,7 +14,7 @@ from ..maths.bank import Bank
 from ..private import name_or_path
 from ..structure.candidates import Candidate
 from ..structure.checks import check_model, check_weights
-from ..structure.paths import lies_within
+from ..structure.paths import joined, lies_within
 from ..structure.survey import Held, Survey
 from ..structure.targets import Projection
 from ..structure.walk import Finding
@@ -92,6 +92,11 @@ class Base:
         if paths not in self._sketches:
             self._sketches[paths] = sketch_of(self._weights(paths))
         return self._sketches[paths]
+
+    def weight_name(self, path: str) -> str:
+        """Name of the parameter at the path of a projection."""
+        site = self.survey.shown.candidates[path]
+        return joined(site.module_path, site.tensor)
 
     def identity(self, paths: tuple[str, ...]) -> Identity:
         """Of an adapter of these weights."""

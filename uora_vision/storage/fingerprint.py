@@ -86,7 +86,7 @@ def weights_digest(weights: Iterable[Weight]) -> str | None:
 
 def sketch_of(weights: Sequence[Weight]) -> tuple[float, ...] | None:
     """Some values of some of the weights, (n,); None if they have no values."""
-    if any(w.data.is_meta for w in weights):
+    if not weights or any(w.data.is_meta for w in weights):
         return None
     step = max(1, len(weights) // SKETCH_WEIGHTS)
     chosen = weights[::step][:SKETCH_WEIGHTS]

@@ -57,7 +57,14 @@ def fit(stored: Stored, base: Base, check_base: bool = True) -> Fitted:
         )
     names = _names(stored, base)
     if check_base:
-        _check_weights(stored, base, tuple(p.path for p in projections))
+        paths = {p.path: base.weight_name(p.path) for p in projections}
+        trained = set(names.values())
+        if stored.trained is None and (strange := [name for name in paths.values() if name in trained]):
+            raise FormatError(
+                f"the file has other values for {strange[0]}, a frozen weight that it adapts, and does not say that it "
+                "was trained"
+            )
+        _check_weights(stored, base, tuple(path for path, name in paths.items() if name not in trained))
     return Fitted(projections, names)
 
 
@@ -65,7 +72,10 @@ def _check_size(stored: Stored, base: Base) -> None:
     """Whether an adapter is no larger than the model can have, before anything of that size is made."""
     places = len(base.survey.shown.candidates)
     if len(stored.projections) > places:
-        raise FormatError(f"the adapter has {len(stored.projections):,} weights; this model has {places:,} to adapt")
+        raise FormatError(
+            f"the adapter was made for {stored.identity.shown}, of {len(stored.projections):,} weights; this model has "
+            f"{places:,} to adapt"
+        )
     held = sum(h.tensor.numel() for h in base.held.values())
     wanted = stored.config.rank * sum(stored.matrices.values())
     if wanted > max(LEAST_ROOM, ROOM * held):

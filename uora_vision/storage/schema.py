@@ -22,7 +22,7 @@ from .stored import Identity, Stored, StoredProjection
 
 FORMAT = "uora_vision"
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 VECTORS, ENTRIES, ALPHA, BASE, ROWS, SHARED = (
     "vectors", "log/entries", "log/alpha", "base/", "banks/rows", "banks/shared",
@@ -57,6 +57,7 @@ def to_config(stored: Stored) -> dict[str, Any]:
         "projections": [_to_entry(p) for p in stored.projections],
         "matrices": names,
         "bank_fingerprint": stored.bank_fingerprint,
+        "trained": sorted(stored.parts),
     }
 
 
@@ -78,7 +79,7 @@ def from_config(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> Stored
     """
     fields_of(
         "the configuration", config, "format", "format_version", "versions", "base", "config", "projections",
-        "matrices", "bank_fingerprint",
+        "matrices", "bank_fingerprint", *(("trained",) if config["format_version"] > 3 else ()),
     )  # fmt: skip
     options = to_options(config["config"])
     projections = _from_entries(json.dumps(config["projections"]))
@@ -100,6 +101,12 @@ def from_config(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> Stored
         if not name.startswith(BASE) or name == BASE:
             raise FormatError(f"the tensor {shortened(name)} is not in its configuration")
         base[name.removeprefix(BASE)] = t
+    trained = config.get("trained")
+    if trained is not None:
+        if not isinstance(trained, list) or not all(isinstance(name, str) for name in trained):
+            raise FormatError(f"trained must be a list of names, not {shortened(trained)}")
+        if odd := sorted(set(trained) ^ base.keys()):
+            raise FormatError(f"its tensors are not those that it declares as trained: {shortened(odd[0])}")
     stored = Stored(
         options,
         projections,
@@ -111,6 +118,7 @@ def from_config(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> Stored
         rows,
         shared,
         versions,
+        None if trained is None else tuple(trained),
     )
     check(stored)
     return stored

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FormatError, OptionError
-from ..lifecycle.library import adapters_in, bank_of
-from ..lifecycle.trained_parts import trained_tensors
+from ..lifecycle.library import adapters_in, bank_of, library_of
+from ..lifecycle.trained_parts import STATISTICS, moved_buffers, trained_tensors
 from ..maths.bank import Bank
 from ..maths.redraw_log import BankState
 from ..maths.widths import Widths
@@ -42,13 +42,14 @@ def collect(model: nn.Module | Survey, *, save_banks: SaveBanks | None = None) -
     names = sorted(Widths.of((p.width, p.roles) for p in projections).matrices(bank.config.layout))
     first = {name: bank._first[name] for name in names if name in bank._first}
     changed = {name: rows for name, (_, rows) in state.rows.items()} | state.own
+    trained = trained_tensors(survey)
     return Stored(
         bank.config,
         projections,
         torch.cat([whole(t).detach().flatten().cpu() for a in found.values() for t in (a.b, a.d)]),
-        {name: whole(t).detach().cpu().clone() for name, t in trained_tensors(survey).items()},
+        {name: whole(t).detach().cpu().clone() for name, t in trained.items()},
         list(state.log),
-        _identity(base, bank, tuple(found)),
+        _identity(base, bank, tuple(p for p in found if base.weight_name(p) not in trained)),
         bank_digest(first, state) if first else None,
         _flat([changed[name] for name in sorted(changed)]) if save_banks else None,
         _flat([first[name] for name in names]) if save_banks == "all" else None,
@@ -95,6 +96,9 @@ def put_back(model: nn.Module, stored: Stored) -> None:
     here = {path: (adapter.width, adapter.roles) for path, adapter in found.items()}
     there = {p.path: (p.width, p.roles) for p in stored.projections}
     shapes, wanted = ({name: t.shape for name, t in tensors.items()} for tensors in (held, stored.parts))
+    still = library_of(model).buffers  # which of these moved is no part of what adapter it is
+    shapes, wanted = ({n: shape for n, shape in of.items() if n not in still or n.endswith(STATISTICS)}
+                      for of in (shapes, wanted))  # fmt: skip
     odd = _differing(here, there) + _differing(shapes, wanted)
     if odd or bank.config != stored.config:
         raise FormatError(
@@ -108,8 +112,10 @@ def put_back(model: nn.Module, stored: Stored) -> None:
         for path, adapter in found.items():
             adapter.b.copy_(vectors[path][0])
             adapter.d.copy_(vectors[path][1])
+        for name in moved_buffers(survey).keys() - stored.parts.keys():
+            survey.buffers[name].tensor.copy_(still[name])
         for name, value in stored.parts.items():
-            held[name].copy_(value)
+            survey.tensors[name].tensor.copy_(value)
     for adapter in found.values():
         adapter.take_own()
 

@@ -93,6 +93,7 @@ class Stored:
         rows: every redrawn row, matrix after matrix by name, (n,) float32; None if it is not in the file.
         shared: the shared matrices, by name, (n,) float32; None if they are not in the file.
         versions: of the libraries that wrote it.
+        trained: names of all trained parts of the base, by which each is declared; None before version 4.
     """
 
     config: UoraConfig
@@ -105,6 +106,7 @@ class Stored:
     rows: Tensor | None = None
     shared: Tensor | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    trained: tuple[str, ...] | None = None
 
     @cached_property
     def vectors(self) -> list[tuple[Tensor, Tensor]]:
