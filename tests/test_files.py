@@ -209,6 +209,14 @@ class TestVersions:
         assert not uora.upgrade(tmp_path)
         assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == content
 
+    def test_an_upgrade_of_version_3_declares_what_was_trained(self, tmp_path: Path) -> None:
+        shutil.copytree(DATA / "adapter_v3", tmp_path, dirs_exist_ok=True)
+        before = state(uora.load(golden_model(), tmp_path))
+        assert read_folder(tmp_path).trained is None and uora.upgrade(tmp_path) and not uora.upgrade(tmp_path)
+        stored = read_folder(tmp_path)
+        assert stored.trained == tuple(sorted(stored.parts)) and "head.bias" in stored.parts
+        assert same(state(uora.load(golden_model(), tmp_path)), before)
+
     def test_the_golden_adapters_are_small(self) -> None:
         for folder in ("adapter_v2", "adapter_v3"):
             assert sum(f.stat().st_size for f in (DATA / folder).iterdir()) < 30_000

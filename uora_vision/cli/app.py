@@ -206,7 +206,7 @@ def verify(
     """Check a saved adapter: its files, whether A and B come out as they were, and whether it fits a base."""
     from ..storage.base import Base
     from ..storage.fit import fit
-    from ..storage.folder import is_old, read_folder
+    from ..storage.folder import read_folder
     from ..storage.schema import FORMAT_VERSION
     from ..storage.snapshot import rebuilt
     from .models import with_weights
@@ -217,7 +217,7 @@ def verify(
     if stored is None:
         _verdict(checks)
         return
-    if is_old(there):
+    if stored.trained is None:
         checks.append((True, f"format is an old one: `uora upgrade` makes it version {FORMAT_VERSION}"))
     if stored.bank_fingerprint is None:
         checks.append((True, "A and B have no fingerprint in this file"))

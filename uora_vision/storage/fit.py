@@ -13,6 +13,7 @@ from ..structure.targets import Projection
 from ..weights.sharded import class_name
 from .base import Base
 from .fingerprint import CLOSE, distance
+from .sections import SECTIONS
 from .stored import Stored
 
 
@@ -42,6 +43,8 @@ def fit(stored: Stored, base: Base, check_base: bool = True) -> Fitted:
         FormatError: the adapter does not fit this model, or was made for another base.
         StateError, TargetError: the model cannot be adapted as it is.
     """
+    if unread := [name for name in stored.sections if SECTIONS[name].computes]:
+        raise FormatError(f"the adapter has {unread[0]}, with which this version does not compute")
     made_for = stored.identity
     known = made_for.architecture and base.architecture
     if check_base and known and made_for.architecture != base.architecture:

@@ -137,12 +137,6 @@ def check_version(source: Path, config: dict[str, Any]) -> None:
         )
 
 
-def is_old(folder: Path) -> bool:
-    """Whether an adapter is of version 2."""
-    path = folder / TENSOR_FILE
-    return _is_old(_header(path, _content(path))[1])
-
-
 def _is_old(metadata: dict[str, str]) -> bool:
     return metadata.get("format") == FORMAT and "config" in metadata and CHECKSUM not in metadata
 
@@ -296,7 +290,7 @@ def upgrade(folder: str | os.PathLike[str]) -> bool:
         False
     """
     adapter = read_folder(folder)
-    if not is_old(Path(folder)):
+    if adapter.trained is not None:
         return False
     write_folder(adapter, folder)
     return True

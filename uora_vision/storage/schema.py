@@ -18,6 +18,7 @@ from ..errors import FormatError
 from ..maths.redraw_log import check_log, draw_counts, pack_log, unpack_log
 from ..weights.matrix import disjoint
 from ..weights.role import ATTENTION, CONV, MLP, OTHER, Role
+from .sections import SECTIONS, check_sections, read_sections
 from .stored import Identity, Stored, StoredProjection
 
 FORMAT = "uora_vision"
@@ -58,6 +59,7 @@ def to_config(stored: Stored) -> dict[str, Any]:
         "matrices": names,
         "bank_fingerprint": stored.bank_fingerprint,
         "trained": sorted(stored.parts),
+        **{name: section.value for name, section in stored.sections.items()},
     }
 
 
@@ -66,6 +68,7 @@ def to_tensors(stored: Stored) -> dict[str, Tensor]:
     log, _ = pack_log(stored.log)
     tensors = {VECTORS: stored.vector, ENTRIES: log["entries"], ALPHA: log["alpha"]}
     tensors |= {f"{BASE}{name}": t for name, t in stored.parts.items()}
+    tensors |= {f"{name}/{key}": t for name, part in stored.sections.items() for key, t in part.tensors.items()}
     optional = {ROWS: stored.rows, SHARED: stored.shared}
     tensors |= {name: t for name, t in optional.items() if t is not None}
     return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
@@ -77,9 +80,11 @@ def from_config(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> Stored
     Raises:
         FormatError: something is missing, of another type, out of range, or does not fit the rest.
     """
+    new = config["format_version"] > 3
     fields_of(
         "the configuration", config, "format", "format_version", "versions", "base", "config", "projections",
-        "matrices", "bank_fingerprint", *(("trained",) if config["format_version"] > 3 else ()),
+        "matrices", "bank_fingerprint", *(("trained",) if new else ()),
+        optional=tuple(SECTIONS) if new else (),
     )  # fmt: skip
     options = to_options(config["config"])
     projections = _from_entries(json.dumps(config["projections"]))
@@ -93,6 +98,7 @@ def from_config(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> Stored
         _check_tensor(name, rest[name], dtype, dims)
     vector, log_tensors = rest.pop(VECTORS), {"entries": rest.pop(ENTRIES), "alpha": rest.pop(ALPHA)}
     rows, shared = rest.pop(ROWS, None), rest.pop(SHARED, None)
+    sections = read_sections(config, rest) if new else {}
     names = config["matrices"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise FormatError(f"matrices must be a list of names, not {shortened(names)}")
@@ -119,6 +125,7 @@ def from_config(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> Stored
         shared,
         versions,
         None if trained is None else tuple(trained),
+        sections,
     )
     check(stored)
     return stored
@@ -148,6 +155,7 @@ def check(stored: Stored) -> None:
         _check_saved_rows(ROWS, stored.rows, _row_numbers(stored))
     if stored.shared is not None:
         _check_saved_rows(SHARED, stored.shared, rank * sum(stored.matrices.values()))
+    check_sections(stored)
 
 
 def to_options(values: Any) -> UoraConfig:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -79,6 +79,19 @@ class Identity:
 
 
 @dataclass(frozen=True)
+class Section:
+    """What an adapter may have besides, see `sections.py`.
+
+    Args:
+        value: of its field in the description, as JSON has it.
+        tensors: by name, without that of the section.
+    """
+
+    value: Any
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Stored:
     """A saved adapter.
 
@@ -94,6 +107,7 @@ class Stored:
         shared: the shared matrices, by name, (n,) float32; None if they are not in the file.
         versions: of the libraries that wrote it.
         trained: names of all trained parts of the base, by which each is declared; None before version 4.
+        sections: what it has besides, by name.
     """
 
     config: UoraConfig
@@ -107,6 +121,7 @@ class Stored:
     shared: Tensor | None = None
     versions: dict[str, str] = field(default_factory=dict)
     trained: tuple[str, ...] | None = None
+    sections: dict[str, Section] = field(default_factory=dict)
 
     @cached_property
     def vectors(self) -> list[tuple[Tensor, Tensor]]:

@@ -1,0 +1,134 @@
+"""What a description may hold besides what every adapter has, since version 4: one line of `SECTIONS` for each.
+
+A section is a field of the description, and tensors whose names begin with its name. Readers of version 4 know all of
+them; whoever adds another one adds a line here, and raises the version.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import FormatError
+from .stored import Section, Stored
+
+
+class Kind(NamedTuple):
+    """One kind of section.
+
+    Args:
+        check: whether a section is one of an adapter; raises FormatError.
+        computes: whether the adapter computes something else without it.
+    """
+
+    check: Callable[[Section, Stored], None]
+    computes: bool
+
+
+def read_sections(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Section]:
+    """The sections of a description; their tensors are taken out of `tensors`."""
+    found = {}
+    for name in SECTIONS:
+        mine = {key: tensors.pop(key) for key in [key for key in tensors if key.startswith(f"{name}/")]}
+        if name in config:
+            found[name] = Section(config[name], {key.removeprefix(f"{name}/"): t for key, t in mine.items()})
+        elif mine:
+            raise FormatError(f"the tensor {min(mine)[:80]!r} is there without the section {name!r}")
+    return found
+
+
+def check_sections(stored: Stored) -> None:
+    """Whether the sections of an adapter are as they must be.
+
+    Raises:
+        FormatError: one is not.
+    """
+    for name, section in stored.sections.items():
+        try:
+            SECTIONS[name].check(section, stored)
+        except FormatError as error:
+            raise FormatError(f"{name}: {error}") from error
+
+
+def _declared(section: Section, known: Mapping[str, Any]) -> list[str]:
+    """The names of matrices that a section lists, each once and in order."""
+    names = section.value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or names != sorted(set(names)):
+        raise FormatError("it must be a list of names, sorted, each once")
+    if odd := [name for name in names if name not in known]:
+        raise FormatError(f"{odd[0][:80]!r} is not in this adapter")
+    return names
+
+
+def _check_rows(section: Section, stored: Stored) -> None:
+    """Rows of A by the path of a projection or the name of a shared matrix: (r, width) float32 or float16, or int8 with
+    `<name>.scale` (r,) float32."""
+    widths = {p.path: p.width for p in stored.projections}
+    widths |= {name: width for name, width in stored.matrices.items() if name.startswith("A")}
+    rest = dict(section.tensors)
+    for name in _declared(section, widths):
+        t = rest.pop(name, None)
+        if t is None or t.shape != (stored.config.rank, widths[name]):
+            raise FormatError(f"{name[:80]!r} must have a tensor of shape {(stored.config.rank, widths[name])}")
+        if t.dtype not in (torch.float32, torch.float16, torch.int8):
+            raise FormatError(f"{name[:80]!r} is of {t.dtype}; float32, float16 and int8 are known")
+        scale = rest.pop(f"{name}.scale", None)
+        if (t.dtype == torch.int8) != (scale is not None):
+            raise FormatError(f"int8 alone has a scale, other than {name[:80]!r}")
+        if scale is not None and (scale.dtype != torch.float32 or scale.shape != t.shape[:1]):
+            raise FormatError(f"the scale of {name[:80]!r} must be float32, a number for each row")
+        if not all(part.isfinite().all() for part in (t, scale) if part is not None):
+            raise FormatError(f"{name[:80]!r} holds NaN or infinite values")
+    _nothing_left(rest)
+
+
+def _check_roundings(section: Section, stored: Stored) -> None:
+    """Where a shared matrix is rounded otherwise than it is computed elsewhere: (n, 2) int32, the place in the flat
+    matrix, and by how many of the last place."""
+    rest = dict(section.tensors)
+    for name in _declared(section, stored.matrices):
+        t = rest.pop(name, None)
+        if t is None or t.dtype != torch.int32 or t.dim() != 2 or t.shape[1] != 2:
+            raise FormatError(f"{name!r} must have an int32 tensor of pairs")
+        places = t[:, 0].long()
+        if len(t) and (places.min() < 0 or places.max() >= stored.config.rank * stored.matrices[name]):
+            raise FormatError(f"a place of {name!r} is outside of it")
+        if not (places.diff() > 0).all():
+            raise FormatError(f"the places of {name!r} must ascend")
+    _nothing_left(rest)
+
+
+def _check_labels(section: Section, stored: Stored) -> None:
+    """Names of the classes, in the order of the outputs of the head."""
+    names = section.value
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise FormatError("it must be a list of names that is not empty")
+    _nothing_left(section.tensors)
+
+
+def _check_preprocessing(section: Section, stored: Stored) -> None:
+    """A data config as timm has it: `input_size`, `mean`, `std`, `interpolation`, `crop_pct`, ..."""
+    if not isinstance(section.value, dict):
+        raise FormatError("it must be an object")
+    for name, value in section.value.items():
+        for one in value if isinstance(value, list) else [value]:
+            if not isinstance(one, str | int | float | None) or (isinstance(one, float) and not math.isfinite(one)):
+                raise FormatError(f"{name[:80]!r} must be a text, a number or a list of them")
+    _nothing_left(section.tensors)
+
+
+def _nothing_left(tensors: Mapping[str, Tensor]) -> None:
+    if tensors:
+        raise FormatError(f"it does not list its tensor {min(tensors)[:80]!r}")
+
+
+SECTIONS: dict[str, Kind] = {
+    "rows": Kind(_check_rows, computes=True),
+    "roundings": Kind(_check_roundings, computes=True),
+    "labels": Kind(_check_labels, computes=False),
+    "preprocessing": Kind(_check_preprocessing, computes=False),
+}
