@@ -339,7 +339,7 @@ class TestUpgrade:
         assert main(["verify", str(folder)]) == 0
         assert "`uora upgrade`" in capsys.readouterr().out
         assert main(["upgrade", str(folder)]) == 0
-        assert "is of format version 3 now" in capsys.readouterr().out
+        assert "is of format version 4 now" in capsys.readouterr().out
         assert main(["upgrade", str(folder)]) == 0 and main(["verify", str(folder)]) == 0
         assert "needs no upgrade" in (text := capsys.readouterr().out) and "`uora upgrade`" not in text
 
