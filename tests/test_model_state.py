@@ -147,6 +147,15 @@ class TestStateDicts:
                 model.load_state_dict(one.state_dict())
                 assert same(model, one) and [e.step for e in model.uora.log] == [e.step for e in one.uora.log]
 
+    @pytest.mark.parametrize("scope", SCOPES)
+    def test_a_compiled_model_computes_with_the_redraws_that_it_loaded(self, scope: str) -> None:
+        model, other = made(), redraw(made(), scope, quorum=0.1)
+        compiled = torch.compile(model.eval(), backend="eager", fullgraph=True)
+        with torch.no_grad():
+            compiled(X)
+            model.load_state_dict(other.state_dict())
+            assert torch.allclose(compiled(X), out(other), atol=1e-5)
+
     def test_through_a_file_in_another_process(self, tmp_path: Path) -> None:
         model = redraw(redraw(made()), "layer")
         torch.save(model.state_dict(), tmp_path / "state.pt")
@@ -228,7 +237,11 @@ class TestStateDicts:
         assert not any("uora" in name for name in base.load_state_dict(model.state_dict(), strict=False).missing_keys)
         torch.testing.assert_close(out(model), want)
         uora.remove(model)
-        assert not model._load_state_dict_pre_hooks and not any("uora" in name for name in model.state_dict())
+        assert (
+            not model._load_state_dict_pre_hooks
+            and not model._load_state_dict_post_hooks
+            and not any("uora" in name for name in model.state_dict())
+        )
 
     def test_copies_and_pickles(self) -> None:
         for scope in SCOPES:

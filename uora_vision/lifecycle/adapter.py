@@ -123,7 +123,7 @@ class Adapter(nn.Module):
             if self.bank.draws(self.own(role)[0].name).any():
                 self.refresh_own(role)
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Follow redraws that came with tensors which were copied or averaged into the model's."""
         bank = self.bank
         # Writes past torch's count of versions (`t.data.copy_`) are looked for once in a forward.
@@ -135,7 +135,7 @@ class Adapter(nn.Module):
         """A of the roles, each (r, in), and B of the roles, each (rows, r): one entry where all of them share it."""
         self.turns.check()
         if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
-            self._settle()
+            self.settle()
         shared, rows, device = self.bank.a(self.width), [role.rows for role in self.roles], self.b.device
         if not self._own:
             b = tuple([self.bank.b(n) for n in (rows[:1] if len(set(rows)) == 1 else rows)])

@@ -45,3 +45,10 @@ def check_redraws(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: A
             f"this state dict holds vectors of an adapter but not its redraws ({name}): if directions were redrawn in "
             "the model that it is of, this one computes something else. Keep that key, or use save() and load()."
         )
+
+
+def take_redraws(model: nn.Module, _: Any) -> None:
+    """After a state dict was loaded: a compiled forward does not look whether there are other redraws."""
+    for module in model.modules():
+        if isinstance(module, Adapter):
+            module.settle()

@@ -21,7 +21,7 @@ from ..structure.survey import Survey, held_at
 from ..weights.kinds import check_module, is_adapted
 from ..weights.sharded import is_sharded
 from .adapter import CHILD, Adapter, child, own_matrices
-from .banks import check_redraws, house, housed
+from .banks import check_redraws, house, housed, take_redraws
 from .entry import Entry, holders, replace_tensor
 from .fusing import allow_fusing, forbid_fusing
 from .inference_mode import outside_inference_mode
@@ -138,7 +138,8 @@ class Library:
         """The base's own buffers, by which those that moved in training are known."""
         self.flags = {name: held.tensor.requires_grad for name, held in survey.parameters.items()}
         self.unsent: set[str] = set()
-        self.hook: Any = None
+        self.hooks: tuple[Any, ...] = ()
+        """On loading a state dict."""
         self.contexts: list[Any] = []
         """Those that are open, the innermost last."""
         self.owner: int | None = None
@@ -199,14 +200,17 @@ class Library:
         for p, owner, module in zip(placement.projections, placement.modules, modules, strict=True):
             attach(owner, p.tensor, module, p.read)
         forbid_fusing(model, (p.module_path for p in placement.projections))
-        self.hook = model.register_load_state_dict_pre_hook(check_redraws)
+        self.hooks = (
+            model.register_load_state_dict_pre_hook(check_redraws),
+            model.register_load_state_dict_post_hook(take_redraws),
+        )
         self._keep_from_sending(model)
 
     def detach(self, survey: Survey) -> None:
         """Take out whatever sits in the model."""
-        if self.hook is not None:
-            self.hook.remove()
-            self.hook = None
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = ()
         for module in survey.modules.values():
             allow_fusing(module)
             detach(module)
