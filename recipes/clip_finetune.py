@@ -69,7 +69,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from common.data.augment import DomainShift, ModelInput
 from common.data.images import ImageSet, load_images, parse_classes
-from common.data.loading import Images
+from common.data.loading import Batches, Images, train_loader
 from common.report.page import Sheet
 from common.report.results import compare, finish
 from common.training.folder import CHECKPOINT, prepare_folder, record_config, write_json
@@ -147,6 +147,9 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
     if adapted.is_uora:
         uora.verify(dual.model, dual.example(*work.example))
     adapted.model.to(PartialState().device)
+    if chosen.informs:
+        batches = train_loader(work.train, Batches(len(work.train), options.batch, 1, options.seed), options.workers)
+        uora.inform(dual.model, batches, lambda _, batch: work.task.loss(adapted.model, batch)[0])
     optimizer = make_optimizer(adapted, options.opt)
     reinit = None
     if chosen.redraws:

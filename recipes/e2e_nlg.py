@@ -92,7 +92,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from common.data.tables import load_table, need_columns
+from common.data.tables import load_table, need_columns, shuffled
 from common.language import toy_restaurants
 from common.language.generation_metrics import score_texts
 from common.language.models import load_model, load_tokenizer, longest
@@ -159,6 +159,9 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
     collate = DataCollatorForSeq2Seq(tokenizer)
     if adapted.is_uora:
         uora.verify(model, dict(collate([features(train_set, 0)])))
+    if chosen.informs:
+        rows = train_set.select_columns(["input_ids", "attention_mask", "labels"])
+        uora.inform(model, shuffled(rows, collate, options.batch, options.seed))
     optimizer = make_optimizer(adapted, options.opt)
     reinit = None
     if chosen.redraws:

@@ -84,7 +84,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from accelerate import PartialState
-from common.data.tables import hold_out, load_table, need_columns
+from common.data.tables import hold_out, load_table, need_columns, shuffled
 from common.language import toy
 from common.language.models import load_model, load_tokenizer, longest
 from common.report.results import compare, finish
@@ -145,6 +145,8 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
     collate = DataCollatorWithPadding(tokenizer)
     if adapted.is_uora:
         uora.verify(model, dict(collate([train_set[0], train_set[1]])))
+    if chosen.informs:
+        uora.inform(model, shuffled(train_set, collate, options.batch, options.seed))
     optimizer = make_optimizer(adapted, options.opt)
     reinit = None
     if chosen.redraws:

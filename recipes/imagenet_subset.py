@@ -66,7 +66,7 @@ import torch
 from accelerate import PartialState
 from common.data.augment import DomainShift, ModelInput
 from common.data.images import load_images
-from common.data.loading import Images
+from common.data.loading import Batches, Images, train_loader
 from common.report.results import compare
 from common.training.folder import prepare_folder
 from common.training.loop import make_optimizer
@@ -114,6 +114,8 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
     if adapted.is_uora:
         uora.verify(model, data[0, 0][0][None])
     adapted.model.to(PartialState().device)
+    if chosen.informs:
+        uora.inform(model, train_loader(data, Batches(len(data), options.batch, 1, options.seed), options.workers))
     optimizer = make_optimizer(adapted, options.opt)
     reinit = None
     if chosen.redraws:

@@ -73,7 +73,7 @@ if __name__ == "__main__":
 
 import torch
 from accelerate import PartialState
-from common.data.tables import hold_out, load_table
+from common.data.tables import hold_out, load_table, shuffled
 from common.language import chat, toy
 from common.language.answers import generate, held_out_loss, perplexity
 from common.language.dialogues import (
@@ -96,7 +96,7 @@ from common.training.trainer import arguments, fit
 from datasets import Dataset
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DataCollatorForSeq2Seq
 
 import uora_vision as uora
 
@@ -143,6 +143,9 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
     if adapted.is_uora:
         example = torch.tensor([train_set.rows[0]["input_ids"]], device=model.device)
         uora.verify(model, {"input_ids": example, "use_cache": False})
+    if chosen.informs:
+        rows = train_set.rows.select_columns(["input_ids", "labels"])
+        uora.inform(model, shuffled(rows, DataCollatorForSeq2Seq(tokenizer), options.batch, options.seed))
     optimizer = make_optimizer(adapted, options.opt)
     reinit = None
     if chosen.redraws:

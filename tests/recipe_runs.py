@@ -76,7 +76,13 @@ def assert_the_options_reach_uora(call: Call, patch: pytest.MonkeyPatch, *words:
 
 
 def assert_it_redraws_by_uora_alone(call: Call, patch: pytest.MonkeyPatch, *words: object) -> None:
-    """With --reinit never, and by another method, a recipe makes no `uora.Reinitializer`."""
+    """With --reinit never, and by another method, a recipe makes no `uora.Reinitializer`; with --reinit informed it
+    informs the adapter before it trains."""
+    inform = uora.inform
+
+    def informed(*args: Any, **options: Any) -> None:
+        assert min(inform(*args, **options).values()) > 0
+        raise RecipeError("it was informed")
 
     def forbidden(*_: Any, **__: Any) -> None:
         raise RecipeError("it was made")
@@ -85,3 +91,5 @@ def assert_it_redraws_by_uora_alone(call: Call, patch: pytest.MonkeyPatch, *word
     assert "it was made" in call(*words, "--max-steps", 1)[1]
     for others in (("--reinit", "never"), ("--method", "vera")):
         assert "it was made" not in call(*words, *others, "--max-steps", 1)[1]
+    patch.setattr(uora, "inform", informed)
+    assert "error: it was informed" in call(*words, "--reinit", "informed", "--rank", 2)[1]

@@ -127,6 +127,7 @@ def test_the_saved_adapter_gives_the_measured_accuracy(recipe: Call, tiny: Path,
 
 RUNS = {
     "uora that fires": ("--rank", 8, "--relative", "--threshold", 0.2, "--lr", 0.05),
+    "uora informed": ("--rank", 4, "--reinit", "informed"),
     "image tower only": ("--rank", 4, "--text-tower", "frozen", "--last", 1),
     "full text tower": ("--rank", 4, "--text-tower", "full", "--train-logit-scale"),
     "lora": ("--method", "lora", "--rank", 2),

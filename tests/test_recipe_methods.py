@@ -85,9 +85,11 @@ def test_uora_is_injected_by_the_recipes_themselves(vit: nn.Module) -> None:
         apply_method(vit, options(Method.uora))
 
 
-def test_only_uora_redraws_and_not_when_told_never() -> None:
+def test_only_uora_redraws_or_informs_and_not_when_told_never() -> None:
     found = [(method, scope) for method in Method for scope in Scope if options(method, scope=scope).redraws]
     assert found == [(Method.uora, scope) for scope in (Scope.shared, Scope.quorum, Scope.layer)]
+    told = [(method, scope) for method in Method for scope in Scope if options(method, scope=scope).informs]
+    assert told == [(Method.uora, Scope.informed)]
 
 
 def test_lora_adapts_the_same_weights_as_uora(make_vit: Callable[..., nn.Module]) -> None:

@@ -118,6 +118,7 @@ RUNS = {
     "uora shared": ("--rank", 8, *FIRES),
     "uora layer": ("--rank", 8, "--reinit", "layer", *FIRES),
     "uora never": ("--rank", 8, "--reinit", "never"),
+    "uora informed": ("--rank", 8, "--reinit", "informed"),
     "lora": ("--method", "lora", "--rank", 2),
     "vera of peft": ("--method", "vera-peft", "--rank", 4),
     "full, another optimizer": ("--method", "full", "--opt", "lamb", "--weight-decay", 0.1),

@@ -14,6 +14,7 @@ from .errors import (
 )  # fmt: skip
 from .lifecycle.contexts import disabled
 from .lifecycle.counts import Summary, summary
+from .lifecycle.informing import inform
 from .lifecycle.injection import inject, remove
 from .lifecycle.library import adapters
 from .lifecycle.merging import MergeReport, merge, unmerge
@@ -59,6 +60,7 @@ __all__ = [
     "delete",
     "disabled",
     "export",
+    "inform",
     "inject",
     "integrations",
     "load",

@@ -120,6 +120,41 @@ def tiny(width: int) -> Bed:
     return Bed(make, *digits(8, range(5, 10)))
 
 
+class ClassTail(nn.Module):
+    """The last blocks of a timm ViT with a class token, as `Tail`."""
+
+    def __init__(self, vit: nn.Module, first: int) -> None:
+        super().__init__()
+        self.blocks, self.norm, self.head = vit.blocks[first:], vit.norm, nn.Linear(vit.num_features, 10)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.blocks(x))[:, 0])
+
+
+@functools.lru_cache(maxsize=1)
+def signs_tail(first: int = 8, pixels: int = 56) -> Bed:
+    """Photographs of hands that show a digit, from the ViT-S/14 of ../shared/models: every third is a test image."""
+    from PIL import Image
+
+    name = f"local-dir:{ROOT.parent / 'shared/models/vit_small_patch14_dinov2'}"
+    make = lambda: timm.create_model(name, pretrained=True, num_classes=10, img_size=pixels).float().eval()  # noqa: E731
+    files = sorted((ROOT.parent / "shared/data/sign_digits").glob("[0-9]/*"))
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    images = [Image.open(f).convert("RGB").resize((pixels, pixels), Image.Resampling.BICUBIC) for f in files]
+    x = torch.stack([((torch.from_numpy(np.array(i)) / 255 - mean) / std).permute(2, 0, 1) for i in images])
+    y, model = torch.tensor([int(f.parent.name) for f in files]), make()
+    with torch.no_grad():
+        x = torch.cat([model.blocks[:first](model._pos_embed(model.patch_embed(part))) for part in x.split(64)])
+    test = torch.arange(len(y)) % 3 == 0
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(y)))
+    rest = order[~test[order]]
+    n = round(0.3 * len(rest))
+    sets = [(x[i].contiguous(), y[i]) for i in (rest[n:], rest[:n], order[test[order]])]
+    return Bed(lambda: ClassTail(make(), first), *sets)
+
+
 class TextTail(nn.Module):
     """The last layers of a BERT over the states (n, tokens, width) of the first; a last feature of each token says
     whether it is one (1) or fills up (0)."""

@@ -245,17 +245,18 @@ def _vera_directions(weights: list[AdaptedWeight]) -> tuple[Tensor, Tensor, list
         mine: list[tuple[int, Tensor]] = []
         a, bm = w.adapter.matrices()
         width, out = w.adapter.width, w.projection.shape[0]
-        shared_a = bank.get_buffer(bank.matrix("A", width))
+        name_a = bank.matrix("A", width, w.adapter.origin)
+        shared_a = bank.get_buffer(name_a)
         for k, role in enumerate(w.adapter.roles):
             shared_b = bank.get_buffer(bank.matrix("B", role.rows)).t()
             # What lies beyond the last row of a weight is never used, so whole weights of all heights share B.
             whole = role.span.indices() == list(range(out)) if role.rows == out else False
             span = Span(0, min(tall, len(shared_b))) if whole else role.span
-            key = bank.matrix("A", width), bank.matrix("B", role.rows), span
+            key = name_a, bank.matrix("B", role.rows), span
             if key not in places:
                 places[key] = add(shared_a, shared_b[: span.rows], span)
             d = w.adapter.d[k].detach().float()
-            own = (a[k % len(a)] != bank.a(width).to(a[0])).any(dim=1)
+            own = (a[k % len(a)] != shared_a[:, :width].to(a[0])).any(dim=1)
             mine.append((places[key], torch.where(own, 0.0, d)))
             if own.any():
                 at = add(a[k % len(a)][own], bm[k % len(bm)][:, own], role.span)

@@ -106,7 +106,7 @@ class Adapter(nn.Module):
             indices, rows = self.bank.own(own.name)
             size = min(self.d.shape[1], 1 << max(3, (len(indices) - 1).bit_length()))
             fill = torch.arange(size, device="cpu").clamp(max=len(indices) - 1)
-            shared = self.bank.a(self.width)
+            shared = self.bank.a(self.width, self.origin)
             found += [indices[fill].to(shared.device), rows[fill].to(shared)]
         new = found[0], found[1], found[3]
         old = self._own.get(role)
@@ -136,14 +136,14 @@ class Adapter(nn.Module):
         self.turns.check()
         if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
             self.settle()
-        shared, rows, device = self.bank.a(self.width), [role.rows for role in self.roles], self.b.device
+        shared, rows, device = self.bank.a(self.width, self.origin), [role.rows for role in self.roles], self.b.device
         if not self._own:
             b = tuple([self.bank.b(n) for n in (rows[:1] if len(set(rows)) == 1 else rows)])
             if shared.device == device:
                 return (shared,), b
             return (shared.to(device),), tuple(m.to(device) for m in b)  # of a replica
         # One view each: autograd functions must not be given one tensor twice when compiled.
-        A = [self.bank.a(self.width).to(device) for _ in rows]
+        A = [self.bank.a(self.width, self.origin).to(device) for _ in rows]
         B = [self.bank.b(n).to(device) for n in rows]
         for k, (index, own_a, own_b) in self._own.items():
             A[k] = A[k].index_copy(0, index.to(device), own_a.to(A[k]))

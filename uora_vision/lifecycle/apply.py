@@ -121,20 +121,26 @@ def _placement(survey: Survey, library: Library, what: Plan) -> Placement:
     return Placement.of(survey, what.projections, what.config.rank)
 
 
-def bank_for(model: nn.Module, what: Plan, first: Mapping[str, Tensor] | None = None) -> Bank:
-    """The bank of an adapter in the model that draws the same matrices, or a new one.
+def bank_for(
+    model: nn.Module,
+    what: Plan,
+    first: Mapping[str, Tensor] | None = None,
+    informed: Mapping[str, str] | None = None,
+) -> Bank:
+    """The bank of an adapter in the model that has the same matrices, or a new one.
 
     Args:
         first: matrices by name to use in place of those that are drawn from the seed.
+        informed: see `Widths`; `first` has these matrices.
     """
-    widths = Widths.of((p.shape[1], p.roles) for p in what.projections)
+    first = first or {}
+    widths = Widths.of(((p.shape[1], p.roles) for p in what.projections), informed)
+    given = bool(first.keys() - set(widths.informed.values()))
     library = model.__dict__.get(LIBRARY)
     for entry in library.entries.values() if library else ():
         bank = entry.bank
-        given = {} if first is None else first
-        same = all(torch.equal(bank._first[n], t) for n, t in given.items() if n in bank._first)
-        same &= first is not None or not bank.given
-        if same and bank.serves(what.config, widths):
+        same = all(torch.equal(bank._first[n], t) for n, t in first.items() if n in bank._first)
+        if same and (given or not bank.given) and bank.serves(what.config, widths):
             return bank
     weight: Any = model.get_submodule(what.projections[0].module_path)._parameters[what.projections[0].tensor]
     dtype = torch.float32 if is_quantised(weight) else weight.dtype

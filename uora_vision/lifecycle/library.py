@@ -191,7 +191,7 @@ class Library:
         if old:
             old.turns.end()
         if new:
-            new.turns.begin()
+            new.turns.begin(first=len(self.entries) == 1)
         self.active = name
 
     def attach(self, model: nn.Module, entry: Entry, modules: tuple[Any, ...]) -> None:
@@ -204,7 +204,7 @@ class Library:
             model.register_load_state_dict_pre_hook(check_redraws),
             model.register_load_state_dict_post_hook(take_redraws),
         )
-        self._keep_from_sending(model)
+        self.keep_from_sending(model)
 
     def detach(self, survey: Survey) -> None:
         """Take out whatever sits in the model."""
@@ -258,13 +258,13 @@ class Library:
             for module, key in places:
                 replace_tensor(module, key, values[name])
 
-    def _keep_from_sending(self, model: nn.Module) -> None:
+    def keep_from_sending(self, model: nn.Module) -> None:
         """Tell DistributedDataParallel to leave the matrices alone: by default it sends every buffer of the first
         process to the others before each forward, and every process makes and redraws its own, equal ones."""
         path, bank = housed(model)
         names = {joined(path, name) for name, _ in bank.named_buffers()}
         there = set(getattr(model, TORCH_UNSENT, ()))
-        self.unsent = names - there
+        self.unsent |= names - there
         setattr(model, TORCH_UNSENT, there | names)
 
 

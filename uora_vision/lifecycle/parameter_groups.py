@@ -97,4 +97,6 @@ def gain(adapter: Adapter) -> float:
     """
     bank, rows = adapter.bank, [role.rows for role in adapter.roles]
     squares = [float(bank.drawn("B", n).double().pow(2).sum()) / bank.config.rank for n in rows]
-    return math.sqrt(sum(squares) / sum(rows) * float(bank.drawn("A", adapter.width).double().pow(2).sum()))
+    return math.sqrt(
+        sum(squares) / sum(rows) * float(bank.drawn("A", adapter.width, adapter.origin).double().pow(2).sum())
+    )

@@ -309,13 +309,15 @@ class Reinitializer:
 
     def _bank_options(self) -> dict[str, Any]:
         config = self.bank.config
-        return {"seed": config.seed, "layout": config.layout, "init": config.init}
+        options = {"seed": config.seed, "layout": config.layout, "init": config.init}
+        return options | ({"given": self.bank.chosen} if self.bank.widths.informed else {})
 
     def _group(self) -> dict[str, Tensor]:
         """The roles that use each shared matrix, (layers,) bool by matrix."""
         members: dict[str, Tensor] = {}
         for i, (adapter, k) in enumerate(self._places):
-            for name in (self.bank.matrix("A", adapter.width), self.bank.matrix("B", adapter.roles[k].rows)):
+            names = self.bank.matrix("A", adapter.width, adapter.origin), self.bank.matrix("B", adapter.roles[k].rows)
+            for name in names:
                 members.setdefault(name, torch.zeros(len(self._places), dtype=torch.bool))[i] = True
         return members
 

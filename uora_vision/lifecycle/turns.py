@@ -19,19 +19,28 @@ class Turns:
     def __init__(self) -> None:
         self._turns: list[tuple[int, float]] = [(0, float("inf"))]
         """Of each: the first operation, and the one past the last."""
-        self._fresh = True
+        self._always = True
+        """Whether no other adapter was ever active, as of most models: nothing is to be asked then."""
 
     def __reduce__(self) -> Any:
         """The count is of one process and thread; copies and pickles start anew."""
         return Turns, ()
 
-    def begin(self) -> None:
-        if not self._fresh and self._turns[-1][1] != float("inf"):
-            self._turns = [*self._turns, (_now(), float("inf"))][-_KEPT:]
-        self._fresh = False
+    def begin(self, first: bool) -> None:
+        """The adapter becomes the active one.
+
+        Args:
+            first: whether it is the model's only one.
+        """
+        if self._always and first:
+            return
+        past = [] if self._always else self._turns
+        self._turns, self._always = [*past, (_now(), float("inf"))][-_KEPT:], False
 
     def end(self) -> None:
+        """Another one does, or none."""
         self._turns = [*self._turns[:-1], (self._turns[-1][0], min(self._turns[-1][1], _now()))]
+        self._always = False
 
     def check(self) -> None:
         """Whether a forward inside a backward, so of a checkpoint, is of a time at which this adapter was active.
@@ -39,7 +48,7 @@ class Turns:
         Raises:
             StateError: it is not.
         """
-        if torch.compiler.is_compiling() or not in_backward():
+        if self._always or torch.compiler.is_compiling() or not in_backward():
             return
         node = node_in_backward()
         if node is not None:

@@ -65,7 +65,7 @@ def verify(model: nn.Module, example_input: Any) -> dict[str, float]:
             "set requires_grad to False on their b or d: set it to True, or freeze the rest by name."
         )
     parts = {name: t for name, t in entry.parts.items() if isinstance(t, nn.Parameter)}
-    with _as_before(survey), _noise(survey, adapters):
+    with as_before(survey), _noise(survey, adapters):
         model.eval()
         alive = _alive(adapters, _backward(survey, example_input))
         norms = {name: norm for name, (norm, _) in alive.items()}
@@ -103,7 +103,7 @@ def _in_training(
     reached: set[str] = set()
     model = survey.model
     training = any(m.training for m in survey.modules.values() if not isinstance(m, Bank | Adapter))
-    with _as_before(survey), _noise(survey, adapters):
+    with as_before(survey), _noise(survey, adapters):
         if not training:
             model.train()
         for _ in range(TRIES):
@@ -179,7 +179,7 @@ def _noise(survey: Survey, adapters: list[Adapter]) -> Iterator[None]:
 
 
 @contextmanager
-def _as_before(survey: Survey) -> Iterator[None]:
+def as_before(survey: Survey) -> Iterator[None]:
     """Inside, gradients are enabled; afterwards gradients, buffers, training flags and random state are as before."""
     modules, parameters = survey.modules.values(), [held.tensor for held in survey.parameters.values()]
     flags = {m: m.training for m in modules}

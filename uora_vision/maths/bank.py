@@ -39,7 +39,8 @@ class Bank(Carried):
         widths: of the adapted projections.
         device: where the buffers lie.
         dtype: of the buffers; the draws are rounded to float32 first whatever it is.
-        first: matrices by name, (r, width) float32 on the CPU, to use in place of the first draw.
+        first: matrices by name, (r, width) float32 on the CPU, to use in place of the first draw: all of them, or the
+            informed ones alone.
     """
 
     def __init__(
@@ -51,11 +52,15 @@ class Bank(Carried):
         first: Mapping[str, Tensor] | None = None,
     ) -> None:
         options: dict[str, Any] = {name: getattr(config, name) for name in ("rank", "seed", "layout", "init")}
-        if first is not None:
-            options["given"] = _digest_of(first)
+        first = first or {}
+        if first:
+            options["given"] = _digest_of(first, widths.informed)
         super().__init__(options, widths.matrices(config.layout), device)
         self.config = config
-        self.given = first is not None
+        self.chosen: str | None = options.get("given")
+        """A digest of the matrices that were not drawn."""
+        self.given = bool(first.keys() - set(widths.informed.values()))
+        """Whether it cannot be drawn again from the seed."""
         self.widths = widths
         # In float32 on the CPU: buffers may be moved, or rounded to a half type. Rows are redrawn from `_state`, where
         # a matrix is that of `_first` until one of its rows is redrawn.
@@ -67,7 +72,8 @@ class Bank(Carried):
             if torch.device(device).type == "meta":
                 rows = torch.empty(config.rank, width, device="meta")
             else:
-                rows = self._first[name] = first[name] if first else initial_rows(config, name, width)
+                drawn = name not in first
+                rows = self._first[name] = initial_rows(config, name, width) if drawn else first[name]
             self.register_buffer(name, rows.to(device=device, dtype=dtype, copy=True), persistent=False)
         self._state = dict(self._first)
 
@@ -78,34 +84,35 @@ class Bank(Carried):
     def serves(self, config: UoraConfig, widths: Widths) -> bool:
         """Whether the matrices of these options and widths are those of this bank, before any redraw."""
         same = all(getattr(config, k) == getattr(self.config, k) for k in ("rank", "seed", "layout", "init"))
+        same &= widths.informed == self.widths.informed
         return same and widths.matrices(config.layout).keys() <= self.matrices.keys()
 
-    def matrix(self, side: Side, width: int) -> str:
-        """Name of the matrix that a projection of this width uses."""
-        return self.widths.matrix(self.config.layout, side, width)
+    def matrix(self, side: Side, width: int, origin: str | None = None) -> str:
+        """Name of the matrix that a projection uses, see `Widths.matrix`."""
+        return self.widths.matrix(self.config.layout, side, width, origin)
 
-    def a(self, width: int) -> Tensor:
-        """A of an input width, (r, width)."""
-        return self._view("A", width)
+    def a(self, width: int, origin: str | None = None) -> Tensor:
+        """A of an input width, (r, width); that of the weight with this origin, if it has one of its own."""
+        return self._view("A", width, self.matrix("A", width, origin))
 
     def b(self, width: int) -> Tensor:
         """B of an output width, (width, r)."""
-        return self._view("B", width)
+        return self._view("B", width, self.matrix("B", width))
 
-    def drawn(self, side: Side, width: int) -> Tensor:
-        """A, (r, width), or B transposed, (r, width), as it was drawn first: before any redraw, on the CPU."""
-        return self._first[self.matrix(side, width)][:, :width]
+    def drawn(self, side: Side, width: int, origin: str | None = None) -> Tensor:
+        """A, (r, width), or B transposed, (r, width), as it was at first: before any redraw, on the CPU."""
+        return self._first[self.matrix(side, width, origin)][:, :width]
 
-    def _view(self, side: Side, width: int) -> Tensor:
+    def _view(self, side: Side, width: int, name: str) -> Tensor:
         """The same tensor from one forward to the next. Compilers and tracers get a new one, from the buffer."""
-        buffer: Tensor = getattr(self, self.matrix(side, width))  # sooner than get_buffer
+        buffer: Tensor = getattr(self, name)  # sooner than get_buffer
         passing = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        kept = None if passing else self._views.get((side, width))
+        kept = None if passing else self._views.get((name, width))
         if kept is not None and kept[0] is buffer:
             return kept[1]
         view = buffer[:, :width] if side == "A" else buffer[:, :width].t()
         if not passing:
-            self._views[side, width] = buffer, view
+            self._views[name, width] = buffer, view
         return view
 
     def __getstate__(self) -> dict[str, Any]:
@@ -300,8 +307,8 @@ class Bank(Carried):
             state[part] = (angle.cos() * rows[part] + angle.sin() * fresh).to(state.dtype)
 
 
-def _digest_of(matrices: Mapping[str, Tensor]) -> str:
-    found = hashlib.sha256()
+def _digest_of(matrices: Mapping[str, Tensor], informed: Mapping[str, str]) -> str:
+    found = hashlib.sha256(repr(sorted(informed.items())).encode() if informed else b"")
     for name, t in sorted(matrices.items()):
         found.update(name.encode() + t.contiguous().numpy().tobytes())
     return found.hexdigest()

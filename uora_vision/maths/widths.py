@@ -6,7 +6,7 @@ first columns of A, and rows of B, of the largest.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
 from ..config import Layout
@@ -30,19 +30,32 @@ class OwnMatrix(NamedTuple):
 
 
 class Widths(NamedTuple):
-    """Widths of projections that share matrices: of their inputs, and of the outputs of their roles."""
+    """Widths of projections that share matrices: of their inputs, and of the outputs of their roles.
+
+    Args:
+        A, B: the widths.
+        informed: names of the matrices A that were chosen for some weights (`A768:0`), by the weight's origin.
+    """
 
     A: frozenset[int]
     B: frozenset[int]
+    informed: Mapping[str, str] = {}
 
     @classmethod
-    def of(cls, projections: Iterable[tuple[int, Iterable[Role]]]) -> Widths:
+    def of(cls, projections: Iterable[tuple[int, Iterable[Role]]], informed: Mapping[str, str] | None = None) -> Widths:
         """Of weights, each given by its input width and its roles."""
         found = [(width, role.rows) for width, roles in projections for role in roles]
-        return cls(frozenset(width for width, _ in found), frozenset(rows for _, rows in found))
+        return cls(frozenset(width for width, _ in found), frozenset(rows for _, rows in found), dict(informed or {}))
 
-    def matrix(self, layout: Layout, side: Side, width: int) -> str:
-        """Name of the matrix that a projection of this width uses."""
+    def matrix(self, layout: Layout, side: Side, width: int, origin: str | None = None) -> str:
+        """Name of the matrix that a projection uses.
+
+        Args:
+            width: of its input for A, its rows for B.
+            origin: for A: the path of its weight when it was injected.
+        """
+        if side == "A" and origin is not None and origin in self.informed:
+            return self.informed[origin]
         return f"{side}{width if layout == 'shape' else max(self.A if side == 'A' else self.B)}"
 
     def matrices(self, layout: Layout) -> dict[str, int]:
@@ -50,7 +63,8 @@ class Widths(NamedTuple):
         sides = {"A": sorted(self.A), "B": sorted(self.B)}
         if layout == "slice":
             sides = {side: widths[-1:] for side, widths in sides.items()}
-        return {f"{side}{width}": width for side, widths in sides.items() for width in widths}
+        drawn = {f"{side}{width}": width for side, widths in sides.items() for width in widths}
+        return drawn | {name: int(name[1:].partition(":")[0]) for name in sorted(set(self.informed.values()))}
 
     def own(self, layout: Layout, origin: str, width: int, role: Role) -> tuple[OwnMatrix, OwnMatrix]:
         """A and B that a role may have of its own.
@@ -61,6 +75,6 @@ class Widths(NamedTuple):
         """
         path = f"{origin}.{role.name}"
         return (
-            OwnMatrix(f"{path}/A", self.matrix(layout, "A", width), width),
+            OwnMatrix(f"{path}/A", self.matrix(layout, "A", width, origin), width),
             OwnMatrix(f"{path}/B", self.matrix(layout, "B", role.rows), role.rows),
         )

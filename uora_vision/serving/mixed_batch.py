@@ -121,10 +121,11 @@ def tables(
     for owner, p in zip(placement.modules, placement.projections, strict=True):
         b, d = next(parts), next(parts).unflatten(1, (len(p.roles), placement.rank))
         matrices, ds, fixes = [], [], []
+        weight_origin = p.origin or p.path
         for k, role in enumerate(p.roles):
             sides: list[tuple[Literal["A", "B"], int]] = [("A", p.shape[1]), ("B", role.rows)]
-            origin = f"{p.origin or p.path}.{role.name}"
-            names = [(bank.matrix(side, width), f"{origin}/{side}", width) for side, width in sides]
+            origin = f"{weight_origin}.{role.name}"
+            names = [(bank.matrix(side, width, weight_origin), f"{origin}/{side}", width) for side, width in sides]
             own = any(state.draws.keys() & {name for _, name, _ in names} for state in states)
             key = names[0][0], names[1][0]
             if own or key not in shared:
@@ -144,7 +145,11 @@ def tables(
             ds.append(dk)
             fixes.append(fix)
         spans = b.split([role.rows for role in p.roles], dim=1)
-        yield owner, p, Table(p.roles, bank.a(p.shape[1]), tuple(matrices), spans, tuple(ds), tuple(fixes))
+        yield (
+            owner,
+            p,
+            Table(p.roles, bank.a(p.shape[1], weight_origin), tuple(matrices), spans, tuple(ds), tuple(fixes)),
+        )
 
 
 def _redrawn(bank: Bank, states: list[BankState], names: list[tuple[str, str, int]]) -> tuple[Tensor, ...] | None:

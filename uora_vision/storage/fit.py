@@ -43,7 +43,7 @@ def fit(stored: Stored, base: Base, check_base: bool = True) -> Fitted:
         FormatError: the adapter does not fit this model, or was made for another base.
         StateError, TargetError: the model cannot be adapted as it is.
     """
-    if unread := [name for name in stored.sections if SECTIONS[name].computes]:
+    if unread := [name for name in stored.sections if SECTIONS[name].unread]:
         raise FormatError(f"the adapter has {unread[0]}, with which this version does not compute")
     made_for = stored.identity
     known = made_for.architecture and base.architecture

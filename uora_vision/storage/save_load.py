@@ -133,7 +133,8 @@ def load(
 
 def _banks(stored: Stored, model: nn.Module, what: Plan) -> tuple[Bank, BankState]:
     """The bank of a saved adapter, and what redraws made of it."""
-    bank = bank_for(model, what, stored.first())
+    informed, _ = stored.informed
+    bank = bank_for(model, what, stored.first(), informed)
     try:
         return bank, rebuilt(stored, bank)
     except FormatError:
@@ -141,8 +142,8 @@ def _banks(stored: Stored, model: nn.Module, what: Plan) -> tuple[Bank, BankStat
             raise
         # Adapters were saved where a QR ran in several threads, which changes its last bits.
         for threads in OTHER_THREADS:
-            first = {n: initial_rows(stored.config, n, w, threads) for n, w in stored.matrices.items()}
-            bank = bank_for(model, what, first)
+            first = {n: initial_rows(stored.config, n, w, threads) for n, w in stored.drawn.items()}
+            bank = bank_for(model, what, first | stored.first(), informed)
             with suppress(FormatError):
                 return bank, rebuilt(stored, bank)
         raise

@@ -147,6 +147,7 @@ def check(stored: Stored) -> None:
     for name, t in (("vectors", stored.vector), *((BASE + name, t) for name, t in stored.parts.items())):
         if not t.isfinite().all():
             raise FormatError(f"{_where(stored, name)} holds NaN or infinite values")
+    check_sections(stored)
     if stored.log:
         check_log(stored.log, rank, stored._widths())
     if stored.shared is not None and stored.rows is None:
@@ -154,8 +155,7 @@ def check(stored: Stored) -> None:
     if stored.rows is not None:
         _check_saved_rows(ROWS, stored.rows, _row_numbers(stored))
     if stored.shared is not None:
-        _check_saved_rows(SHARED, stored.shared, rank * sum(stored.matrices.values()))
-    check_sections(stored)
+        _check_saved_rows(SHARED, stored.shared, rank * sum(stored.drawn.values()))
 
 
 def to_options(values: Any) -> UoraConfig:

@@ -7,6 +7,7 @@ them; whoever adds another one adds a line here, and raises the version.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -22,11 +23,11 @@ class Kind(NamedTuple):
 
     Args:
         check: whether a section is one of an adapter; raises FormatError.
-        computes: whether the adapter computes something else without it.
+        unread: whether an adapter computes something else without it, and this version does not compute with it yet.
     """
 
     check: Callable[[Section, Stored], None]
-    computes: bool
+    unread: bool
 
 
 def read_sections(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Section]:
@@ -65,25 +66,22 @@ def _declared(section: Section, known: Mapping[str, Any]) -> list[str]:
 
 
 def _check_rows(section: Section, stored: Stored) -> None:
-    """Rows of A by the path of a projection or the name of a shared matrix: (r, width) float32 or float16, or int8 with
-    `<name>.scale` (r,) float32."""
-    widths = {p.path: p.width for p in stored.projections}
-    widths |= {name: width for name, width in stored.matrices.items() if name.startswith("A")}
-    rest = dict(section.tensors)
-    for name in _declared(section, widths):
-        t = rest.pop(name, None)
-        if t is None or t.shape != (stored.config.rank, widths[name]):
-            raise FormatError(f"{name[:80]!r} must have a tensor of shape {(stored.config.rank, widths[name])}")
-        if t.dtype not in (torch.float32, torch.float16, torch.int8):
-            raise FormatError(f"{name[:80]!r} is of {t.dtype}; float32, float16 and int8 are known")
-        scale = rest.pop(f"{name}.scale", None)
-        if (t.dtype == torch.int8) != (scale is not None):
-            raise FormatError(f"int8 alone has a scale, other than {name[:80]!r}")
-        if scale is not None and (scale.dtype != torch.float32 or scale.shape != t.shape[:1]):
-            raise FormatError(f"the scale of {name[:80]!r} must be float32, a number for each row")
-        if not all(part.isfinite().all() for part in (t, scale) if part is not None):
-            raise FormatError(f"{name[:80]!r} holds NaN or infinite values")
-    _nothing_left(rest)
+    """Informed rows of A: for each such matrix the numbers of the projections that have it, and the rows."""
+    members = section.value
+    if not isinstance(members, dict) or not members:
+        raise FormatError("it must map names of matrices to numbers of projections")
+    seen: set[int] = set()
+    for name, numbers in members.items():
+        whole = isinstance(numbers, list) and numbers and all(type(i) is int for i in numbers)
+        if not whole or min(numbers) < 0 or max(numbers) >= len(stored.projections):
+            raise FormatError(f"{name[:80]!r} must have a list of numbers of projections")
+        if len(set(numbers)) < len(numbers) or seen & set(numbers):
+            raise FormatError(f"{name[:80]!r} has a projection that is there twice")
+        seen |= set(numbers)
+        widths = {stored.projections[i].width for i in numbers}
+        if len(widths) > 1 or re.fullmatch(rf"A{min(widths)}:[0-9]{{1,9}}", name) is None:
+            raise FormatError(f"{name[:80]!r} is no matrix of projections of width {min(widths)}")
+    _ = stored.informed  # which reads the tensors
 
 
 def _check_roundings(section: Section, stored: Stored) -> None:
@@ -127,8 +125,8 @@ def _nothing_left(tensors: Mapping[str, Tensor]) -> None:
 
 
 SECTIONS: dict[str, Kind] = {
-    "rows": Kind(_check_rows, computes=True),
-    "roundings": Kind(_check_roundings, computes=True),
-    "labels": Kind(_check_labels, computes=False),
-    "preprocessing": Kind(_check_preprocessing, computes=False),
+    "rows": Kind(_check_rows, unread=False),
+    "roundings": Kind(_check_roundings, unread=True),
+    "labels": Kind(_check_labels, unread=False),
+    "preprocessing": Kind(_check_preprocessing, unread=False),
 }

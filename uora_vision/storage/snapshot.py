@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import FormatError, OptionError
+from ..lifecycle.informing import bank_like, replace_bank
 from ..lifecycle.library import adapters_in, bank_of, library_of
 from ..lifecycle.trained_parts import STATISTICS, moved_buffers, trained_tensors
 from ..maths.bank import Bank
+from ..maths.informed import pack
 from ..maths.redraw_log import BankState
 from ..maths.widths import Widths
 from ..structure.checks import check_whole
@@ -19,7 +22,7 @@ from ..version import __version__
 from ..weights.sharded import is_sharded, whole
 from .base import Base
 from .fingerprint import bank_digest
-from .stored import Identity, SaveBanks, Stored, StoredProjection
+from .stored import Identity, SaveBanks, Section, Stored, StoredProjection
 
 _IDENTITY = "_uora_identity"
 
@@ -39,7 +42,8 @@ def collect(model: nn.Module | Survey, *, save_banks: SaveBanks | None = None) -
         for path, adapter in found.items()
     )
     state = bank.state()
-    names = sorted(Widths.of((p.width, p.roles) for p in projections).matrices(bank.config.layout))
+    of = {origin: name for origin, name in bank.widths.informed.items() if origin in {p.origin for p in projections}}
+    names = sorted(Widths.of(((p.width, p.roles) for p in projections), of).matrices(bank.config.layout))
     first = {name: bank._first[name] for name in names if name in bank._first}
     changed = {name: rows for name, (_, rows) in state.rows.items()} | state.own
     trained = trained_tensors(survey)
@@ -52,9 +56,23 @@ def collect(model: nn.Module | Survey, *, save_banks: SaveBanks | None = None) -
         _identity(base, bank, tuple(p for p in found if base.weight_name(p) not in trained)),
         bank_digest(first, state) if first else None,
         _flat([changed[name] for name in sorted(changed)]) if save_banks else None,
-        _flat([first[name] for name in names]) if save_banks == "all" else None,
+        _flat([first[name] for name in names if name not in set(of.values())]) if save_banks == "all" else None,
         {"torch": torch.__version__, "uora_vision": __version__},
+        sections=_sections(projections, of, first),
     )
+
+
+def _sections(
+    projections: tuple[StoredProjection, ...], informed: Mapping[str, str], matrices: Mapping[str, Tensor]
+) -> dict[str, Section]:
+    """Informed rows, if there are any."""
+    if not informed:
+        return {}
+    members: dict[str, list[int]] = {}
+    for number, p in enumerate(projections):
+        if p.origin in informed:
+            members.setdefault(informed[p.origin], []).append(number)
+    return {"rows": Section(members, pack({name: matrices[name] for name in members}))}
 
 
 def rebuilt(stored: Stored, bank: Bank) -> BankState:
@@ -105,7 +123,12 @@ def put_back(model: nn.Module, stored: Stored) -> None:
             f"this is another adapter than the model has: {odd[0] if odd else 'the options'} differ. Inject with the "
             "options of the run that is continued."
         )
+    first, widths = stored.first(), stored.widths
+    if widths.informed != bank.widths.informed or any(not torch.equal(bank._first[n], t) for n, t in first.items()):
+        bank = bank_like(bank, widths, first)
     state = rebuilt(stored, bank)
+    if bank is not bank_of(model):
+        replace_bank(model, bank)
     vectors = {p.path: vectors for p, vectors in zip(stored.projections, stored.vectors, strict=True)}
     bank.swap(state)
     with torch.no_grad():

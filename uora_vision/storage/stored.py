@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ..config import UoraConfig
+from ..maths.informed import unpack
 from ..maths.redraw_log import BankState, Redraw, draw_counts
 from ..maths.widths import OwnMatrix, Widths
 from ..weights.role import Role
@@ -136,7 +137,22 @@ class Stored:
     @property
     def widths(self) -> Widths:
         """Of the adapted projections."""
-        return Widths.of((p.width, p.roles) for p in self.projections)
+        return Widths.of(((p.width, p.roles) for p in self.projections), self.informed[0])
+
+    @cached_property
+    def informed(self) -> tuple[dict[str, str], dict[str, Tensor]]:
+        """The name of its A by the origin of each weight that has informed rows, and these (r, in) float32 by name.
+
+        Raises:
+            FormatError: the tensors of the section are not such rows.
+        """
+        section = self.sections.get("rows")
+        if section is None:
+            return {}, {}
+        members = {name: [self.projections[i] for i in numbers] for name, numbers in section.value.items()}
+        widths = {name: found[0].width for name, found in members.items()}
+        names = {p.origin: name for name, found in members.items() for p in found}
+        return names, unpack(section.tensors, widths, self.config.rank)
 
     @property
     def matrices(self) -> dict[str, int]:
@@ -166,13 +182,18 @@ class Stored:
                 state.own[name] = rows
         return state
 
-    def first(self) -> dict[str, Tensor] | None:
-        """The shared matrices as the file holds them, each (r, width)."""
+    def first(self) -> dict[str, Tensor]:
+        """The shared matrices that the file holds, each (r, width): informed ones, and all others if saved so."""
         if self.shared is None:
-            return None
-        widths = dict(sorted(self.matrices.items()))
-        parts = self.shared.split([self.config.rank * width for width in widths.values()])
-        return {name: part.view(self.config.rank, -1) for name, part in zip(widths, parts, strict=True)}
+            return self.informed[1]
+        parts = self.shared.split([self.config.rank * width for width in self.drawn.values()])
+        drawn = {name: part.view(self.config.rank, -1) for name, part in zip(self.drawn, parts, strict=True)}
+        return drawn | self.informed[1]
+
+    @property
+    def drawn(self) -> dict[str, int]:
+        """Widths of the shared matrices that are drawn from the seed, by name, in order."""
+        return {name: width for name, width in sorted(self.matrices.items()) if name not in self.informed[1]}
 
     def _widths(self) -> dict[str, int]:
         return self.matrices | {own.name: own.width for own in self.own.values()}

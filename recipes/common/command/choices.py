@@ -16,9 +16,11 @@ class Method(StrEnum):
 
 
 class Scope(StrEnum):
-    """Which layers a redrawn direction changes; `never` redraws none."""
+    """Which layers a redrawn direction changes. `never` redraws none; `informed` takes rows of A from the gradient of
+    the first batches, before training, and redraws none."""
 
     never = "never"
+    informed = "informed"
     shared = "shared"
     quorum = "quorum"
     layer = "layer"

@@ -63,7 +63,12 @@ class MethodOptions:
     @property
     def redraws(self) -> bool:
         """Whether directions are drawn again while training."""
-        return self.method is Method.uora and self.scope is not Scope.never
+        return self.method is Method.uora and self.scope not in (Scope.never, Scope.informed)
+
+    @property
+    def informs(self) -> bool:
+        """Whether rows of A come from the gradient."""
+        return self.method is Method.uora and self.scope is Scope.informed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +81,7 @@ class MethodChoice:
     lr: Annotated[float | None, Option(min=0, help="of the adapter; by default what the method wants")] = None
     head_lr: Annotated[float | None, Option(min=0, help="of the head")] = None
     weight_decay: Annotated[float, Option(min=0, help="of matrices; vectors never decay")] = 0.0
-    reinit: Annotated[Scope, Option(help="uora: whom a redrawn direction changes")] = Scope.shared
+    reinit: Annotated[Scope, Option(help="uora: what a redraw changes; informed: rows by gradient")] = Scope.shared
     threshold: Annotated[float, Option(min=0, help="uora: redraw where |d| is below")] = 1e-5
     relative: Annotated[bool, Option("--relative/--absolute", help="uora: threshold times the layer's median |d|")] = (
         False

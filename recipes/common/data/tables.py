@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from datasets import Dataset, load_dataset
+from torch.utils.data import DataLoader
 
 from ..errors import DataError
 from .network import fail_fast_without_network
@@ -100,6 +102,12 @@ def hold_out(table: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]
         )
     split = table.train_test_split(count, seed=seed)
     return split["train"], split["test"]
+
+
+def shuffled(rows: Dataset, collate: Callable[[list[Any]], Mapping[str, Any]], batch: int, seed: int) -> DataLoader:
+    """Batches of rows in an order drawn by `seed`."""
+    generator = torch.Generator().manual_seed(seed)
+    return DataLoader(rows, batch, shuffle=True, generator=generator, collate_fn=lambda some: dict(collate(some)))  # type: ignore[arg-type]
 
 
 def _in_folder(path: Path, split: str) -> Path:

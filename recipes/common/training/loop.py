@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import uora_vision as uora
+from uora_vision.lifecycle.informing import informed_rows, put_informed_rows
 
 from ..command.display import Display
 from ..data.loading import Batches, train_loader
@@ -345,6 +346,7 @@ class Run:
         if self.accelerator.is_main_process:
             state = {
                 "total": self.total,
+                "informed": informed_rows(self.adapted.base) if self.adapted.is_uora else {},
                 "model": checkpoint.changing_state(self.adapted.model),
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
@@ -366,6 +368,8 @@ class Run:
             )
         if len(state["random"]) != self.accelerator.num_processes:
             raise CheckpointError(f"the run had {len(state['random'])} processes; resume it with as many")
+        if self.adapted.is_uora:
+            put_informed_rows(self.adapted.base, state["informed"])
         checkpoint.load_changing_state(self.adapted.model, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])

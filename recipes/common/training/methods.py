@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 import uora_vision as uora
+from uora_vision.lifecycle.informing import informed_rows
+from uora_vision.maths.informed import pack
 from uora_vision.structure.heads import head_names
 
 from ..command.choices import Method
@@ -59,7 +61,8 @@ class AdaptedModel:
     @property
     def adapter_bytes(self) -> int:
         """Size of what has to be kept for a task besides the head, in bytes."""
-        return sum(p.numel() * p.element_size() for p in self._kept())
+        rows = informed_rows(self.base).get("rows") if self.is_uora else None
+        return sum(t.nbytes for t in [*self._kept(), *(pack(rows).values() if rows else ())])
 
     def _kept(self) -> list[nn.Parameter]:
         head = head_ids(self.base)

@@ -1,0 +1,101 @@
+"""Sketches of the gradients of adapted weights, taken where their adapters sit.
+
+In place of each adapter sits, for some batches, a branch with dW = S^T Q and Q = 0. The model computes what its base
+computes, and the gradient of Q is S G, the sketch of the gradient G of the weight: so of every kind of weight that can
+be adapted, however the model uses it.
+
+Shapes: x (..., in), W (out, in), S (l, rows of all roles), Q and a sketch (l, in).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from ..maths import linear
+from ..maths.convolution import Geometry, convolve
+from ..maths.draws import keyed_generator
+from ..maths.forms import left_matrix
+from ..maths.update import Update
+from ..weights.matrix import from_matrix, to_matrix
+from .adapter import Adapter, child
+from .entry import Entry
+
+
+class Inputs:
+    """Which weights are given the same input: q, k and v of an attention, gate and up of an MLP."""
+
+    def __init__(self) -> None:
+        self.same: dict[str, str] = {}
+        """By the path of a weight, the first that was seen with its input."""
+        self._last: dict[str, tuple[Any, str]] = {}
+
+    def note(self, x: Tensor, adapter: Adapter) -> None:
+        """Of the weights of one module's children: what all decoder layers take from an encoder is not one input."""
+        parent = adapter.name.rpartition(".")[0]
+        last = self._last.get(parent)
+        if last is not None and last[0]() is x and last[1] != adapter.name:
+            self.same.setdefault(adapter.name, self.same.get(last[1], last[1]))
+        else:
+            self._last[parent] = ref(x), adapter.name
+
+
+class Probe(nn.Module):
+    """Sits where an adapter does, with its interface.
+
+    Args:
+        adapter: whose place it takes.
+        size: l.
+        inputs: shared by all of a model.
+    """
+
+    q: Tensor
+    adapter: Adapter
+
+    def __init__(self, adapter: Adapter, size: int, inputs: Inputs) -> None:
+        super().__init__()
+        device = adapter.b.device
+        generator = keyed_generator(adapter.bank.config.seed, f"{adapter.origin}/sketch")
+        s = torch.randn(size, len(adapter.b), generator=generator).to(device)
+        # No parameter: nothing that walks over the model may take it for one.
+        self.__dict__["q"] = torch.zeros(size, adapter.width, device=device, requires_grad=True)
+        self.__dict__["adapter"], self.inputs = adapter, inputs
+        parts = tuple(part.t() for part in s.split([role.rows for role in adapter.roles], dim=1))
+        ones = torch.ones(len(adapter.roles), size, device=device)
+        self.update = Update(torch.ones(s.shape[1], device=device), ones, adapter.spans, (self.q,), parts)
+
+    def project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self.add_update(x, nn.functional.linear(x, to_matrix(weight, self.adapter.form).to(x.dtype), bias))
+
+    def add_update(self, x: Tensor, y: Tensor) -> Tensor:
+        self.inputs.note(x, self.adapter)
+        return y + linear.delta(x, self.update, y.shape[-1]).to(y.dtype)
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+        self.inputs.note(x, self.adapter)
+        none = Update(torch.zeros_like(self.adapter.b), *self.adapter.update()[1:])
+        return convolve(x, self.fold(weight), bias, geometry, none)
+
+    def fold(self, weight: Tensor) -> Tensor:
+        whole = left_matrix(self.update, to_matrix(weight, self.adapter.form).shape[0]) @ self.q
+        return (weight.float() + from_matrix(whole, self.adapter.form, weight.shape)).to(weight.dtype)
+
+
+@contextmanager
+def probing(entry: Entry, size: int) -> Iterator[tuple[list[Probe], Inputs]]:
+    """Inside, a probe sits in place of every adapter."""
+    inputs = Inputs()
+    places = list(zip(entry.placement.modules, entry.placement.projections, entry.modules or (), strict=True))
+    probes = [Probe(adapter, size, inputs) for _, _, adapter in places]
+    try:
+        for (owner, p, _), probe in zip(places, probes, strict=True):
+            owner._modules[child(p.tensor)] = probe
+        yield probes, inputs
+    finally:
+        for owner, p, adapter in places:
+            owner._modules[child(p.tensor)] = adapter
