@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,30 @@ REDUCED = "_uora_reduced"
 
 _CAST = "_uora_cast"
 """Of a bank: whether it was said that its adapters are cast to a half type."""
+
+
+class Kept(NamedTuple):
+    """The matrices of an adapter, from one forward to the next.
+
+    Args:
+        bank: whose buffers they are views of.
+        buffers: these, by name.
+        device: of the adapter.
+        A, B: as of `Adapter.matrices`.
+    """
+
+    bank: Bank
+    buffers: tuple[tuple[str, Tensor], ...]
+    device: torch.device
+    A: tuple[Tensor, ...]
+    B: tuple[Tensor, ...]
+
+    def holds(self, bank: Bank, device: torch.device) -> bool:
+        """Whether they are still those of the bank."""
+        if self.bank is not bank or self.device != device:
+            return False
+        there = bank._buffers
+        return all([there[name] is t for name, t in self.buffers])  # noqa: C419  # a list takes half the time
 
 
 class Adapter(nn.Module):
@@ -74,6 +98,7 @@ class Adapter(nn.Module):
         # The rows that some roles have of their own: which (k,), of A (k, in), of B (k, rows). They are no buffers:
         # code that averages models pairs buffers by their number, and these come one by one.
         self._own: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._kept: Kept | None = None
         self._changes = bank.changes
         self.leads = False
         """Whether it is the first of its model."""
@@ -114,14 +139,18 @@ class Adapter(nn.Module):
             for o, n in zip(old, new, strict=True):
                 o.copy_(n)
         else:
-            self._own = dict(sorted({**self._own, role: new}.items()))
+            self._own, self._kept = dict(sorted({**self._own, role: new}.items())), None
 
     def take_own(self) -> None:
         """Take over the own rows of every role, as the bank has them now."""
-        self._own, self._changes = {}, self.bank.changes
+        self._own, self._changes, self._kept = {}, self.bank.changes, None
         for role in range(len(self.roles)):
             if self.bank.draws(self.own(role)[0].name).any():
                 self.refresh_own(role)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles start without views of the bank."""
+        return {**self.__dict__, "_kept": None}
 
     def settle(self) -> None:
         """Follow redraws that came with tensors which were copied or averaged into the model's."""
@@ -134,14 +163,23 @@ class Adapter(nn.Module):
     def matrices(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """A of the roles, each (r, in), and B of the roles, each (rows, r): one entry where all of them share it."""
         self.turns.check()
-        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        passing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if not passing:
             self.settle()
-        shared, rows, device = self.bank.a(self.width, self.origin), [role.rows for role in self.roles], self.b.device
+            kept = self._kept
+            if kept is not None and kept.holds(self.bank, self.b.device):
+                return kept.A, kept.B
+        rows, device = [role.rows for role in self.roles], self.b.device
         if not self._own:
-            b = tuple([self.bank.b(n) for n in (rows[:1] if len(set(rows)) == 1 else rows)])
-            if shared.device == device:
-                return (shared,), b
-            return (shared.to(device),), tuple(m.to(device) for m in b)  # of a replica
+            heights = rows[:1] if len(set(rows)) == 1 else rows
+            found = (self.bank.a(self.width, self.origin),), tuple([self.bank.b(n) for n in heights])
+            if found[0][0].device != device:
+                return tuple(m.to(device) for m in found[0]), tuple(m.to(device) for m in found[1])  # of a replica
+            if not passing:
+                names = {self.bank.matrix("A", self.width, self.origin), *(self.bank.matrix("B", n) for n in heights)}
+                buffers = tuple((name, self.bank.get_buffer(name)) for name in names)
+                self._kept = Kept(self.bank, buffers, device, *found)
+            return found
         # One view each: autograd functions must not be given one tensor twice when compiled.
         A = [self.bank.a(self.width, self.origin).to(device) for _ in rows]
         B = [self.bank.b(n).to(device) for n in rows]

@@ -14,9 +14,10 @@ from .adapter import CHILD, Adapter
 
 
 def house(model: nn.Module, bank: Bank, modules: Sequence[nn.Module]) -> None:
-    """Make a bank a child of the model, so that it moves with it; of a container, whose children are its members, of
-    the first adapter."""
-    if isinstance(model, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+    """Make a bank a child of the model, so that it moves with it; of the first adapter, where the children of the model
+    are the members of a container, or where the model is the adapted layer itself and has its adapter of that name."""
+    whole = any(isinstance(m, Adapter) and m.name == "" for m in modules)
+    if whole or isinstance(model, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         modules[0]._modules["shared"] = bank
     else:
         model._modules[CHILD] = bank
