@@ -24,13 +24,13 @@ from typing import Annotated, Any
 from common.command import cli
 from common.command.choices import Augment, Domain, Method, Tower
 from common.command.display import Display
-from common.command.options import MethodChoice, MethodOptions, RunChoice, TrainChoice
+from common.command.options import MethodChoice, MethodOptions, RunChoice, TableChoice, TrainChoice
 from common.errors import DataError
 from typer import Option
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(RunChoice, TrainChoice, MethodChoice):
+class Options(RunChoice, TrainChoice, TableChoice, MethodChoice):
     demo: Annotated[bool, Option("--demo", help="digits, a tiny CLIP and every method; needs nothing else")] = False
     model: Annotated[
         str, Option(help="a model of open_clip (also hf-hub:NAME, local-dir:FOLDER), hf:NAME of transformers, a folder")
@@ -48,7 +48,7 @@ class Options(RunChoice, TrainChoice, MethodChoice):
     ] = None
     image_column: Annotated[str, Option(help="of a table of pairs: path or bytes")] = "image"
     text_column: Annotated[str, Option(help="of a table of pairs")] = "text"
-    strict: Annotated[bool, Option("--strict", help="stop at a pair without image or text")] = False
+    strict: Annotated[bool, Option("--strict", help="stop at an image or pair of no use; else it is left out")] = False
     validation: Annotated[
         float, Option(min=0, max=0.9, help="measure on this share of the training images, held out")
     ] = 0
@@ -70,8 +70,10 @@ from accelerate import Accelerator, PartialState
 from common.data.augment import DomainShift, ModelInput
 from common.data.images import ImageSet, load_images, parse_classes
 from common.data.loading import Batches, Images, train_loader
+from common.data.splits import Splits, join, match, readable
 from common.report.page import Sheet
 from common.report.results import compare, finish
+from common.training.digests import digest_of
 from common.training.folder import CHECKPOINT, prepare_folder, record_config, write_json
 from common.training.loop import TrainOptions, make_optimizer, train
 from common.training.machine import make_accelerator
@@ -115,10 +117,9 @@ class Work:
 
 @dataclass(frozen=True)
 class Classes:
-    """Labelled images: to train on, to measure on, and of the classes that are left out; the text of each class."""
+    """Labelled images: to train and measure on, and of the classes that are left out; the text of each class."""
 
-    train: ImageSet
-    test: ImageSet
+    splits: Splits
     others: ImageSet | None
     texts: list[str]
 
@@ -141,6 +142,7 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
     # The model, and what of it trains.
     torch.manual_seed(options.seed)
     dual = load_dual(options.model, options.pretrained)
+    base = digest_of(dual.model)
     towers = Towers(options.image_tower, options.text_tower, options.last, options.train_logit_scale)
     adapted = adapt(dual, chosen, towers)
     work = class_work(options, data, dual) if isinstance(data, Classes) else pair_work(options, *data, dual)
@@ -162,7 +164,10 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
         f"{folder}."
     )
     if main_process:
-        record_config(folder, config)
+        for note in data.splits.notes if isinstance(data, Classes) else ():
+            display.warn(note)
+        content = data.splits.digest if isinstance(data, Classes) else digest_of([data[0].digest, data[1].digest])
+        record_config(folder, config, {"data": content, "base": base}, options.resume)
 
     accelerator = make_accelerator(options.precision)
     before = measure(work, dual, accelerator, options)
@@ -180,7 +185,7 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
     if not main_process:
         return None
     if isinstance(data, Classes):
-        names = dict(zip(data.test.names, data.texts, strict=True))
+        names = dict(zip(data.splits.test.names, data.texts, strict=True))
         write_json(folder / "prompts.json", {"template": options.template, "prompts": names})
     shown = sections(work.task.tests, outcome.evaluation) if isinstance(work.task, Naming) else {}
     metrics = finish(
@@ -224,26 +229,26 @@ def read_classes(options: Options) -> Classes:
         DataError: nothing usable, fewer than two classes to tell apart, or another number of names than of classes.
     """
     whole, tests = load_images(options.data, "train"), load_images(options.data, "test")
-    wanted, every, others = parse_classes(options.classes), whole.names, None
+    wanted, every, others, notes = parse_classes(options.classes), whole.names, None, ()
     spoken = called(options, every)
     if wanted is not None:
         whole = whole.keep_classes(wanted)
-        left = [name for name in every if name not in whole.names]
-        others = tests.keep_classes(left) if len(left) > 1 else None
-    if tests.names != whole.names:
-        tests = tests.keep_classes(whole.names)
-    if len(whole.names) < 2:
-        raise DataError(f"{options.data} has 1 class to train on, {whole.names[0]!r}; at least 2 are needed")
+        left = tuple(name for name in every if name not in whole.names)
+        if len(left) > 1:
+            seen = readable(tests.as_classes(left), options.strict)
+            others = seen.data if len(seen.data) else None
+            notes = tuple(f"{why}; it is left out" for why in seen.reasons)
     if options.validation:
         whole, tests = whole.split(options.validation, options.seed)
+    else:
+        tests = match(whole, tests, options.data, wanted is not None)
     if options.shots is not None:
         whole = whole.few_shot(options.shots, options.seed)
-    for data, what in ((whole, "training"), (tests, "test")):
-        if not len(data):
-            raise DataError(f"{options.data} has no {what} image of the classes asked for")
+    splits = join(readable(whole, options.strict), readable(tests, options.strict), options.data)
+    splits = dataclasses.replace(splits, notes=(*splits.notes, *notes))
     if others is not None:
         others = dataclasses.replace(others, names=tuple(spoken[name] for name in others.names))
-    return Classes(whole, tests, others, prompts(options.template, [spoken[name] for name in tests.names]))
+    return Classes(splits, others, prompts(options.template, [spoken[name] for name in splits.test.names]))
 
 
 def called(options: Options, names: tuple[str, ...]) -> dict[str, str]:
@@ -260,33 +265,35 @@ def called(options: Options, names: tuple[str, ...]) -> dict[str, str]:
 
 def class_work(options: Options, data: Classes, dual: Dual) -> Work:
     shift, plain = DomainShift(Domain.none), ModelInput(dual.form)
-    train_images = Images(data.train, shift, ModelInput(dual.form, options.augment), options.seed)
+    train_set, test_set = data.splits.train, data.splits.test
+    train_images = Images(train_set, shift, ModelInput(dual.form, options.augment), options.seed)
     tokens = dual.tokenize(data.texts)
     others = None
     if data.others is not None:
         others = Images(data.others, shift, plain), dual.tokenize(prompts(options.template, data.others.names))
     task = Naming(
-        dual, Images(data.test, shift, plain), tokens, not trains(dual, "text"), options.batch, options.workers
+        dual, Images(test_set, shift, plain), tokens, not trains(dual, "text"), options.batch, options.workers
     )
     measured = "held-out training images" if options.validation else "test images"
     sizes = {
-        "classes": len(data.test.names),
+        "classes": len(train_set.names),
         "other_classes": len(data.others.names) if data.others else 0,
-        "train_images": len(data.train),
-        "test_images": len(data.test),
+        "train_images": len(train_set),
+        "test_images": len(test_set),
+        "unreadable_images": data.splits.unreadable,
         "measured_on": "validation" if options.validation else "test",
     }
-    about = f"{len(data.train):,} images of {len(data.train.names)} classes, measured on {len(data.test):,} {measured}."
+    about = f"{len(train_set):,} images of {len(train_set.names)} classes, measured on {len(test_set):,} {measured}."
     return Work(train_images, task, "accuracy", sizes, about, (train_images[0, 0][0][None], tokens), others)
 
 
 def read_pairs(options: Options, display: Display) -> tuple[Pairs, Pairs, bool]:
     assert options.pairs is not None
     columns = options.image_column, options.text_column
-    found = load_pairs(options.pairs, columns, options.validation, options.seed, options.strict)
+    found = load_pairs(options.pairs, columns, options.validation, options.seed, options.strict, options.column_names)
     left_out = list(dict.fromkeys(why for pairs in found[:2] for why in pairs.left_out))
     if left_out:
-        display.say(f"{len(left_out)} pairs are left out, since they cannot be used; {left_out[0]}.")
+        display.warn(f"{len(left_out)} pairs are left out, since they cannot be used; {left_out[0]}")
     return found
 
 

@@ -25,7 +25,7 @@ from typing import Annotated, Any
 from common.command import cli
 from common.command.choices import Method
 from common.command.display import Display
-from common.command.options import LR, PEFT_LR, Defaults, MethodChoice, RunChoice, TrainChoice
+from common.command.options import LR, PEFT_LR, Defaults, MethodChoice, RunChoice, TableChoice, TrainChoice
 from common.errors import DataError, ModelError
 from typer import Option
 
@@ -52,7 +52,7 @@ class Split(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(RunChoice, TrainChoice, MethodChoice):
+class Options(RunChoice, TrainChoice, TableChoice, MethodChoice):
     demo: Annotated[bool, Option("--demo", help="toy restaurants, a tiny GPT-2, every method; needs nothing else")] = (
         False
     )
@@ -92,12 +92,13 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from common.data.tables import load_table, need_columns, shuffled
+from common.data.tables import as_text, load_table, need_columns, shuffled
 from common.language import toy_restaurants
 from common.language.generation_metrics import score_texts
 from common.language.models import load_model, load_tokenizer, longest
 from common.report.page import Sheet
 from common.report.results import compare, finish
+from common.training.digests import digest_of
 from common.training.folder import prepare_folder, record_config, write_json
 from common.training.loop import make_optimizer
 from common.training.methods import AdaptedModel, apply_method
@@ -140,6 +141,7 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
         raise ModelError(f"the tokenizer of {options.model!r} has no end token, so no text would ever end; set one")
     tokenizer.padding_side = "right"  # as training needs it, whatever the model's files say
     model = load_model(AutoModelForCausalLM, options.model, tokenizer)
+    base = digest_of(model)
     prompts = [prompt_ids(m.text, tokenizer) for m in meanings]
     check_room(prompts, options.max_new_tokens, longest(model, None, sys.maxsize), options.data)
     length = longest(model, options.max_length, 512)
@@ -176,7 +178,7 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
         + f". Results go to {folder}."
     )
     if main_process:
-        record_config(folder, config)
+        record_config(folder, config, {"data": digest_of([*train_set, *test_set]), "base": base}, options.resume)
 
     def make(**parts: Any) -> Trainer:
         settings = arguments(
@@ -230,24 +232,27 @@ def load_data(options: Options) -> tuple[list[tuple[str, str]], list[Meaning]]:
             "different --train-split and --test-split"
         )
     try:
-        pairs = load_pairs(options.data, options.train_split)
+        pairs = load_pairs(options.data, options.train_split, options.column_names)
     except DataError as error:
         if source.is_dir() and str(error).startswith("no train file"):
             raise DataError(f"{error}; --train-split validation trains on the development set") from error
         raise
     groups: dict[str, list[str]] = {}
-    for text, reference in load_pairs(options.data, options.test_split):
+    for text, reference in load_pairs(options.data, options.test_split, options.column_names):
         groups.setdefault(text, []).append(reference)
     return pairs, [Meaning(text, references) for text, references in groups.items()]
 
 
-def load_pairs(source: str, split: Split) -> list[tuple[str, str]]:
+def load_pairs(source: str, split: Split, names: tuple[str, ...] = ()) -> list[tuple[str, str]]:
     """Meanings, written out, and references.
+
+    Args:
+        names: of the columns of a file without header.
 
     Raises:
         DataError: there are none, or not in the form of the challenge.
     """
-    table = load_table(source, split.value)
+    table = load_table(source, split.value, names=names)
     columns = next((pair for pair in COLUMNS if set(pair) <= set(table.column_names)), COLUMNS[0])
     need_columns(table, columns, f"the {split} split of {source}")
     references = [[text] for text in table[columns[1]]]
@@ -255,13 +260,15 @@ def load_pairs(source: str, split: Split) -> list[tuple[str, str]]:
         references = [list(more) or own for more, own in zip(table["references"], references, strict=True)]
     pairs = []
     for number, (meaning, texts) in enumerate(zip(table[columns[0]], references, strict=True), 1):
-        linear = linearise(str(meaning))
-        if not linear or not all(str(text).strip() for text in texts):
+        linear = linearise(as_text(meaning))
+        if not linear or not all(map(as_text, texts)):
             what = (
-                f"{columns[0]} {str(meaning)!r}, expected name[Blue Spice], area[riverside], ..." if not linear else ""
+                f"{columns[0]} {as_text(meaning)!r}, expected name[Blue Spice], area[riverside], ..."
+                if not linear
+                else ""
             )
             raise DataError(f"row {number} of the {split} split of {source} has {what or f'an empty {columns[1]}'}")
-        pairs += [(linear, str(text).strip()) for text in texts]
+        pairs += [(linear, as_text(text)) for text in texts]
     return pairs
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Annotated, Any
 from common.command import cli
 from common.command.choices import Method
 from common.command.display import Display
-from common.command.options import LR, PEFT_LR, Defaults, MethodChoice, RunChoice, TrainChoice
+from common.command.options import LR, PEFT_LR, Defaults, MethodChoice, RunChoice, TableChoice, TrainChoice
 from common.errors import DataError
 from typer import Option
 
@@ -49,6 +48,13 @@ COLUMNS = {  # the texts of an example
 SCORES = {Task.cola: ("matthews",), Task.mrpc: ("f1", "accuracy"), Task.qqp: ("f1", "accuracy"),
           Task.stsb: ("pearson", "spearman")}  # fmt: skip
 """GLUE's own metrics, the first is the one to compare by; accuracy for the others."""
+CLASSES = {
+    Task.cola: ("unacceptable", "acceptable"), Task.sst2: ("negative", "positive"),
+    Task.mrpc: ("not_equivalent", "equivalent"), Task.qqp: ("not_duplicate", "duplicate"),
+    Task.mnli: ("entailment", "neutral", "contradiction"), Task.qnli: ("entailment", "not_entailment"),
+    Task.rte: ("entailment", "not_entailment"), Task.wnli: ("not_entailment", "entailment"),
+}  # fmt: skip
+"""GLUE's names of its classes, by number."""
 DEFAULTS = {
     Method.uora: Defaults(256, LR, 4e-3),
     Method.vera: Defaults(256, LR, 4e-3),
@@ -61,13 +67,12 @@ DEFAULTS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(RunChoice, TrainChoice, MethodChoice):
+class Options(RunChoice, TrainChoice, TableChoice, MethodChoice):
     demo: Annotated[bool, Option("--demo", help="toy reviews, a tiny model, every method; needs nothing else")] = False
     task: Annotated[Task, Option(help="of GLUE")] = Task.sst2
     data: Annotated[
         str, Option(help="a data set on the hub, or a folder with train.tsv and dev.tsv (or csv, json, ...)")
     ] = "nyu-mll/glue"
-    columns: Annotated[str | None, Option(help="names of the columns of files without header: label,sentence")] = None
     model: Annotated[str, Option(help="an encoder on the Hugging Face hub, or a folder")] = "roberta-base"
     max_length: Annotated[int | None, Option(min=4, help="tokens per example; 128 by default, longer ones are cut")] = (
         None
@@ -84,10 +89,12 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from accelerate import PartialState
-from common.data.tables import hold_out, load_table, need_columns, shuffled
+from common.data.labels import as_classes, as_values
+from common.data.tables import as_text, hold_out, load_table, need_columns, shuffled
 from common.language import toy
 from common.language.models import load_model, load_tokenizer, longest
 from common.report.results import compare, finish
+from common.training.digests import digest_of
 from common.training.folder import prepare_folder, record_config
 from common.training.loop import make_optimizer
 from common.training.methods import AdaptedModel, apply_method
@@ -117,18 +124,19 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
         train_set, test_set = hold_out(train_set, options.validation, options.seed)
     else:
         test_set = load_examples(options, "validation")
+    regression = options.task is Task.stsb
+    train_set, test_set, classes = with_labels(train_set, test_set, options)
     if options.shots is not None:
         train_set = few_shot(train_set, options.shots, options.seed)
-    regression = options.task is Task.stsb
-    classes = 1 if regression else check_classes(train_set, test_set, options.data)
 
     # The model, and the data as it reads them.
     torch.manual_seed(options.seed)
     tokenizer = load_tokenizer(options.model)
     model = load_model(
-        AutoModelForSequenceClassification, options.model, tokenizer, num_labels=classes,
+        AutoModelForSequenceClassification, options.model, tokenizer, num_labels=len(classes),
         problem_type="regression" if regression else "single_label_classification",
     )  # fmt: skip
+    base = digest_of(model)
     length = longest(model, options.max_length, 128)
     train_set, cut = tokenize(train_set, tokenizer, COLUMNS[options.task], length)
     test_set, _ = tokenize(test_set, tokenizer, COLUMNS[options.task], length)
@@ -157,10 +165,11 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
     display.say(
         f"{options.method} on {options.model}: {adapted.trained:,} parameters train, {adapted.trained_without_head:,} "
         f"of them outside the head. {options.task}: {len(train_set):,} examples to train on, {len(test_set):,} to "
-        "measure" + (f"; {cut:,} are cut to {length} tokens" if cut else "") + f". Results go to {folder}."
+        "measure" + (f"; {cut:,} are cut to {length} tokens" if cut else "")
+        + ("" if regression else f". Classes: {', '.join(classes)}") + f". Results go to {folder}."
     )  # fmt: skip
     if main_process:
-        record_config(folder, config)
+        record_config(folder, config, {"data": digest_of([*train_set, *test_set]), "base": base}, options.resume)
 
     def make(**parts: Any) -> Trainer:
         settings = arguments(options, folder, train_sampling_strategy="group_by_length", length_column_name="length")
@@ -195,27 +204,32 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
 
 def load_examples(options: Options, split: str) -> Dataset:
     """The texts and labels of a split, with columns as GLUE has them."""
-    names = tuple(options.columns.split(",")) if options.columns else ()
-    table = load_table(options.data, split, config=options.task.value, names=names)
+    table = load_table(options.data, split, config=options.task.value, names=options.column_names)
     need_columns(table, (*COLUMNS[options.task], "label"), options.data)
-    return table.select_columns([*COLUMNS[options.task], "label"])
+    table = table.select_columns([*COLUMNS[options.task], "label"])
+    for number, texts in enumerate(zip(*(table[name] for name in COLUMNS[options.task]), strict=True), 1):
+        if not any(map(as_text, texts)):
+            told = " and no ".join(COLUMNS[options.task])
+            raise DataError(f"row {number} of the {split} split of {options.data} has no {told}")
+    return table
 
 
-def check_classes(train_set: Dataset, test_set: Dataset, source: str) -> int:
-    """How many classes there are.
+def with_labels(train_set: Dataset, test_set: Dataset, options: Options) -> tuple[Dataset, Dataset, tuple[str, ...]]:
+    """Both with labels as the model is to give them, and the names of the classes: one for a value.
 
     Raises:
-        DataError: labels are not whole numbers from 0, all the same, or missing from the training examples.
+        DataError: see `as_classes` and `as_values`.
     """
-    counts = Counter(train_set["label"])
-    if not all(isinstance(label, int) and label >= 0 for label in counts):
-        odd = next(label for label in counts if not isinstance(label, int) or label < 0)
-        raise DataError(f"the labels of {source} must be whole numbers from 0; there is {odd!r}")
-    if len(counts) < 2:
-        raise DataError(f"all {len(train_set)} training examples of {source} have the label {next(iter(counts))}")
-    if strange := set(test_set["label"]) - counts.keys():
-        raise DataError(f"{source} has test labels that no training example has: {sorted(strange)[:5]}")
-    return max(counts) + 1
+    given = train_set["label"], test_set["label"]
+    names: tuple[str, ...] = ("value",)
+    labels: list[Any] = [as_values(part, options.data) for part in given] if options.task is Task.stsb else []
+    if not labels:
+        *labels, names = as_classes(*given, options.data, CLASSES[options.task])
+    parts = (train_set, test_set)
+    train_set, test_set = (
+        part.remove_columns("label").add_column("label", own) for part, own in zip(parts, labels, strict=True)
+    )
+    return train_set, test_set, names
 
 
 def few_shot(table: Dataset, shots: int, seed: int) -> Dataset:
@@ -227,7 +241,7 @@ def few_shot(table: Dataset, shots: int, seed: int) -> Dataset:
 
 def tokenize(table: Dataset, tokenizer: Any, columns: tuple[str, ...], length: int) -> tuple[Dataset, int]:
     """Token ids, labels and lengths, and how many examples were cut."""
-    texts = [[str(text) for text in table[name]] for name in columns]
+    texts = [[as_text(text) for text in table[name]] for name in columns]
     whole = tokenizer(*texts)
     encoded = tokenizer(*texts, truncation=True, max_length=length)
     lengths = [len(ids) for ids in encoded["input_ids"]]

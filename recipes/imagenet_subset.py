@@ -68,6 +68,7 @@ from common.data.augment import DomainShift, ModelInput
 from common.data.images import load_images
 from common.data.loading import Batches, Images, train_loader
 from common.report.results import compare
+from common.training.digests import digest_of
 from common.training.folder import prepare_folder
 from common.training.loop import make_optimizer
 from common.training.methods import DEFAULTS, AdaptedModel, apply_method
@@ -90,11 +91,13 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
     folder = prepare_folder(options.output, options.resume, name, config)
 
     # The data: what to train on, and what to measure.
-    train_set, test_set = load_sets(options)
+    splits = load_sets(options)
+    train_set, test_set = splits.train, splits.test
 
     # The model, and how an image gets into it: photos by a random part in training, and by their centre in tests.
     torch.manual_seed(options.seed)
     model = create_backbone(options.model, len(train_set.names), options.keep_head, options.img_size)
+    base = digest_of(model)
     photos = max(train_set.read(0).shape) > SMALL
     form = dataclasses.replace(input_format(model), crop=crop_share(model) if photos else 1.0)
     augment = options.augment or (Augment.resized if photos else Augment.flip)
@@ -123,7 +126,7 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
             model, optimizer=optimizer, scope=chosen.scope.value, threshold=chosen.threshold,
             relative=chosen.relative, alpha=chosen.alpha, every=chosen.every,
         )  # fmt: skip
-    return train_images(options, adapted, optimizer, reinit, data, tests, folder, config, comparison)
+    return train_images(options, adapted, optimizer, reinit, data, tests, splits, base, folder, config, comparison)
 
 
 def demo(options: Options) -> dict[str, Any] | None:

@@ -24,7 +24,7 @@ from typing import Annotated, Any
 from common.command import cli
 from common.command.choices import Method
 from common.command.display import Display
-from common.command.options import LR, PEFT_LR, Defaults, MethodChoice, RunChoice, TrainChoice
+from common.command.options import LR, PEFT_LR, Defaults, MethodChoice, RunChoice, TableChoice, TrainChoice
 from common.errors import MethodError, ModelError, OutputError
 from typer import Option
 
@@ -40,7 +40,7 @@ DEFAULTS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(RunChoice, TrainChoice, MethodChoice):
+class Options(RunChoice, TrainChoice, TableChoice, MethodChoice):
     demo: Annotated[bool, Option("--demo", help="toy questions, a tiny Llama, every method; needs nothing else")] = (
         False
     )
@@ -89,6 +89,7 @@ from common.language.models import load_model, load_tokenizer, longest
 from common.language.sft import make_trainer
 from common.report.page import Sheet
 from common.report.results import compare, finish
+from common.training.digests import digest_of
 from common.training.folder import CONFIG, METRICS, prepare_folder, record_config, write_json, write_text
 from common.training.loop import make_optimizer
 from common.training.methods import AdaptedModel, apply_method
@@ -115,7 +116,8 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
     display = Display(console, options.quiet or not main_process)
 
     # The data: what to train on, and what to measure.
-    dialogues, incomplete = read_dialogues(load_table(options.data, "train"), options.data)
+    table = load_table(options.data, "train", names=options.column_names)
+    dialogues, incomplete = read_dialogues(table, options.data)
     numbers = Dataset.from_dict({"number": range(len(dialogues))})
     train_part, test_part = (
         [dialogues[n] for n in part["number"]] for part in hold_out(numbers, options.validation, options.seed)
@@ -126,6 +128,7 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
     tokenizer = load_tokenizer(options.model)
     template = prepare_template(tokenizer)
     model = load(options, tokenizer)
+    base = digest_of(model)
     limit = longest(model, None, sys.maxsize)
     length = longest(model, options.max_length, 1024)
     train_set = encode(train_part, tokenizer, length, f"the training part of {options.data}")
@@ -160,7 +163,8 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
         f"Results go to {folder}."
     )
     if main_process:
-        record_config(folder, config)
+        content = digest_of([*train_set.rows, *test_set.rows])
+        record_config(folder, config, {"data": content, "base": base}, options.resume)
         write_text(folder / TEMPLATE_FILE, template)
 
     def measure() -> dict[str, float]:

@@ -38,6 +38,7 @@ from accelerate import PartialState
 from common.data.augment import DomainShift, ModelInput
 from common.data.loading import Batches, Images, train_loader
 from common.report.results import compare
+from common.training.digests import digest_of
 from common.training.folder import prepare_folder
 from common.training.loop import make_optimizer
 from common.training.methods import DEFAULTS, AdaptedModel, apply_method
@@ -58,11 +59,13 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
     folder = prepare_folder(options.output, options.resume, options.method.value, config)
 
     # The data: what to train on, and what to measure.
-    train_set, test_set = load_sets(options)
+    splits = load_sets(options)
+    train_set, test_set = splits.train, splits.test
 
     # The model, and how an image gets into it.
     torch.manual_seed(options.seed)
     model = create_backbone(options.model, len(train_set.names), options.keep_head)
+    base = digest_of(model)
     form, shift = input_format(model), DomainShift(options.domain)
     data = Images(train_set, shift, ModelInput(form, options.augment), options.seed)
     tests = Images(test_set, shift, ModelInput(form))
@@ -88,7 +91,7 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
             model, optimizer=optimizer, scope=chosen.scope.value, threshold=chosen.threshold,
             relative=chosen.relative, alpha=chosen.alpha, every=chosen.every,
         )  # fmt: skip
-    return train_images(options, adapted, optimizer, reinit, data, tests, folder, config, comparison)
+    return train_images(options, adapted, optimizer, reinit, data, tests, splits, base, folder, config, comparison)
 
 
 def demo(options: Options) -> dict[str, Any] | None:

@@ -33,17 +33,19 @@ def test_truncated_file_says_so(tmp_path: Path, share: float) -> None:
     path = tmp_path / "c.pt"
     write_checkpoint(path, {"w": torch.randn(1000)})
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(CheckpointError, match="damaged or no checkpoint"):
+    with pytest.raises(CheckpointError, match="damaged"):
         read_checkpoint(path)
 
 
-def test_missing_and_foreign_files_say_so(tmp_path: Path) -> None:
+def test_missing_and_foreign_files_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         read_checkpoint(tmp_path / "c.pt")
     torch.save({"model": {}}, tmp_path / "c.pt")
     with pytest.raises(CheckpointError, match="not a checkpoint of this recipe"):
         read_checkpoint(tmp_path / "c.pt")
-    torch.save({"format": checkpoint.FORMAT, "version": 99}, tmp_path / "c.pt")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "VERSION", 99)
+        write_checkpoint(tmp_path / "c.pt", {})
     with pytest.raises(CheckpointError, match="version 99"):
         read_checkpoint(tmp_path / "c.pt")
 

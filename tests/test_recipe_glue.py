@@ -140,11 +140,14 @@ class TestBadInput:
         [
             ("text\tlabel\nfine\t1\n", ("no column 'sentence'", "'text', 'label'")),
             ("sentence\tlabel\nfine\t1\ngood\t1\n", ("all 2 training examples", "have the label 1")),
-            ("sentence\tlabel\nfine\tyes\ndull\tno\n", ("whole numbers from 0", "yes")),
+            ("sentence\tlabel\nfine\tyes\ndull\t0\n", ("whole numbers from 0, or words", "yes")),
+            ("sentence\tlabel\nfine\t1.5\ndull\t0\n", ("whole numbers from 0", "1.5")),
+            ("sentence\tlabel\nfine\t\ndull\t0\n", ("training example 1", "has no label")),
+            ("sentence\tlabel\n\t1\ndull\t0\n", ("row 1 of the train split", "has no sentence")),
             ("sentence\tlabel\n", ("has no rows",)),
             ("", ("cannot be read",)),
         ],
-        ids=["columns", "one class", "labels", "no rows", "empty file"],
+        ids=["columns", "one class", "labels", "fractions", "no label", "no text", "no rows", "empty file"],
     )
     def test_data(self, content: str, words: tuple[str, ...], recipe: Call, tmp_path: Path) -> None:
         (tmp_path / "train.tsv").write_text(content)

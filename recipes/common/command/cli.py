@@ -9,6 +9,7 @@ A recipe parses before it imports what takes seconds, so that help and mistakes 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import inspect
 import re
 import shlex
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 INTERRUPTED = 130
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO}
+"""A disk that is full, or does not take what is written."""
 Options = TypeVar("Options")
 
 
@@ -71,6 +74,11 @@ def main(run: Callable[[Any], Any], options: Any) -> int:
     except (RecipeError, uora.UoraError) as error:
         # A worker's error arrives with the worker's traceback; its last line is the message.
         return _told(re.sub(r"^[\w.]+Error: ", "", str(error).strip().splitlines()[-1]))
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        return _told(f"{error.strerror}{where}. Nothing more can be written; make room, or give another --output.")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -55,6 +56,10 @@ class Display:
             + "  ".join(f"{key.replace('_', ' ')} {_score(key, value)}" for key, value in scores)
             + f"{fired}  {entry['seconds']:.0f} s"
         )
+
+    def warn(self, text: str) -> None:
+        """One line on stderr, also where it is quiet."""
+        print(f"note: {' '.join(text.split())}", file=sys.stderr)
 
     def say(self, text: Any) -> None:
         if not self.quiet:

@@ -151,6 +151,17 @@ class RunChoice:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TableChoice:
+    """How a table of texts is read."""
+
+    columns: Annotated[str | None, Option(help="names of the columns of files without header: label,sentence")] = None
+
+    @property
+    def column_names(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in self.columns.split(",")) if self.columns else ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImageChoice(RunChoice, TrainChoice, MethodChoice):
     """Which images, and which model learns them."""
 
@@ -158,6 +169,9 @@ class ImageChoice(RunChoice, TrainChoice, MethodChoice):
     model: Annotated[str, Option(help="a timm model, or local-dir:FOLDER")] = "vit_small_patch16_224"
     classes: Annotated[str | None, Option(help="only these classes: 60-99 or apple,bear")] = None
     shots: Annotated[int | None, Option(min=1, help="training images per class; all by default")] = None
+    strict: Annotated[bool, Option("--strict", help="stop at an image that cannot be read; else it is left out")] = (
+        False
+    )
     validation: Annotated[
         float, Option(min=0, max=0.9, help="evaluate on this share of the training images, held out")
     ] = 0

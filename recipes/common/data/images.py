@@ -1,6 +1,6 @@
 """Labelled images from wherever people keep them, as one small class.
 
-`load_images(source, split)` takes, in this order of trial:
+`load_images(source, split)` takes, in this order of trial (hidden files and folders are none, wherever they lie):
 
 - `digits`: scikit-learn's handwritten digits, which come with the package (no network);
 - a folder of parquet files, or anything `datasets.load_dataset` reads from disk;
@@ -13,19 +13,21 @@
 
 from __future__ import annotations
 
-import io
 import re
-from collections.abc import Callable, Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from ..errors import DataError
 from .network import fail_fast_without_network
+from .pixels import Item, pixels
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 TORCHVISION = {"cifar100": "CIFAR100", "food101": "Food101", "flowers102": "Flowers102"}
@@ -38,40 +40,36 @@ class ImageSet:
     """Images with labels.
 
     Args:
-        items: one entry per image: an array (h, w, 3) of uint8, a path, the encoded bytes, or what gives a PIL image
-            when called.
+        items: one entry per image.
         labels: (n,) int64, indices into `names`.
         names: what each class is called.
+        notes: what a person should know of them, in sentences.
     """
 
-    items: Sequence[np.ndarray | Path | bytes | Callable[[], Image.Image]]
+    items: Sequence[Item]
     labels: np.ndarray
     names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def read(self, index: int) -> np.ndarray:
         """The image as (h, w, 3) uint8, RGB."""
+        return pixels(self.items[index], self.name(index))
+
+    def name(self, index: int) -> str:
+        """What to call an image when talking of it."""
         item = self.items[index]
-        if isinstance(item, np.ndarray):
-            return item
-        if callable(item):
-            return np.asarray(item().convert("RGB"))
-        source = io.BytesIO(item) if isinstance(item, bytes) else item
-        try:
-            with Image.open(source) as image:
-                return np.asarray(image.convert("RGB"))
-        except (UnidentifiedImageError, OSError) as error:
-            where = item if isinstance(item, Path) else f"image {index} of the data set"
-            raise DataError(f"cannot read {where}: {error}. Remove or replace it.") from error
+        return str(item) if isinstance(item, Path) else f"image {index} of the data set"
 
     @property
     def images(self) -> np.ndarray:
         """Every image in one array, (n, h, w, 3) uint8; all must have one size."""
         return np.stack([self.read(index) for index in range(len(self))])
 
-    def take(self, indices: np.ndarray) -> ImageSet:
+    def take(self, indices: Sequence[int] | np.ndarray) -> ImageSet:
+        indices = np.asarray(indices, dtype=np.int64)
         return replace(self, items=[self.items[i] for i in indices], labels=self.labels[indices])
 
     def keep_classes(self, classes: Sequence[int | str]) -> ImageSet:
@@ -89,6 +87,18 @@ class ImageSet:
         renumber[numbers] = np.arange(len(numbers))
         kept = self.take(np.flatnonzero(renumber[self.labels] >= 0))
         return replace(kept, labels=renumber[kept.labels], names=tuple(self.names[i] for i in numbers))
+
+    def as_classes(self, names: tuple[str, ...]) -> ImageSet:
+        """Only the images of the classes of these names, numbered as there; a class may be left without images."""
+        places = {name: number for number, name in enumerate(names)}
+        renumber = np.array([places.get(name, -1) for name in self.names], dtype=np.int64)
+        kept = self.take(np.flatnonzero(renumber[self.labels] >= 0))
+        return replace(kept, labels=renumber[kept.labels], names=names)
+
+    def without(self, present: bool = False) -> tuple[str, ...]:
+        """Names of the classes that have no image; with `present`, of those that have one."""
+        counts = np.bincount(self.labels, minlength=len(self.names))
+        return tuple(name for name, count in zip(self.names, counts, strict=True) if bool(count) is present)
 
     def few_shot(self, shots: int, seed: int) -> ImageSet:
         """At most `shots` images of every class, drawn by `seed`."""
@@ -124,8 +134,10 @@ def parse_classes(text: str | None) -> list[int | str] | None:
 def load_images(source: str, split: str, classes: Sequence[int | str] | None = None) -> ImageSet:
     """Load a split, `"train"` or `"test"`, of a source (see the top of this file).
 
+    Classes have the names that this split gives them; `splits.load_splits` makes those of two splits the same.
+
     Raises:
-        DataError: nothing usable was found there, or an image cannot be read.
+        DataError: nothing usable was found there, or a label is no class.
     """
     path = Path(source)
     if source == "digits":
@@ -142,6 +154,11 @@ def load_images(source: str, split: str, classes: Sequence[int | str] | None = N
         data = _hub(HUB.get(source, source), split)
     if len(data) == 0:
         raise DataError(f"{source} holds no {split} image")
+    if strange := Counter(data.labels[(data.labels < 0) | (data.labels >= len(data.names))].tolist()):
+        raise DataError(
+            f"{strange.total()} of {len(data)} {split} images of {source} have a label that is none of its "
+            f"{len(data.names)} classes, such as {next(iter(strange))}; numbers from 0 are expected"
+        )
     return data if classes is None else data.keep_classes(classes)
 
 
@@ -156,14 +173,14 @@ def _digits(split: str) -> ImageSet:
 
 
 def _folder(path: Path, split: str) -> ImageSet:
-    if any(path.rglob("*.parquet")) or (path / "dataset_dict.json").exists():
+    if any(_visible(file, path) for file in path.rglob("*.parquet")) or (path / "dataset_dict.json").exists():
         return _hub(str(path), split)
     if (path / "cifar-100-python").is_dir():
         return _torchvision("cifar100", path, split, download=False)
     for name in SPLITS[split]:
         if (path / name).is_dir():
             return _image_folder(path / name)
-    held = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+    held = ", ".join(sorted(p.name for p in path.iterdir() if _visible(p, path))[:8]) or "nothing"
     raise DataError(
         f"no {split} images in {path}, which holds {held}. Expected parquet files, cifar-100-python/, or "
         f"{split}/CLASS/*.png. To try the recipe without data, use --demo."
@@ -171,22 +188,28 @@ def _folder(path: Path, split: str) -> ImageSet:
 
 
 def _image_folder(path: Path) -> ImageSet:
-    names = sorted(p.name for p in path.iterdir() if p.is_dir())
-    items, labels = [], []
+    folders = {unicodedata.normalize("NFC", p.name): p for p in path.iterdir() if p.is_dir() and _visible(p, path)}
+    names = sorted(folders)
+    items: list[Path] = []
+    labels: list[int] = []
+    others = [p for p in path.iterdir() if p.is_file() and _visible(p, path)]
     for label, name in enumerate(names):
-        files = sorted(p for p in (path / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        held = sorted(p for p in folders[name].rglob("*") if p.is_file() and _visible(p, path))
+        files = [p for p in held if p.suffix.lower() in IMAGE_SUFFIXES]
+        others += [p for p in held if p.suffix.lower() not in IMAGE_SUFFIXES]
         items += files
         labels += [label] * len(files)
-    for file in items:
-        try:
-            Image.open(file).close()
-        except (UnidentifiedImageError, OSError) as error:
-            raise DataError(f"cannot read {file}: {error}. Remove or replace it.") from error
     if not items:
         raise DataError(
             f"no images in {path}; expected one folder per class with {', '.join(sorted(IMAGE_SUFFIXES))} files"
         )
-    return ImageSet(items, np.array(labels, dtype=np.int64), tuple(names))
+    note = f"{len(others)} files in {path} are not read, such as {others[0].relative_to(path)}" if others else ""
+    return ImageSet(items, np.array(labels, dtype=np.int64), tuple(names), (note,) if note else ())
+
+
+def _visible(path: Path, root: Path) -> bool:
+    """Neither hidden nor what macOS leaves beside files (`._cat.jpg`), nor inside of such a folder."""
+    return not any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(root).parts)
 
 
 def _torchvision(name: str, root: Path, split: str, download: bool) -> ImageSet:
@@ -215,7 +238,7 @@ def _timm(name: str, split: str) -> ImageSet:
     fail_fast_without_network()
     for part in SPLITS[split]:
         try:
-            found = timm.data.create_dataset(name, root=str(root), split=part, download=True)
+            found = timm.data.create_dataset(name, root=str(root), split=part, download=True, input_img_mode="")
             break
         except Exception as error:  # each kind of data set raises types of its own
             reasons.append((str(error).strip().splitlines() or [type(error).__name__])[0])
@@ -227,9 +250,15 @@ def _timm(name: str, split: str) -> ImageSet:
     if not hasattr(found, "__getitem__") or not hasattr(found, "__len__"):
         raise DataError(f"timm reads {name!r} only from front to back; give a data set whose images can be picked")
     labels = np.array([found[i][1] for i in range(len(found))], dtype=np.int64)  # once, through every image
-    names = getattr(found, "classes", None) or [str(i) for i in range(int(labels.max(initial=-1)) + 1)]
+    names = _timm_names(found) or [str(i) for i in range(int(labels.max(initial=-1)) + 1)]
     items = [partial(_first, found, i) for i in range(len(found))]
     return ImageSet(items, labels, tuple(names))
+
+
+def _timm_names(found: Any) -> Sequence[str]:
+    """Names of the classes, in the order of their numbers; of a folder timm numbers what it finds in that split."""
+    numbers = getattr(getattr(found, "reader", None), "class_to_idx", None)
+    return sorted(numbers, key=numbers.__getitem__) if numbers else getattr(found, "classes", ())
 
 
 def _first(examples: Any, index: int) -> Image.Image:

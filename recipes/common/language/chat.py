@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from ..errors import DataError, OutputError
 from .answers import generate
 from .dialogues import Messages, prompt_ids
 
+LOG = logging.getLogger(__name__)
 HOST = "127.0.0.1"
 SIDES = ("base", "adapter")
 MOST_BYTES = 256 * 1024
@@ -91,6 +93,9 @@ def application(talk: Talk, title: str) -> web.Application:
                 return web.json_response({"answer": await asyncio.to_thread(talk.answer, side, turns)})
         except BadRequest as error:
             return web.json_response({"error": str(error)}, status=400)
+        except (ConnectionError, web.RequestPayloadError):  # aiohttp would log a traceback
+            LOG.warning("a browser left before its question was read")
+            return web.Response(status=400)
 
     app = web.Application(client_max_size=MOST_BYTES, middlewares=[_only_here])
     app.add_routes([web.get("/", show), web.post("/answer", answer)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from ..data.tables import as_text
 from ..errors import DataError, ModelError
 
 Messages = list[dict[str, str]]
@@ -63,7 +66,8 @@ def read_dialogues(table: Dataset, source: str) -> tuple[list[Messages], int]:
     else:
         raise DataError(
             f"{source} has the columns {', '.join(map(repr, names))}; expected 'messages', or 'instruction' (and "
-            f"'input') with one of {', '.join(map(repr, ANSWERS))}"
+            f"'input') with one of {', '.join(map(repr, ANSWERS))}. Columns of a file without header are named with "
+            "--columns."
         )
     dialogues = [turns for turns in found if turns]
     if not dialogues:
@@ -172,7 +176,7 @@ def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _alpaca(instruction: Any, given: Any, answer: Any) -> Messages:
-    instruction, given, answer = (v.strip() if isinstance(v, str) else "" for v in (instruction, given, answer))
+    instruction, given, answer = map(as_text, (instruction, given, answer))
     asked = "\n\n".join(filter(None, (instruction, given)))
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}] if asked and answer else []
 
@@ -183,10 +187,15 @@ def _turns(turns: Any, number: int, source: str) -> Messages:
     Raises:
         DataError: it is not in the form of a chat.
     """
+    if isinstance(turns, str):  # of a csv file
+        with contextlib.suppress(ValueError):
+            turns = json.loads(turns)
+    if turns is None or turns == "":
+        return []
     if not isinstance(turns, list) or not all(isinstance(t, dict) and {"role", "content"} <= t.keys() for t in turns):
         raise DataError(f"row {number} of {source} has messages of another form than [{{'role': ..., 'content': ...}}]")
     if strange := [t["role"] for t in turns if t["role"] not in ROLES]:
         raise DataError(f"row {number} of {source} has the role {strange[0]!r}; expected {', '.join(ROLES)}")
-    said = [{"role": t["role"], "content": (t["content"] or "").strip()} for t in turns]
+    said = [{"role": t["role"], "content": as_text(t["content"])} for t in turns]
     last = max((n for n, t in enumerate(said) if t["role"] == "assistant" and t["content"]), default=0)
     return said[: last + 1] if last else []

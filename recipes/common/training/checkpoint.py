@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import random
 from pathlib import Path
@@ -21,16 +23,23 @@ __all__ = [
     "changing_state", "load_changing_state", "random_state", "read_checkpoint", "set_random_state", "write_checkpoint",
 ]  # fmt: skip
 
-FORMAT = "uora-vision recipe checkpoint"
-VERSION = 1
+VERSION = 2
+END = b"uora-vision sha256 "
+"""Stands before the digest of all bytes above it, with which a file ends."""
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` (tensors and plain values), replacing an older file only once the new one is on disk."""
+    """Write `state` (tensors and plain values), replacing an older file only once the new one is on disk.
+
+    A digest is the file's end: torch does not look at the checksums of what it loads.
+    """
+    content = io.BytesIO()
+    torch.save({"version": VERSION, **state}, content)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".tmp")
     with unfinished.open("wb") as file:
-        torch.save({"format": FORMAT, "version": VERSION, **state}, file)
+        file.write(content.getbuffer())
+        file.write(END + hashlib.sha256(content.getbuffer()).digest())
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)
@@ -44,18 +53,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read what `write_checkpoint` wrote.
 
     Raises:
-        CheckpointError: there is no file, or it is truncated, or something else.
+        CheckpointError: there is no file, or it is damaged, or something else.
     """
     if not path.is_file():
         raise CheckpointError(f"--resume needs {path}, which does not exist; start the run without --resume")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zipfile, pickle and torch each raise types of their own
-        raise CheckpointError(
-            f"{path} is damaged or no checkpoint ({type(error).__name__}); delete it and start again"
-        ) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a checkpoint of this recipe; give another --output")
+    content = path.read_bytes()
+    whole, end = content[: -len(END) - 32], content[-len(END) - 32 :]
+    if not end.startswith(END):
+        raise CheckpointError(f"{path} is damaged or not a checkpoint of this recipe; delete it and start again")
+    if hashlib.sha256(whole).digest() != end[len(END) :]:
+        raise CheckpointError(f"{path} is damaged: its content is not what was written; delete it and start again")
+    state = torch.load(io.BytesIO(whole), map_location="cpu", weights_only=True)
     if state["version"] != VERSION:
         raise CheckpointError(f"{path} has version {state['version']}, this recipe reads version {VERSION}")
     return state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -15,7 +16,10 @@ from .checkpoint import read_checkpoint
 
 CHECKPOINT, CHECKPOINTS = "checkpoint.pt", "checkpoints"
 """What an unfinished run holds: the file of our own loop, or the folder of the transformers Trainer."""
-METRICS, CONFIG = "metrics.json", "config.yaml"
+METRICS, CONFIG, INPUTS = "metrics.json", "config.yaml", "inputs.json"
+ROOM = 8 * 2**20
+"""Bytes that must be free: less than any run writes."""
+TOLD = {"data": "the data are not what the run began with", "base": "the base model has other weights"}
 
 
 def prepare_folder(folder: Path | None, resume: bool, name: str, config: dict[str, Any] | None = None) -> Path:
@@ -26,7 +30,7 @@ def prepare_folder(folder: Path | None, resume: bool, name: str, config: dict[st
         config: the run's options; a run that is continued must have the same.
 
     Raises:
-        OutputError: it holds a run already, or nothing to resume.
+        OutputError: it holds a run already, or nothing to resume; or it cannot be written, or the disk is full.
         CheckpointError: what it holds cannot be resumed, or is of a run with other options.
     """
     if folder is None:
@@ -47,13 +51,24 @@ def prepare_folder(folder: Path | None, resume: bool, name: str, config: dict[st
         for held, what in ((METRICS, "a finished run"), (CHECKPOINT, unfinished), (CHECKPOINTS, unfinished)):
             if (folder / held).exists():
                 raise OutputError(f"{folder} holds {what}; give another --output, or delete it first")
+    _try_writing(folder)
     return folder
 
 
-def record_config(folder: Path, config: dict[str, Any]) -> None:
-    """Write the resolved options, for `--config` and for a later look."""
+def record_config(folder: Path, config: dict[str, Any], inputs: dict[str, str], resume: bool = False) -> None:
+    """Write the resolved options, for `--config` and for a later look, and digests of what the run works on.
+
+    Args:
+        inputs: digests of the `data` and of the `base`; a run that is continued must have the same.
+
+    Raises:
+        CheckpointError: a run would go on with others.
+    """
+    if resume:
+        _compare_inputs(folder / INPUTS, inputs)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    write_json(folder / INPUTS, inputs)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -65,6 +80,38 @@ def write_text(path: Path, text: str) -> None:
     unfinished = path.with_name(path.name + ".tmp")
     unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)
+
+
+def _try_writing(folder: Path) -> None:
+    """Raise an OutputError where a file of some size cannot be written; what was made for that goes away again."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    probe = folder / f".probe-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with probe.open("wb") as file:
+            file.write(bytes(ROOM))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OutputError(
+            f"{folder} cannot be written: {(error.strerror or str(error)).lower()}; give another --output, or make room"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+            for path in made:
+                path.rmdir()
+
+
+def _compare_inputs(path: Path, inputs: dict[str, str]) -> None:
+    """Raise a CheckpointError where a run would go on with other data or another base."""
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        different = [told for key, told in TOLD.items() if saved[key] != inputs[key]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"--resume needs {path}, which is missing or damaged; start the run again") from error
+    if different:
+        raise CheckpointError(f"--resume continues a run on the same inputs: {' and '.join(different)}")
 
 
 def _compare(path: Path, asked: dict[str, Any]) -> None:

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -23,19 +25,18 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import get_last_checkpoint
 
 import uora_vision as uora
 from uora_vision.integrations.transformers import UoraCallback, adapter_only
 
 from ..command.display import Display
 from ..errors import CheckpointError, TrainingError
-from .folder import CHECKPOINTS
+from .folder import CHECKPOINTS, write_json
 from .loop import Outcome, Progress
 from .machine import StopRequest, peak_memory
 from .methods import AdaptedModel
 
-PROGRESS, TRAINED = "progress.json", "trained.safetensors"
+PROGRESS, TRAINED, DIGESTS = "progress.json", "trained.safetensors", "digests.json"
 
 
 def arguments(options: Any, folder: Path, **more: Any) -> dict[str, Any]:
@@ -57,7 +58,6 @@ def arguments(options: Any, folder: Path, **more: Any) -> dict[str, Any]:
         "ddp_broadcast_buffers": False,
         "save_strategy": "no",  # `Watch` asks for checkpoints, and for evaluations
         "eval_strategy": "no",
-        "save_total_limit": 1,
         "logging_steps": 10,
         "logging_nan_inf_filter": False,
         "report_to": [],  # `fit` logs to the run's own folder
@@ -146,7 +146,7 @@ def fit(
 
     Raises:
         TrainingError: the loss is not finite.
-        CheckpointError: there is nothing to resume.
+        CheckpointError: there is nothing to resume, or it is damaged.
     """
     transformers.utils.logging.disable_progress_bar()
     watch = Watch(options, folder, display)
@@ -163,14 +163,41 @@ def fit(
     watch.begin(trainer, scores)
     last = None
     if options.resume:
-        last = get_last_checkpoint(str(folder / CHECKPOINTS))
-        if last is None:
-            raise CheckpointError(f"--resume needs a checkpoint in {folder / CHECKPOINTS}; start without --resume")
+        last = str(last_whole(folder / CHECKPOINTS))
     with StopRequest() as watch.wish, display.running(watch.total, 0, options.epochs):
         trainer.train(resume_from_checkpoint=last)
     evaluation = None if watch.stopped else watch.evaluation or watch.measure()
     device = trainer.accelerator.device
     return Outcome(watch.stopped, watch.progress, reinit, evaluation, peak_memory(device), str(device))
+
+
+def digests_of(folder: Path) -> dict[str, str]:
+    """Of every file of a checkpoint, by name, but of this list itself."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != DIGESTS)
+    found = {}
+    for file in files:
+        with file.open("rb") as content:
+            found[str(file.relative_to(folder))] = hashlib.file_digest(content, "sha256").hexdigest()
+    return found
+
+
+def last_whole(folder: Path) -> Path:
+    """The last checkpoint that was written to its end.
+
+    Raises:
+        CheckpointError: there is none, or its content is not what was written.
+    """
+    written = sorted(folder.glob(f"checkpoint-*/{DIGESTS}"), key=lambda file: int(file.parent.name.rpartition("-")[2]))
+    if not written:
+        raise CheckpointError(f"--resume needs a whole checkpoint in {folder}; start without --resume")
+    last = written[-1].parent
+    try:
+        same = json.loads(written[-1].read_text(encoding="utf-8")) == digests_of(last)
+    except ValueError:
+        same = False
+    if not same:
+        raise CheckpointError(f"{last} is damaged: its content is not what was written; delete it and start again")
+    return last
 
 
 class Scores(dict[str, float]):
@@ -250,9 +277,14 @@ class Watch(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.saved = time.monotonic()
+        self.trainer.accelerator.wait_for_everyone()  # each process has written its own random state
         if state.is_world_process_zero:
-            path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / PROGRESS
-            path.write_text(json.dumps(asdict(self.progress)))
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            (folder / PROGRESS).write_text(json.dumps(asdict(self.progress)))
+            write_json(folder / DIGESTS, digests_of(folder))
+            for older in folder.parent.glob("checkpoint-*"):
+                if older != folder:
+                    shutil.rmtree(older)
 
     def _reason(self) -> str | None:
         """Why to stop now, the same in all processes; None to go on."""

@@ -14,8 +14,9 @@ import uora_vision as uora
 from ..command import cli
 from ..command.display import Display
 from ..command.options import ImageChoice
-from ..data.images import ImageSet, load_images, parse_classes
+from ..data.images import parse_classes
 from ..data.loading import Images
+from ..data.splits import Splits, load_splits
 from ..report.results import finish
 from ..training.folder import CHECKPOINT, record_config
 from ..training.loop import TrainOptions, train
@@ -24,21 +25,16 @@ from ..training.tensorboard import tensorboard
 from .evaluation import Classification, sections
 
 
-def load_sets(options: ImageChoice) -> tuple[ImageSet, ImageSet]:
+def load_sets(options: ImageChoice) -> Splits:
     """Images to train on, and images to measure.
 
     Raises:
-        DataError: see `load_images`.
+        DataError: see `load_splits`.
     """
-    classes = parse_classes(options.classes)
-    train_set = load_images(options.data, "train", classes)
-    if options.validation:
-        train_set, test_set = train_set.split(options.validation, options.seed)
-    else:
-        test_set = load_images(options.data, "test", classes)
-    if options.shots:
-        train_set = train_set.few_shot(options.shots, options.seed)
-    return train_set, test_set
+    return load_splits(
+        options.data, parse_classes(options.classes), validation=options.validation, shots=options.shots,
+        seed=options.seed, strict=options.strict,
+    )  # fmt: skip
 
 
 def train_images(
@@ -48,6 +44,8 @@ def train_images(
     reinit: uora.Reinitializer | None,
     data: Images,
     tests: Images,
+    splits: Splits,
+    base: str,
     folder: Path,
     config: dict[str, Any],
     comparison: list[dict[str, Any]] | None = None,
@@ -57,6 +55,8 @@ def train_images(
     Args:
         adapted, optimizer, reinit: what trains, and how; see `train`.
         data, tests: to train on, and to measure.
+        splits: what they were made of.
+        base: digest of the model before it was adapted; see `digest_of`.
         folder, config: as `prepare_folder` made the one and took the other.
         comparison: see `finish`.
 
@@ -76,7 +76,9 @@ def train_images(
         f"{len(test_set):,} to measure. Results go to {folder}."
     )
     if main_process:
-        record_config(folder, config)
+        for note in splits.notes:
+            display.warn(note)
+        record_config(folder, config, {"data": splits.digest, "base": base}, options.resume)
     task = Classification(tests, options.batch, options.workers)
     with tensorboard(folder) as log:
         outcome = train(
@@ -98,6 +100,7 @@ def train_images(
             "classes": len(train_set.names),
             "train_images": len(train_set),
             "test_images": len(test_set),
+            "unreadable_images": splits.unreadable,
             "measured_on": "validation" if options.validation else "test",
         },
         config,

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import io
+import hashlib
+import os
 import tarfile
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from ..data.augment import ModelInput
-from ..data.images import IMAGE_SUFFIXES, ImageSet
+from ..data.images import IMAGE_SUFFIXES
 from ..data.loading import Key
-from ..data.tables import load_table, need_columns
+from ..data.pixels import inspect, pixels
+from ..data.tables import as_text, load_table, need_columns
 from ..errors import DataError
 from .dual import Tokens
 
@@ -53,12 +55,14 @@ class Pairs:
         texts: the text of each pair.
         keys: (n, 2) int64, equal numbers for equal images and for equal texts.
         left_out: what could not be used, in words.
+        digest: of all images and texts that were found.
     """
 
     items: Sequence[Item]
     texts: Sequence[str]
     keys: np.ndarray
     left_out: Sequence[str] = ()
+    digest: str = ""
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -66,8 +70,7 @@ class Pairs:
     def picture(self, index: int) -> np.ndarray:
         """The image as (h, w, 3) uint8, RGB."""
         item = self.items[index]
-        whole = item.read() if isinstance(item, TarPart) else item
-        return ImageSet([whole], np.zeros(1, dtype=np.int64), ("",)).read(0)
+        return pixels(item.read() if isinstance(item, TarPart) else item, f"the image of pair {index}")
 
     def take(self, indices: Iterable[int]) -> Pairs:
         chosen = np.array(list(indices), dtype=np.int64)
@@ -106,7 +109,7 @@ class PairImages(Dataset):
 
 
 def load_pairs(
-    source: str, columns: tuple[str, str], share: float, seed: int, strict: bool = False
+    source: str, columns: tuple[str, str], share: float, seed: int, strict: bool = False, names: tuple[str, ...] = ()
 ) -> tuple[Pairs, Pairs, bool]:
     """(training pairs, test pairs, whether the test pairs were held out of one split).
 
@@ -118,24 +121,25 @@ def load_pairs(
         share: of the images to hold out; 0 for only where there is no test split.
         seed: of what is held out.
         strict: stop at a pair without image or text; otherwise it is left out.
+        names: of the columns of a file without header.
 
     Raises:
         DataError: nothing usable, a missing column, or with `strict` a pair that cannot be used.
     """
-    train = _read(source, "train", columns, strict)
-    test = None if share else _test(source, columns, strict)
+    train = _read(source, "train", columns, strict, names)
+    test = None if share else _test(source, columns, strict, names)
     if test is not None:
         return train, test, False
     return *train.split(share or HELD_OUT, seed), True
 
 
-def _test(source: str, columns: tuple[str, str], strict: bool) -> Pairs | None:
+def _test(source: str, columns: tuple[str, str], strict: bool, names: tuple[str, ...]) -> Pairs | None:
     """The test split; None where there is only one."""
     path = Path(source)
     if path.is_file() or "*" in source:
         return None
     if path.is_dir():
-        return _read(source, "test", columns, strict) if any(_named(path, "test")) else None
+        return _read(source, "test", columns, strict, names) if any(_named(path, "test")) else None
     for split in ("test", "validation"):
         try:
             return _of_table(load_table(source, split), source, Path(), columns, strict)
@@ -145,7 +149,7 @@ def _test(source: str, columns: tuple[str, str], strict: bool) -> Pairs | None:
     return None
 
 
-def _read(source: str, split: str, columns: tuple[str, str], strict: bool) -> Pairs:
+def _read(source: str, split: str, columns: tuple[str, str], strict: bool, names: tuple[str, ...]) -> Pairs:
     path = Path(source)
     shards = sorted(path.parent.glob(path.name)) if "*" in path.name else [path] if path.suffix == ".tar" else []
     if path.is_dir():
@@ -153,17 +157,17 @@ def _read(source: str, split: str, columns: tuple[str, str], strict: bool) -> Pa
     if shards or "*" in path.name or path.suffix == ".tar":
         return _of_shards(shards, source, strict)
     if not path.is_dir():
-        return _of_table(load_table(source, split), source, path.parent, columns, strict)
+        return _of_table(load_table(source, split, names=names), source, path.parent, columns, strict)
     file = next(_named(path, split), None)
     if file is None:
         held = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
         raise DataError(f"no {split} file in {path}, which holds {held}; expected {split}.csv, .parquet, -000.tar, ...")
-    return _of_table(load_table(str(file), split), str(file), path, columns, strict)
+    return _of_table(load_table(str(file), split, names=names), str(file), path, columns, strict)
 
 
 def _named(folder: Path, split: str) -> Any:
     endings = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".tar")
-    files = sorted(p for p in folder.iterdir() if p.suffix in endings)
+    files = sorted(p for p in folder.iterdir() if p.suffix in endings and not p.name.startswith("."))
     return (p for name in FOLDER_SPLITS[split] for p in files if p.name.startswith(name))
 
 
@@ -191,6 +195,8 @@ def _of_shards(shards: Sequence[Path], source: str, strict: bool) -> Pairs:
             with tarfile.open(shard, "r:") as tar:
                 for member in tar:
                     stem, dot, ending = member.name.rpartition(".")
+                    if not member.isfile() or PurePosixPath(member.name).name.startswith("."):
+                        continue
                     part = found.setdefault((shard, stem), [None, None])
                     if f".{ending.lower()}" in IMAGE_SUFFIXES:
                         part[0] = TarPart(shard, member.offset_data, member.size)
@@ -203,13 +209,16 @@ def _of_shards(shards: Sequence[Path], source: str, strict: bool) -> Pairs:
 
 def _checked(rows: Sequence[tuple[Any, Any]], source: str, strict: bool) -> Pairs:
     """Pairs of the rows that have an image that opens, and a text."""
-    items, texts, left_out = [], [], []
-    for number, (item, text) in enumerate(rows, 1):
-        if reason := _wrong(item, text):
-            left_out.append(f"pair {number}: {reason}")
-            continue
-        items.append(item)
-        texts.append(str(text).strip())
+    items, texts, left_out, whole = [], [], [], hashlib.sha256()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(_look, *zip(*rows, strict=True)) if rows else iter(())
+        for number, ((item, text), (digest, reason)) in enumerate(zip(rows, found, strict=True), 1):
+            whole.update(repr((digest, text)).encode(errors="replace"))
+            if reason:
+                left_out.append(f"pair {number}: {reason}")
+                continue
+            items.append(item)
+            texts.append(as_text(text))
     if left_out and strict:
         raise DataError(f"{len(left_out)} of {len(rows)} pairs in {source} cannot be used; {left_out[0]}")
     if len(items) < 2:
@@ -218,20 +227,16 @@ def _checked(rows: Sequence[tuple[Any, Any]], source: str, strict: bool) -> Pair
     numbers: tuple[dict[Any, int], dict[Any, int]] = ({}, {})
     keys = [[known.setdefault(v, len(known)) for known, v in zip(numbers, pair, strict=True)]
             for pair in zip(items, texts, strict=True)]  # fmt: skip
-    return Pairs(items, texts, np.array(keys, dtype=np.int64), left_out)
+    return Pairs(items, texts, np.array(keys, dtype=np.int64), left_out, whole.hexdigest())
 
 
-def _wrong(item: Any, text: Any) -> str | None:
-    if text is None or not str(text).strip():
-        return "it has no text"
+def _look(item: Any, text: Any) -> tuple[str, str | None]:
+    """A digest of the image, and why the pair cannot be used."""
+    if not as_text(text):
+        return "", "it has no text"
     if item is None or item == "":
-        return "it has no image"
+        return "", "it has no image"
     if isinstance(item, Path) and not item.is_file():
-        return f"{item} does not exist"
-    if isinstance(item, TarPart):
-        return None
-    try:
-        Image.open(io.BytesIO(item) if isinstance(item, bytes) else item).close()
-    except (UnidentifiedImageError, OSError, TypeError, AttributeError) as error:
-        return f"cannot read {item if isinstance(item, Path) else 'its image'}: {error}"
-    return None
+        return "", f"{item} does not exist"
+    digest, reason = inspect(item.read() if isinstance(item, TarPart) else item)
+    return digest, f"cannot read {item if isinstance(item, Path) else 'its image'}: {reason}" if reason else None
