@@ -92,7 +92,7 @@ def test_recorded_options_give_the_same_run_again(method: Method, recipe: Recipe
     assert recipe("--method", method.value, "--output", tmp_path, "--checkpoint-every", 5, "--max-seconds", 1.5)[0] == 0
     chosen = recipe.got[0].method_options(DEFAULTS)
     config = cli.plain(recipe.got[0]) | {"rank": chosen.rank, "lr": chosen.lr, "head_lr": chosen.head_lr}
-    record_config(tmp_path, config)
+    record_config(tmp_path, config, {})
     assert yaml.safe_load((tmp_path / CONFIG).read_text()) == config
     assert recipe("--config", tmp_path / CONFIG) == (0, "")
     resolved: Any = {"rank": chosen.rank, "lr": chosen.lr, "head_lr": chosen.head_lr}
@@ -105,7 +105,7 @@ def test_a_run_is_continued_with_the_options_that_it_recorded(tmp_path: Path) ->
     config = cli.plain(Options(output=tmp_path))
     with pytest.raises(RecipeError, match=r"config\.yaml, which is missing or damaged"):
         prepare_folder(tmp_path, True, "name", config)
-    record_config(tmp_path, config)
+    record_config(tmp_path, config, {})
     assert prepare_folder(tmp_path, True, "name", config | {"resume": True, "workers": 3, "quiet": True}) == tmp_path
     with pytest.raises(RecipeError, match="--name was nobody, is now me; --seed was 0, is now 1"):
         prepare_folder(tmp_path, True, "name", config | {"seed": 1, "name": "me"})
