@@ -133,6 +133,18 @@ def test_importing_the_package_takes_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
+def test_when_torch_fx_traces() -> None:
+    class Net(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(private.in_symbolic_trace())
+            return x + 1
+
+    seen: list[bool] = []
+    torch.fx.symbolic_trace(Net())
+    Net()(torch.zeros(1))
+    assert seen == [True, False]
+
+
 def test_hooks_after_a_gradient_is_added_up() -> None:
     p, seen = nn.Parameter(torch.ones(2)), []
     p.register_post_accumulate_grad_hook(lambda _: seen.append(1))

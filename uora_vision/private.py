@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
+from torch.fx import _symbolic_trace
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "ComputedFlatWeights",
     "forget_flat_weights",
     "in_backward",
+    "in_symbolic_trace",
     "in_transform",
     "is_wrapped",
     "name_or_path",
@@ -115,6 +117,11 @@ unseen_by_subclasses = torch._C.DisableTorchFunctionSubclass
 def in_transform() -> bool:
     """Whether torch.vmap, torch.func.grad or another transform of torch.func runs."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def in_symbolic_trace() -> bool:
+    """Whether torch.fx traces a model with stand-ins for its tensors. Its own name for that question has changed."""
+    return getattr(_symbolic_trace, "is_fx_symbolic_tracing", _symbolic_trace.is_fx_tracing)()
 
 
 def in_backward() -> bool:

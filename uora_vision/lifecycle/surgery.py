@@ -12,14 +12,16 @@ can have both.
 from __future__ import annotations
 
 import threading
+import types
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import StateError
 from ..maths.convolution import Geometry
-from ..private import ComputedFlatWeights, forget_flat_weights, pads, renew_flat_weights
-from ..weights.kinds import Adapted, base_class, call_form, class_call_form, is_adapted, raw
+from ..private import ComputedFlatWeights, forget_flat_weights, in_symbolic_trace, pads, renew_flat_weights
+from ..weights.kinds import WRAPPED, Adapted, base_class, call_form, class_call_form, is_adapted, is_forward_of, raw
 from ..weights.quantised import is_quantised, own_forward
 from ..weights.sharded import is_sharded
 from .adapter import CHILD, Adapter, child
@@ -35,9 +37,29 @@ class Surgical(Adapted):
         return _rebuild, (base_class(self), cls.called, cls.read), self.__getstate__()
 
 
+def _check_there(adapter: Any, weight: Tensor) -> None:
+    """Whether the vectors are where the weight is.
+
+    Raises:
+        StateError: they were offloaded.
+    """
+    b = adapter._parameters.get("b")  # those of a mixed batch have none
+    if b is not None and b.is_meta and not weight.is_meta:
+        raise _offloaded(f"b and d of {adapter.name} were")
+
+
+def _offloaded(what: str) -> StateError:
+    return StateError(
+        f"{what} offloaded, as cpu_offload() and disk_offload() of accelerate do: a module has its parameters only "
+        "while it is called, and an adapter is not called. Spread the model over devices (dispatch_model() without "
+        "offloading), or load its base in 4 or 8 bits."
+    )
+
+
 class CalledLinear(Surgical):
     def forward(self, x: Tensor) -> Tensor:
         adapter, weight = getattr(self, CHILD), raw(self, "weight")
+        _check_there(adapter, weight)
         if is_quantised(weight):
             return adapter.add_update(x, own_forward(self, base_class(self).forward, x))
         return adapter.project(x, weight, raw(self, "bias"))
@@ -51,7 +73,9 @@ class CalledConv(Surgical):
             x = nn.functional.pad(x, pads(self), mode=mode)
             padding = (0,) * len(self.stride)
         geometry = Geometry(self.stride, padding, self.dilation, self.groups)
-        return getattr(self, CHILD).convolve(x, raw(self, "weight"), raw(self, "bias"), geometry)
+        adapter, weight = getattr(self, CHILD), raw(self, "weight")
+        _check_there(adapter, weight)
+        return adapter.convolve(x, weight, raw(self, "bias"), geometry)
 
 
 class ReadWithin(Surgical):
@@ -85,6 +109,13 @@ def _reading(name: str) -> property:
     def get(self: Any) -> Tensor:
         if is_sharded(raw(self, name)):
             return raw(self, name)  # fully_shard looks its shard up here; whoever computes finds the whole weight
+        if in_symbolic_trace():
+            raise StateError(
+                f"torch.fx cannot trace a model that reads the weight of an adapted {base_class(self).__name__} "
+                "instead of calling it: W + dW would be a constant in the graph. Take features by forward hooks, or "
+                "trace after merge()."
+            )
+        _check_there(self._modules[child(name)], raw(self, name))
         folds = self.__dict__.get(_FOLDS)
         if folds is None:
             return reading(raw(self, name), self._modules[child(name)].fold)
@@ -116,7 +147,8 @@ def adapted_class(base: type[nn.Module], called: bool, read: tuple[str, ...]) ->
         else:
             mixin = ReadRecurrent if issubclass(base, nn.RNNBase) else ReadWithin
         body: dict[str, Any] = {name: _reading(name) for name in read}
-        body |= {"__module__": __name__, "called": called, "read": read}
+        # torch.fx takes what is of torch.nn as one step, and so looks into no adapter.
+        body |= {"__module__": base.__module__, "called": called, "read": read}
         _classes[key] = type(f"Uora{base.__name__}", (mixin, base), body)
     return _classes[key]
 
@@ -126,6 +158,14 @@ def _rebuild(base: type[nn.Module], called: bool, read: tuple[str, ...]) -> Any:
     return cls.__new__(cls)
 
 
+def _become(module: Any, cls: Any) -> None:
+    """Change the class of a module, and the forward of the class where hooks on the instance have kept it."""
+    before, module.__class__ = type(module), cls
+    for key in ("forward", WRAPPED):
+        if is_forward_of(module.__dict__.get(key), module, before):
+            module.__dict__[key] = types.MethodType(cls.forward, module)
+
+
 def attach(module: nn.Module, tensor: str, adapter: Adapter, read: bool) -> None:
     """Give a tensor of a module its adapter; the model computes with W + dW from then on.
 
@@ -133,13 +173,18 @@ def attach(module: nn.Module, tensor: str, adapter: Adapter, read: bool) -> None
         tensor: name of the parameter.
         read: whether the model may read the tensor rather than call the module. A module whose forward is its own is
             always read.
+
+    Raises:
+        StateError: accelerate has offloaded the module.
     """
+    if getattr(getattr(module, "_hf_hook", None), "offload", False):
+        raise _offloaded(f"the weights of {adapter.name} are")
     cls: Any = type(module)
     adapted = isinstance(module, Adapted)
     called = (tensor == "weight" and call_form(module) is not None) or (adapted and cls.called)
     names = (cls.read if adapted else ()) + ((tensor,) if read or not called else ())
     module.add_module(child(tensor), adapter)
-    module.__class__ = adapted_class(base_class(module), called, names)
+    _become(module, adapted_class(base_class(module), called, names))
     forget_flat_weights(module)
 
 
@@ -149,7 +194,7 @@ def detach(module: nn.Module) -> None:
         return
     for name in [name for name in module._modules if name == CHILD or name.startswith(f"{CHILD}_")]:
         delattr(module, name)
-    module.__class__ = base_class(module)
+    _become(module, base_class(module))
     renew_flat_weights(module)
 
 

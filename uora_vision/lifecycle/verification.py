@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import DeadAdapterError, warn
+from ..errors import DeadAdapterError, StateError, warn
 from ..maths.bank import Bank
 from ..private import no_steps_in_backward
-from ..structure.example import call, float_tensors
+from ..structure.example import call, check_devices, float_tensors
 from ..structure.survey import Survey
 from ..tables import shortened
 from .adapter import Adapter
@@ -56,6 +56,12 @@ def verify(model: nn.Module, example_input: Any) -> dict[str, float]:
         (6, True)
     """
     entry = active_entry(model)
+    if any(p.is_meta for p in model.parameters()):
+        raise StateError(
+            "a model on the meta device computes nothing, so whether it trains cannot be seen: plan() takes an example "
+            "input there, inject() and verify() once the weights are loaded"
+        )
+    check_devices(model, example_input)
     survey = Survey(model)
     adapters = list(adapters_in(survey).values())
     frozen = [a.name for a in adapters if not (a.b.requires_grad and a.d.requires_grad)]

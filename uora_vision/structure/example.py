@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import StateError
+
 
 def call(model: nn.Module, example_input: Any) -> Any:
     if isinstance(example_input, Mapping):
@@ -16,6 +18,31 @@ def call(model: nn.Module, example_input: Any) -> Any:
     if isinstance(example_input, tuple | list):
         return model(*example_input)
     return model(example_input)
+
+
+def check_devices(model: nn.Module, example_input: Any) -> None:
+    """Whether a model on the meta device is given an input there, and no other model is.
+
+    Raises:
+        StateError: it is not so.
+    """
+    tensors = list(_tensors(example_input))
+    meta = any(p.is_meta for p in model.parameters())
+    if meta and not all(t.is_meta for t in tensors):
+        raise StateError(
+            "the model is on the meta device and the example input is not; give an input there, as torch.randn(..., "
+            "device='meta') makes it, or load the weights first"
+        )
+    if not meta and any(t.is_meta for t in tensors):
+        raise StateError("the example input is on the meta device and the model is not; give an input with values")
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | tuple | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)
 
 
 @contextmanager
@@ -36,12 +63,4 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def float_tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from float_tensors(value)
-    elif isinstance(output, tuple | list):
-        for value in output:
-            yield from float_tensors(value)
+    return (t for t in _tensors(output) if t.is_floating_point())

@@ -21,6 +21,7 @@ from ..weights.quantised import is_quantised
 from ..weights.role import ATTENTION, CONV, MLP, OTHER, Role
 from .checks import check_model, check_weights
 from .corrections import Difference, corrected, differences, followed, uses_of
+from .example import check_devices
 from .heads import matching
 from .paths import lies_within
 from .survey import Survey
@@ -173,6 +174,7 @@ def planned(survey: Survey, config: UoraConfig, example_input: Any = None) -> Pl
     model, findings = survey.model, list(survey.shown.findings.values())
     seen = None
     if example_input is not None:
+        check_devices(model, example_input)
         seen = trace(model, example_input)
         ruled, findings = findings, [corrected(finding, seen) for finding in findings]
     found = [(f, role) for f in findings for role in f.roles]

@@ -11,6 +11,9 @@ from ..errors import OptionError
 from .matrix import Form
 from .quantised import is_quantised_linear
 
+WRAPPED = "_old_forward"
+"""Where hooks of accelerate keep the forward that they wrap."""
+
 
 class Adapted:
     """Mixed in before the class of a module that has adapters; made by `adapted_class`."""
@@ -49,7 +52,21 @@ def raw(module: Any, name: str) -> Any:
 
 def call_form(module: nn.Module) -> Form | None:
     """The form of the weight of a module that can be called adapted; None if its forward is its own."""
+    if hides_forward(module):
+        return None
     return "matrix" if is_quantised_linear(module) else class_call_form(base_class(module))
+
+
+def hides_forward(module: Any) -> bool:
+    """Whether a forward that was put on the instance hides that of its class. What only wraps it does not, as hooks of
+    accelerate do, which are on every layer of a model that was spread over devices."""
+    own = module.__dict__.get(WRAPPED, module.__dict__.get("forward"))
+    return own is not None and not is_forward_of(own, module, type(module))
+
+
+def is_forward_of(function: Any, module: Any, cls: Any) -> bool:
+    """Whether a function is the forward of a class, bound to a module."""
+    return getattr(function, "__self__", None) is module and function.__func__ is cls.forward
 
 
 def class_call_form(cls: type[nn.Module]) -> Form | None:
