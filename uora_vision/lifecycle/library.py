@@ -248,6 +248,11 @@ class Library:
         if not (changed := old.keys() | new.keys()):
             return
         there = {name: held_at(survey.model, name) for name in changed}
+        if gone := [name for name, held in there.items() if held is None]:
+            raise StateError(
+                f"an adapter trains {gone[0]} of the base, which this {type(survey.model).__name__} has no more: put "
+                "it back, or delete() the adapter"
+            )
         tensors = {name: held.tensor for name, held in there.items() if held is not None}
         for name in changed:
             if isinstance(tensors[name], nn.Parameter) and name in new and not isinstance(new[name], nn.Parameter):
@@ -344,10 +349,23 @@ def strangers(survey: Survey, library: Library) -> list[str]:
     return [name for name, p in trained if id(p) not in mine]
 
 
+def renew_parts(survey: Survey, entry: Entry) -> None:
+    """What was put in the place of a part of the active adapter is its part from then on, as the new head is that
+    `reset_classifier` of timm makes; what was taken out is none."""
+    for name, tensor in list(entry.parts.items()):
+        held = held_at(survey.model, name)
+        if held is None:
+            del entry.parts[name]
+        elif held.tensor is not tensor:
+            entry.parts[name] = held.tensor
+
+
 def check_movable(survey: Survey, library: Library) -> None:
     """Whether the active adapter can be taken out, and put back as it was."""
     check_owner(library)
     check_not_routing(library)
+    if library.active is not None:
+        renew_parts(survey, library.entries[library.active])
     if any(is_sharded(held.tensor) for held in survey.parameters.values()):
         raise StateError("adapters cannot be switched while the model is spread over processes")
 
