@@ -18,6 +18,12 @@ Init = Literal["haar", "kaiming"]
 BasePart = Literal["head", "norm", "bias"]
 
 
+LARGEST = 2**31
+"""Bound of ranks and sizes; a saved adapter has no larger ones."""
+SMALLEST = 1e-30
+"""Of a value at which vectors start, in size: not 0 in any floating-point type but float16."""
+
+
 @dataclass(frozen=True)
 class UoraConfig:
     """Options of `inject`.
@@ -73,16 +79,19 @@ class UoraConfig:
             if not blocks or not all(_is_whole(i) for i in blocks):
                 raise ConfigError(f"blocks must be block numbers such as range(6, 12), got {self.blocks!r}")
             set_("blocks", blocks)
-        if not _is_whole(self.rank) or self.rank < 1:
-            raise ConfigError(f"rank must be a whole number of at least 1, got {self.rank!r}")
-        if not _is_whole(self.seed) or not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed must be a whole number of at least 0 and below 2**63, got {self.seed!r}")
+        # What is refused here could not be saved after training.
+        for name, least, end in (("rank", 1, LARGEST), ("seed", 0, 2**63), ("token_sampling", 1, LARGEST)):
+            value = getattr(self, name)
+            if not _is_whole(value) or value < least:
+                raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
+            if value >= end:
+                raise ConfigError(f"{name} must be below {end}, got {value}")
         if not isinstance(self.d_init, int | float) or not math.isfinite(self.d_init) or self.d_init == 0:
             raise ConfigError(f"d_init must be finite and not 0 (b would receive no gradient), got {self.d_init!r}")
+        if not SMALLEST <= abs(self.d_init) < LARGEST:
+            raise ConfigError(f"d_init must be between {SMALLEST} and {LARGEST} in size, got {self.d_init!r}")
         if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must be in [0, 1), got {self.dropout!r}")
-        if not _is_whole(self.token_sampling) or self.token_sampling < 1:
-            raise ConfigError(f"token_sampling must be a whole number of at least 1, got {self.token_sampling!r}")
         if self.token_sampling > 1 and self.dropout:
             raise ConfigError("token_sampling and dropout cannot be had together; leave one at its default")
         for name, allowed in (("layout", get_args(Layout)), ("init", get_args(Init))):
