@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..weights.kinds import base_class, call_form
 from ..weights.matrix import Form, matrix_shape
 from ..weights.quantised import full_shape
+from .bare import products
 from .paths import ancestors, weight_path
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -81,7 +82,7 @@ class Unit:
 
 
 def find_candidates(modules: Mapping[str, nn.Module]) -> list[Candidate]:
-    """Every Linear, convolution, and bare weight of attention, recurrent layers and experts, in the model's order.
+    """Every Linear, convolution, and bare tensor that its module multiplies with, in the model's order.
 
     Args:
         modules: of the model, by path.
@@ -89,7 +90,7 @@ def find_candidates(modules: Mapping[str, nn.Module]) -> list[Candidate]:
     candidates = []
     for path, module in modules.items():
         for tensor, form in _weights(module):
-            kernel = form == "kernel"
+            kernel = form == "kernel" and isinstance(module, _CONVOLUTIONS)
             candidate = Candidate(
                 path,
                 tensor,
@@ -125,19 +126,26 @@ def _weights(module: nn.Module) -> Iterator[tuple[str, Form]]:
     own_weight = parameters.get("weight")
     form = call_form(module)
     if own_weight is not None and own_weight.dim() >= 2:
-        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        if isinstance(module, _CONVOLUTIONS):
             if own_weight.shape[1] > 1:  # of depthwise kernels every row is a filter of its own: nothing to project
                 yield "weight", "kernel"
         elif isinstance(module, nn.Linear) or form is not None:
             yield "weight", form or "matrix"
-    if isinstance(module, nn.RNNBase):
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         yield from ((name, "matrix") for name in parameters if name.startswith("weight_"))
     elif "in_proj_weight" in module._parameters:
         yield from ((name, "matrix") for name in IN_PROJECTIONS if name in parameters and parameters[name].dim() == 2)
     stacks = {name: p for name, p in parameters.items() if p.dim() == 3 and name != "weight" and len(p) > 1}
     if form := _stack_form([tuple(p.shape) for p in stacks.values()]):
         yield from ((name, form) for name in stacks)
+    elif not isinstance(module, _OF_TORCH) and any(p.dim() in (2, 3) for p in parameters.values()):
+        yield from ((name, form) for name, (form, _) in products(module).items() if name not in IN_PROJECTIONS)
 
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+_OF_TORCH = (*_CONVOLUTIONS, nn.Linear, nn.Embedding, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+"""Modules whose weights were dealt with already, or are no matrices."""
 
 IN_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 """Bare tensors of nn.MultiheadAttention, and of attention modelled after it."""

@@ -28,7 +28,7 @@ from .targets import GROUPS, Projection
 from .walk import Finding
 
 _DIMENSIONS: dict[Form, tuple[int, int]] = {
-    "matrix": (2, 2), "transposed": (2, 2), "kernel": (3, 5), "stack": (3, 3), "stack_transposed": (3, 3),
+    "matrix": (2, 2), "transposed": (2, 3), "kernel": (3, 5), "stack": (3, 3), "stack_transposed": (3, 3),
 }  # fmt: skip
 
 _FIT = (

@@ -44,7 +44,7 @@ def corrected(finding: Finding, trace: Trace) -> Finding:
         finding = replace(finding, candidate=replace(candidate, read=True))
     flows = trace.flows.get(name, {})
     unknown = bool(finding.roles) and finding.roles[0].group in (CONV, OTHER)
-    if candidate.groups > 1 or candidate.form.startswith("stack") or not finding.roles:
+    if candidate.groups > 1 or candidate.form.startswith("stack") or _apart(candidate) or not finding.roles:
         return finding
     rows = candidate.shape[0]
     packed = len(finding.roles) == 1 and len(flows) > 1
@@ -79,7 +79,7 @@ def differences(ruled: Iterable[Finding], trace: Trace) -> tuple[Difference, ...
         if candidate.form.startswith("stack"):
             per = candidate.shape[0] // candidate.weight.shape[0]
             within = tuple(role for role in roles if role.span.end <= per)
-        if candidate.groups == 1:
+        if candidate.groups == 1 and not _apart(candidate):
             flows = trace.flows.get(name, {})
             if message := _rows_message(within, trace.rows.get(name), candidate.shape[0]):
                 out.append(Difference(candidate.path, "rows", message))
@@ -123,6 +123,11 @@ def span_of(rows: tuple[int, ...]) -> Span | None:
         return None
     span = Span(rows[0], len(rows), block, stride)
     return span if tuple(span.indices()) == rows else None
+
+
+def _apart(candidate: Candidate) -> bool:
+    """Whether the outputs, or inputs, of a weight are several of its dimensions: a trace follows each by itself."""
+    return candidate.weight.dim() > 2 and candidate.form in ("transposed", "kernel") and candidate.tensor != "weight"
 
 
 def _is_read(candidate: Candidate, trace: Trace) -> str:

@@ -27,7 +27,7 @@ from .paths import lies_within
 from .survey import Survey
 from .targets import GROUPS, Projection, Skipped
 from .trace import trace
-from .walk import UNKNOWN, Finding
+from .walk import Finding
 
 
 @dataclass(frozen=True, repr=False)
@@ -217,8 +217,8 @@ def planned(survey: Survey, config: UoraConfig, example_input: Any = None) -> Pl
                 )
             )
         else:
-            outside = finding.roles and finding.rule == UNKNOWN
-            reason = f"{UNKNOWN}; targets={finding.roles[0].group!r} adapts it" if outside else finding.rule
+            outside = finding.roles and finding.roles[0].group in (CONV, OTHER)
+            reason = f"{finding.rule}; targets={finding.roles[0].group!r} adapts it" if outside else finding.rule
             skipped.append(
                 Skipped(candidate.path, candidate.shape, "not asked for" if finding.roles and not outside else reason)
             )

@@ -19,55 +19,28 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import ConfigError
 from ..weights.kinds import base_class
 from ..weights.role import ATTENTION, MLP, Role
+from .bare import method_source
 from .candidates import IN_PROJECTIONS, Candidate, Unit
 from .row_order import QKV, Packed, forward_source, packed
+from .words import (
+    ATTENTION_WORDS,
+    BESIDE,
+    BESIDE_ATTENTION,
+    MLP_WORDS,
+    MLPS,
+    OUTPUTS,
+    POSITION,
+    QUERIES,
+    SQUEEZE,
+    STATE_SPACE,
+    kind_of,
+)
 
 Claims = dict[str, tuple[Role, ...]]
 
 Rule = Callable[[Unit], Claims]
 
-_QUERIES = {
-    "q": "q", "wq": "q", "query": "q", "q_proj": "q", "to_q": "q", "to_query": "q", "q_lin": "q", "query_proj": "q",
-    "q_attn": "q", "q_a_proj": "q_a", "q_b_proj": "q_b", "query_key_value": "qkv", "qkv": "qkv", "qkvs": "qkv",
-    "Wqkv": "qkv", "qkv_proj": "qkv", "c_attn": "qkv", "to_qkv": "qkv", "W_pack": "qkv", "pwise": "qkv", "qk": "qk",
-    "k": "k", "wk": "k", "key": "k", "k_proj": "k", "to_k": "k", "to_key": "k", "k_lin": "k", "key_proj": "k",
-    "v": "v", "wv": "v", "value": "v", "v_proj": "v", "to_v": "v", "to_value": "v", "v_lin": "v", "value_proj": "v",
-    "v_gate": "v_gate", "kv": "kv", "kv_proj": "kv", "to_kv": "kv", "kv_a_proj_with_mqa": "kv_a", "kv_b_proj": "kv_b",
-}  # fmt: skip
-
-_OUTPUTS = {
-    "proj": "proj", "out_proj": "proj", "o_proj": "proj", "o": "proj", "wo": "proj", "out": "proj", "to_out": "proj",
-    "out_lin": "proj", "output": "proj", "dense": "proj", "c_proj": "proj", "projection": "proj",
-    "attn_out_proj": "proj",
-}  # fmt: skip
-
-_BESIDE = {**_OUTPUTS, "final": "final", "attn": "attn", "aggreg": "aggreg"}
-"""What else is an attention's if q, k or v are beside it."""
-
-_STATE_SPACE = {"in_proj", "x_proj", "dt_proj", "BCdt_proj", "hz_proj", "out_proj"}
-
-_MLPS: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("fc1", "fc1_g", "fc1_x"), "fc2"), (("c_fc",), "c_proj"), (("gate_proj", "up_proj", "gate_up_proj"), "down_proj"),
-    (("up",), "down"), (("w1", "w3"), "w2"), (("w0", "w1"), "w2"), (("w12",), "w3"), (("wi", "wi_0", "wi_1"), "wo"),
-    (("dense_h_to_4h",), "dense_4h_to_h"), (("fc_in",), "fc_out"), (("lin1",), "lin2"), (("linear1",), "linear2"),
-    (("intermediate",), "output"), (("weights_in",), "weights_out"), (("pwconv1",), "pwconv2"), (("pw1",), "pw2"),
-    (("ln1",), "ln2"), (("f1", "f2"), "g"),
-)  # fmt: skip
-"""Names of the layers that lead into the hidden width of an MLP, and of the one that leads out of it."""
-
-_MLP_WORDS = re.compile(r"mlp|ffn|feed_?forward|channel_mixer|glu", re.IGNORECASE)
-
-_ATTENTION_WORDS = re.compile(r"attention|attn", re.IGNORECASE)
-
-_SQUEEZE = re.compile(r"^(se|SE[A-Z]\w*|\w*Squeeze\w*|SplitAttn)$")
-
-POSITION = re.compile(r"rel_?pos|cpb|meta_mlp|pos_|_pos\b|position|bias", re.IGNORECASE)
-
-TALKING_HEADS = re.compile(r"talking|proj_[lw]$")
-
 COORDINATES = 4  # so few inputs are positions or a single map, not features
-
-ROUTERS = re.compile(r"(^|[._])(router|gate|routing_fn)$")
 
 
 def multihead_attention(unit: Unit) -> Claims:
@@ -81,7 +54,7 @@ def multihead_attention(unit: Unit) -> Claims:
             claims[name] = Packed(QKV).roles(unit.module, rows, ATTENTION) or (Role("qkv", ATTENTION, 0, rows),)
         elif name in IN_PROJECTIONS:
             claims[name] = (Role(name[0], ATTENTION, 0, rows),)
-        elif name in _OUTPUTS:
+        elif name in OUTPUTS:
             claims[name] = (Role("proj", ATTENTION, 0, rows),)
     return claims
 
@@ -90,9 +63,10 @@ def recurrent(unit: Unit) -> Claims:
     """torch's recurrent layers: a projection for every gate, in torch's order of gates."""
     if any(isinstance(child, nn.RNNBase) for child in unit.module.children()):
         return {n: (Role("proj", ATTENTION, 0, s.shape[0]),) for n, s in unit.members.items() if n in ("fc", "proj")}
-    if not isinstance(unit.module, nn.RNNBase):
+    if not isinstance(unit.module, nn.RNNBase | nn.RNNCellBase):
         return {}
-    gates = {"LSTM": "ifgo", "GRU": "rzn"}.get(unit.module.mode, "h")
+    mode = unit.module.mode if isinstance(unit.module, nn.RNNBase) else unit.class_name
+    gates = {"LSTM": "ifgo", "GRU": "rzn"}.get(mode.removesuffix("Cell"), "h")
     claims: Claims = {}
     for name, candidate in unit.members.items():
         names = ("projection",) if name.startswith("weight_hr") else tuple(gates)
@@ -117,8 +91,11 @@ def experts(unit: Unit) -> Claims:
                 [("gate", 0, half, 1, 2), ("up", 1, half, 1, 2)] if interleaved
                 else [("gate", 0, half, 0, 0), ("up", half, half, 0, 0)]
             )  # fmt: skip
+        group = ATTENTION if in_attention(unit, name) else MLP
+        name_ = name if name != "weight" else unit.path.rpartition(".")[2] or name
+        parts = [(name_, *part[1:]) for part in parts] if len(parts) == 1 else parts
         claims[name] = tuple(
-            Role(f"{part}_{e}", MLP, e * rows + start, size, block, stride)
+            Role(f"{part}_{e}", group, e * rows + start, size, block, stride)
             for e in range(n)
             for part, start, size, block, stride in parts
         )
@@ -128,18 +105,18 @@ def experts(unit: Unit) -> Claims:
 def mlp(unit: Unit) -> Claims:
     """A layer that widens the features and one that narrows them, by the names that are used for them, or one after the
     other in something that is called an MLP."""
-    if _called(unit, _SQUEEZE):
+    if _called(unit, SQUEEZE):
         return {}
     claims: Claims = {}
-    for ins, out in _MLPS:
+    for ins, out in MLPS:
         for members in _by_place(unit, (*ins, out)):
             down = members.get(out)
             ups = [name for name in ins if name in members]
-            if down is None or not ups or not _widens(members[ups[0]][1], down[1], len(ups)):
+            if down is None or not ups or not _widens(members[ups[0]][1], down[1], len(ups), unit):
                 continue
             for token, (name, candidate) in members.items():
                 claims.setdefault(name, _roles(unit, name, token, candidate, MLP))
-    if _called(unit, _MLP_WORDS) and not POSITION.search(unit.path):
+    if _called(unit, MLP_WORDS) and not POSITION.search(unit.path):
         rest = [(n, s) for n, s in unit.members.items() if n not in claims and not s.spatial]
         if claims:
             claims |= {name: _roles(unit, name, name.partition(".")[0], candidate, MLP) for name, candidate in rest}
@@ -150,19 +127,32 @@ def mlp(unit: Unit) -> Claims:
 
 def attention(unit: Unit) -> Claims:
     """Queries, keys and values, apart or packed, and the projection of what comes out."""
-    found: dict[str, str] = {}
-    for name, candidate in unit.members.items():
-        if not candidate.spatial and candidate.shape[1] > COORDINATES and (token := _token(name, _QUERIES)):
-            found[name] = token
+    usable = {n: c for n, c in unit.members.items() if not c.spatial and c.shape[1] > COORDINATES}
+    found = {n: QUERIES[token] for n in usable if (token := _token(n, QUERIES))}
+    loose = {n: kind for n in usable if n not in found and (kind := _kind(unit, n, usable))}
+    letters = {letter for kind in (*found.values(), *loose.values()) for letter in kind if letter in QKV}
+    if len(letters) > 1 or (loose and in_attention(unit, next(iter(loose)))):
+        found |= loose
     claims: Claims = {}
     for name, candidate in unit.members.items():
         if name in found:
-            claims[name] = _roles(unit, name, _QUERIES[found[name]], candidate, ATTENTION)
+            claims[name] = _roles(unit, name, found[name], candidate, ATTENTION)
             continue
-        token = _token(name, _BESIDE if found else _OUTPUTS)
-        if token and not candidate.spatial and (found or _in_attention(unit, name)):
-            claims[name] = _roles(unit, name, _BESIDE[token], candidate, ATTENTION)
+        token = _token(name, BESIDE if found else OUTPUTS)
+        if token and not candidate.spatial and (found or in_attention(unit, name)):
+            claims[name] = _roles(unit, name, BESIDE[token], candidate, ATTENTION)
     return claims
+
+
+def _kind(unit: Unit, name: str, members: Mapping[str, Candidate]) -> str | None:
+    """What of q, k and v a member is by the words of its name; what queries have of positions is a part of them if what
+    they have of content is apart from it."""
+    own = () if "." in name else (unit.path.rpartition(".")[2],)
+    for part in (*reversed(name.split(".")), *own):
+        if kind := kind_of(part):
+            return kind
+    twin = name.replace("_pos_", "_content_")
+    return kind_of(twin.rpartition(".")[2]) if twin != name and twin in members else None
 
 
 def parallel_block(unit: Unit) -> Claims:
@@ -186,7 +176,7 @@ def parallel_block(unit: Unit) -> Claims:
 
 def state_space(unit: Unit) -> Claims:
     """Selective state spaces (Mamba, HSM-SSD), which stand where attention does."""
-    found = {name: _token(name, dict.fromkeys(_STATE_SPACE, "")) for name in unit.members}
+    found = {name: _token(name, dict.fromkeys(STATE_SPACE, "")) for name in unit.members}
     tokens = {token for token in found.values() if token}
     if not tokens & {"x_proj", "dt_proj", "BCdt_proj"}:
         return {}
@@ -317,7 +307,7 @@ def _holder(unit: Unit, name: str) -> tuple[nn.Module, str]:
     """The module whose forward takes the output of a member apart, and what it calls the member: the owner or a wrapper
     below it, past wrappers of the projection alone and containers."""
     parts = name.split(".")
-    at = next((i for i, part in enumerate(parts) if part in _QUERIES or part in _STATE_SPACE), 0)
+    at = next((i for i, part in enumerate(parts) if part in QUERIES or part in STATE_SPACE), 0)
     return unit.module.get_submodule(".".join(parts[:at])), parts[at]
 
 
@@ -333,22 +323,32 @@ def _by_place(unit: Unit, tokens: tuple[str, ...]) -> list[dict[str, tuple[str, 
         if token := next((s for s in reversed(parts) if s in tokens), None):
             place = ".".join(parts[: parts.index(token)])
             if not candidate.spatial and not POSITION.search(f"{unit.path}.{place}"):
-                places.setdefault(place, {})[token] = (name, candidate)
+                members = places.setdefault(place, {})
+                if token not in members or name.count(".") < members[token][0].count("."):
+                    members[token] = (name, candidate)
     return list(places.values())
 
 
-def _widens(into: Candidate, out_of: Candidate, ups: int) -> bool:
+def _widens(into: Candidate, out_of: Candidate, ups: int, unit: Unit | None = None) -> bool:
     """Whether two layers are the halves of an MLP: the second takes what the first gives (or half of it, if gated), and
-    the hidden width is not the narrow waist of a squeeze-and-excitation. A few inputs are coordinates: such MLPs make
-    position biases."""
+    the hidden width is not the narrow waist of a squeeze-and-excitation or of a convolutional bottleneck. A few inputs
+    are coordinates: such MLPs make position biases.
+
+    Args:
+        unit: the owner, where the names are those of an MLP; then Linear layers may narrow, if nothing is pooled.
+    """
     hidden = out_of.shape[1] * out_of.groups
     given, width = into.shape[0], into.shape[1] * into.groups
     return (
         width > COORDINATES
         and hidden <= given
         and (ups > 1 or given <= 3 * hidden)
-        and 4 * hidden >= 3 * min(width, out_of.shape[0])
+        and (4 * hidden >= 3 * min(width, out_of.shape[0]) or (unit is not None and _narrow(into, unit)))
     )
+
+
+def _narrow(into: Candidate, unit: Unit) -> bool:
+    return into.form != "kernel" and not re.search(r"pool|\.mean\(", method_source(base_class(unit.module)))
 
 
 def _pairs_in_sequence(unit: Unit, claims: Claims) -> Claims:
@@ -378,9 +378,12 @@ def _pairs_in_sequence(unit: Unit, claims: Claims) -> Claims:
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def _in_attention(unit: Unit, name: str) -> bool:
-    """Whether a member lies in a module called an attention, without q, k and v of its own: the output of BERT's,
-    whose q, k and v are a module beside it, or of a convolutional attention."""
-    parts = [unit.path.rpartition(".")[2], *name.split(".")[:-1]]
+def in_attention(unit: Unit, name: str) -> bool:
+    """Whether a member lies in a module called an attention, as the output of BERT's, whose q, k and v are a module
+    beside it, a gate of it, or a convolutional attention."""
+    place = [*unit.path.split("."), *name.split(".")[:-1]]
+    numbered = [i for i, part in enumerate(place[: unit.path.count(".") + 1]) if part.isdigit()]
+    parts = place[(numbered[-1] + 1) if numbered else unit.path.count(".") :]
     modules = [unit.module.get_submodule(".".join(name.split(".")[:i])) for i in range(name.count(".") + 1)]
-    return any(_ATTENTION_WORDS.search(word) for word in (*parts, *(type(m).__name__ for m in modules)))
+    words = (*parts, *(base_class(m).__name__ for m in modules))
+    return any(ATTENTION_WORDS.search(word) and not BESIDE_ATTENTION.search(word) for word in words)

@@ -10,11 +10,10 @@ from torch import nn
 
 from ..weights.role import ATTENTION, CONV, MLP, OTHER, Role
 from .candidates import Candidate, Unit, units
+from .general import UNKNOWN, claim_rest, heads_within, reason_against, reason_left, why_on_request
 from .heads import Parts, find_parts
 from .paths import lies_within
-from .rules import POSITION, ROUTERS, TALKING_HEADS, apply_rules
-
-UNKNOWN = "no rule knows it"
+from .rules import apply_rules
 
 
 @dataclass(frozen=True)
@@ -44,10 +43,24 @@ def walk(
         modules: of the model, by path.
     """
     decided: dict[str, tuple[Unit, str, tuple[Role, ...]]] = {}
+    left = []
     for unit in units(candidates, modules):
-        known = apply_rules(unit)
+        known, free = apply_rules(unit), {}
         for name, candidate in unit.members.items():
-            decided[candidate.path] = unit, *known.get(name, _left(candidate))
+            against = reason_against(unit, name, candidate)
+            if against and not known.get(name, ("",))[0].startswith("registered"):
+                known[name] = against, ()
+            decided[candidate.path] = unit, *known.get(name, _left(unit, name, candidate))
+            if decided[candidate.path][1] == UNKNOWN:
+                free[name] = candidate
+        left.append((unit, free))
+    grouped = {
+        path: roles[0].group
+        for path, (_, rule, roles) in decided.items()
+        if roles and roles[0].group not in (CONV, OTHER)
+    }
+    for path, (rule, roles) in claim_rest(left, grouped).items():
+        decided[path] = decided[path][0], rule, roles
     decided = {candidate.path: decided[candidate.path] for candidate in candidates}
     kinds = {
         path: roles[0].group for path, (_, _, roles) in decided.items() if roles and roles[0].group in (ATTENTION, MLP)
@@ -56,6 +69,7 @@ def walk(
     parts = find_parts(model, modules, kinds, {path: blocks.get(path) for path in decided})
     attending = [path for path, kind in kinds.items() if kind == ATTENTION]
     plain = [new for new in parts.new if not any(lies_within(path, (new,)) for path in attending)]
+    claimed = {path: decided[path][2] for path in kinds}
     numbers: dict[str, int] = {}
     findings = []
     for candidate in candidates:
@@ -66,21 +80,25 @@ def walk(
         elif lies_within(candidate.path, parts.outputs):
             rule, roles = "output embedding", ()
         elif kinds.get(candidate.path) == MLP and lies_within(candidate.path, plain):
-            rule, roles = _left(candidate)  # two layers behind the last block are a head, and no MLP of the base
+            rule, roles = _on_request(
+                decided[candidate.path][0], candidate
+            )  # two layers behind the last block are a head, and no MLP of the base
+        elif kinds.get(candidate.path) and heads_within(candidate.path, claimed):
+            rule, roles = "head inside of the model", ()
         projects = block is not None and any(role.group not in (CONV, OTHER) for role in roles)
         number = numbers.setdefault(block, len(numbers)) if projects and block is not None else None
         findings.append(Finding(candidate, roles, rule, number))
     return tuple(findings), parts
 
 
-def _left(candidate: Candidate) -> tuple[str, tuple[Role, ...]]:
+def _left(unit: Unit, name: str, candidate: Candidate) -> tuple[str, tuple[Role, ...]]:
     """Of a weight that no rule knows: adapted on request only, or never."""
-    if ROUTERS.search(candidate.module_path):
-        return "routes to experts", ()
-    if POSITION.search(candidate.path):
-        return "position bias", ()
-    if TALKING_HEADS.search(candidate.module_path):
-        return "mixes heads", ()
+    reason = reason_left(unit, name, candidate)
+    return (reason, ()) if reason else _on_request(unit, candidate)
+
+
+def _on_request(unit: Unit, candidate: Candidate) -> tuple[str, tuple[Role, ...]]:
+    why = why_on_request(unit, candidate)
     kernel = candidate.form == "kernel"
     name, rows = (
         re.sub(r"\W", "_", candidate.module_path.rpartition(".")[2]) or "weight",
@@ -88,8 +106,8 @@ def _left(candidate: Candidate) -> tuple[str, tuple[Role, ...]]:
     )
     group = CONV if kernel else OTHER
     if candidate.groups == 1:
-        return UNKNOWN, (Role(name, group, 0, rows),)
-    return UNKNOWN, tuple(Role(f"{name}_{g}", group, g * rows, rows) for g in range(candidate.groups))
+        return why, (Role(name, group, 0, rows),)
+    return why, tuple(Role(f"{name}_{g}", group, g * rows, rows) for g in range(candidate.groups))
 
 
 def _blocks(owners: Mapping[str, tuple[str, str]]) -> dict[str, str | None]:

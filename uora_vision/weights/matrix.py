@@ -11,9 +11,9 @@ from torch import Tensor
 Form = Literal["matrix", "transposed", "kernel", "stack", "stack_transposed"]
 """What the dimensions of a weight are:
 
-`matrix` (out, in), as of nn.Linear; `transposed` (in, out), as of Conv1D in transformers; `kernel` (out, in, *size), as
-of convolutions, where a row is a flattened kernel; `stack` (n, out, in) and `stack_transposed` (n, in, out), as of the
-experts of a mixture, whose rows follow one another.
+`matrix` (out, in), as of nn.Linear; `transposed` (in, *out), as of Conv1D in transformers, or with the outputs of each
+head apart; `kernel` (out, *in), as (out, in, *size) of convolutions, where a row is a flattened kernel; `stack`
+(n, out, in) and `stack_transposed` (n, in, out), as of the experts of a mixture, whose rows follow one another.
 """
 
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -93,7 +93,7 @@ def disjoint(spans: Sequence[Span]) -> bool:
 def matrix_shape(shape: Sequence[int], form: Form) -> tuple[int, int]:
     """(out, in) of a tensor of this shape."""
     if form == "transposed":
-        return shape[1], shape[0]
+        return torch.Size(shape[1:]).numel(), shape[0]
     if form == "stack":
         return shape[0] * shape[1], shape[2]
     if form == "stack_transposed":
@@ -103,7 +103,9 @@ def matrix_shape(shape: Sequence[int], form: Form) -> tuple[int, int]:
 
 def to_matrix(t: Tensor, form: Form) -> Tensor:
     """A tensor as (out, in): a view where one exists, so of every form but `stack_transposed`."""
-    if form in ("transposed", "stack_transposed"):
+    if form == "transposed":
+        return t.flatten(1).t()
+    if form == "stack_transposed":
         t = t.transpose(-1, -2)
     if form in ("stack", "stack_transposed"):
         return t.reshape(-1, t.shape[-1])
@@ -113,7 +115,7 @@ def to_matrix(t: Tensor, form: Form) -> Tensor:
 def from_matrix(matrix: Tensor, form: Form, shape: Sequence[int]) -> Tensor:
     """Inverse of `to_matrix`: a view of the matrix as a tensor of the given shape."""
     if form == "transposed":
-        return matrix.t()
+        return matrix.t().view(shape)
     if form == "stack_transposed":
         return matrix.view(shape[0], shape[2], shape[1]).transpose(1, 2)
     return matrix.view(shape)

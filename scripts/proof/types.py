@@ -1,0 +1,56 @@
+"""Every model type of the installed transformers, at its default widths on the meta device."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+
+
+def names() -> list[str]:
+    """Every model type."""
+    return sorted(CONFIG_MAPPING_NAMES)
+
+
+def build(name: str) -> nn.Module:
+    """The base model of a type, or the first other class that there is for it, on the meta device.
+
+    Raises:
+        LookupError: there is no model class for this type.
+    """
+    config, errors = CONFIG_MAPPING[name](), []
+    classes = list(_classes(name, type(config)))
+    if not classes:
+        raise LookupError(f"{name} has no model class")
+    for cls in classes[:4]:
+        try:
+            with torch.device("meta"), _uninitialised():
+                return cls(config)
+        except Exception as error:  # the next class may do
+            errors.append(f"{cls.__name__}: {type(error).__name__}: {str(error)[:200]}")
+    raise LookupError("; ".join(errors))
+
+
+def _classes(name: str, config: type) -> Iterator[Any]:
+    """Base model first, then the classes with heads."""
+    tables = ["MODEL_MAPPING_NAMES", *(t for t in dir(modeling_auto) if t.startswith("MODEL_FOR_"))]
+    seen = set()
+    for table in (t for t in tables if t.endswith("_MAPPING_NAMES")):
+        found = getattr(modeling_auto, table).get(name, ())
+        for word in (found,) if isinstance(found, str) else found:
+            cls = getattr(transformers, word, None)
+            if cls is not None and word not in seen and getattr(cls, "config_class", None) is not None:
+                seen.add(word)
+                yield cls
+
+
+@contextlib.contextmanager
+def _uninitialised() -> Iterator[None]:
+    with transformers.initialization.no_init_weights():
+        yield
