@@ -18,7 +18,20 @@ from .candidates import Candidate, Unit
 from .paths import lies_within
 from .row_order import packed
 from .rules import COORDINATES, in_attention
-from .words import BESIDE, HEADS, INDEXERS, MLP_WORDS, NORMS, POSITION, ROUTERS, SQUEEZE, TALKING_HEADS, TIME, kind_of
+from .words import (
+    BESIDE,
+    HEADS,
+    INDEXERS,
+    MLP_WORDS,
+    NORMS,
+    PATCHES,
+    POSITION,
+    ROUTERS,
+    SQUEEZE,
+    TALKING_HEADS,
+    TIME,
+    kind_of,
+)
 
 Claims = dict[str, tuple[str, tuple[Role, ...]]]
 """Rule and roles, by path."""
@@ -47,8 +60,15 @@ def reason_left(unit: Unit, name: str, candidate: Candidate) -> str | None:
     return None
 
 
+def embeds_patches(path: str) -> bool:
+    """Whether a weight makes features of pixels."""
+    return any(PATCHES.search(part) for part in path.split(".")[:-1])
+
+
 def why_on_request(unit: Unit, candidate: Candidate) -> str:
     """Why a weight is adapted only if it is asked for."""
+    if embeds_patches(candidate.path):
+        return "patch embedding"
     if _squeezes(unit):
         return "squeeze-and-excitation"
     if any(NORMS.search(part) for part in unit.path.split(".")):
@@ -83,24 +103,30 @@ def claim_rest(units: Sequence[tuple[Unit, Mapping[str, Candidate]]], known: Map
     for unit, left in units:
         usable = {n: c for n, c in left.items() if c.shape[1] > COORDINATES and not c.spatial}
         block = next(reversed(_blocks(f"{unit.path}.")), None)
-        if not usable or block is None:
+        if block is not None and _pointwise_mlp(unit, usable):
+            claims |= {c.path: ("MLP by structure", _roles(unit, n, c, MLP)) for n, c in usable.items()}
             continue
         groups = {known.get(c.path) for c in unit.members.values()}
-        attention = mixes_tokens(unit) or (ATTENTION in groups and MLP not in groups and unit.path != block)
+        if not usable or (block is None and ATTENTION not in groups):
+            continue
+        alone = ATTENTION in groups and MLP not in groups and unit.path != block
+        attention = block is not None and (alone or mixes_tokens(unit))
         for name, candidate in usable.items():
             bare = candidate.form != "kernel" or candidate.tensor != "weight"
             if (attention and (bare or not any(groups))) or (bare and in_attention(unit, name)):
                 claims[candidate.path] = "attention by structure", _roles(unit, name, candidate, ATTENTION)
-            elif bare and MLP in groups and ATTENTION not in groups and _is_mlp(unit):
+            elif bare and block is not None and MLP in groups and ATTENTION not in groups and _is_mlp(unit):
                 claims[candidate.path] = "MLP by structure", _roles(unit, name, candidate, MLP)
-            elif bare:
+            elif bare and block is not None:
                 rest.setdefault(block, {})[candidate.path] = unit, name, candidate
     attends = {*known.items(), *((path, roles[0].group) for path, (_, roles) in claims.items())}
     attending = {block for path, group in attends if group == ATTENTION for block in _blocks(path)}
     for block, members in rest.items():
         owner = next(unit for unit, _, _ in members.values())
         if block in attending or _convolves(owner):
-            for path in _returning(members, block):
+            shapes = {c.shape for u, _ in units for c in u.members.values() if c.path.startswith(f"{block}.")}
+            back = [p for p, (u, n, c) in members.items() if c.shape[::-1] in shapes and _leads_back(u, n, c)]
+            for path in dict.fromkeys((*_returning(members, block), *back)):
                 unit, name, candidate = members[path]
                 claims[path] = "MLP by structure", _roles(unit, name, candidate, MLP)
     return claims
@@ -108,6 +134,25 @@ def claim_rest(units: Sequence[tuple[Unit, Mapping[str, Candidate]]], known: Map
 
 def _is_mlp(unit: Unit) -> bool:
     return bool(MLP_WORDS.search(f"{unit.path.rpartition('.')[2]} {unit.class_name}"))
+
+
+def _pointwise_mlp(unit: Unit, left: Mapping[str, Candidate]) -> bool:
+    """Whether a module is two convolutions of single points, of which the first at least doubles the width and the
+    second leads back; what has a larger kernel between them is a bottleneck of a convolutional network."""
+    if len(left) != 2 or len(unit.members) != 2 or any(c.form != "kernel" or c.groups > 1 for c in left.values()):
+        return False
+    into, out_of = left.values()
+    kernels = [m for m in unit.module.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
+    widens = into.shape[0] >= 2 * into.shape[1] and into.shape == out_of.shape[::-1]
+    return widens and len(kernels) == 2
+
+
+def _leads_back(unit: Unit, name: str, candidate: Candidate) -> bool:
+    """Whether a layer can be the way back of another one of its block that leads into its input width: none of the
+    lists of layers between several streams."""
+    inner = [".".join(name.split(".")[:i]) for i in range(1, name.count(".") + 1)]
+    apart = any(isinstance(unit.module.get_submodule(path), nn.ModuleList) for path in inner)
+    return not apart and candidate.shape[0] != candidate.shape[1] and min(candidate.shape) > COORDINATES
 
 
 def _returning(members: Mapping[str, tuple[Unit, str, Candidate]], block: str) -> list[str]:
@@ -200,6 +245,8 @@ def _roles(unit: Unit, name: str, candidate: Candidate, group: str) -> tuple[Rol
     rows, parts = candidate.shape[0], [p for p in (*unit.path.split("."), *name.split(".")) if p]
     word = next((p for p in reversed(parts) if not (p.isdigit() or p in _PLAIN)), "weight")
     word = re.sub(r"\W", "_", word)
+    if group == ATTENTION and all(p.isdigit() or p in _PLAIN for p in name.split(".")):
+        word = kind_of(unit.path.rpartition(".")[2]) or "proj"
     if group == MLP:
         return (Role(word, group, 0, rows),)
     if word in BESIDE or re.search(r"(^|_)(out|output|o|post|merge|project|projection)(_|$)|^Wo$", word):

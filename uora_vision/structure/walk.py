@@ -10,7 +10,7 @@ from torch import nn
 
 from ..weights.role import ATTENTION, CONV, MLP, OTHER, Role
 from .candidates import Candidate, Unit, units
-from .general import UNKNOWN, claim_rest, heads_within, reason_against, reason_left, why_on_request
+from .general import UNKNOWN, claim_rest, embeds_patches, heads_within, reason_against, reason_left, why_on_request
 from .heads import Parts, find_parts
 from .paths import lies_within
 from .rules import apply_rules
@@ -48,8 +48,11 @@ def walk(
         known, free = apply_rules(unit), {}
         for name, candidate in unit.members.items():
             against = reason_against(unit, name, candidate)
-            if against and not known.get(name, ("",))[0].startswith("registered"):
-                known[name] = against, ()
+            if not known.get(name, ("",))[0].startswith("registered"):
+                if against:
+                    known[name] = against, ()
+                elif embeds_patches(candidate.path):
+                    known.pop(name, None)
             decided[candidate.path] = unit, *known.get(name, _left(unit, name, candidate))
             if decided[candidate.path][1] == UNKNOWN:
                 free[name] = candidate

@@ -48,6 +48,8 @@ POSITION = re.compile(r"rel_?pos|rel_logits|relative_[kqv]|cpb|meta_mlp|pos_|_po
 
 TIME = re.compile(r"time_?steps?_?(emb|proj)|time_?emb|(^|_)t_embed", re.IGNORECASE)
 
+PATCHES = re.compile(r"^patch_?embed(ding|der|s)*$", re.IGNORECASE)
+
 TALKING_HEADS = re.compile(r"talking|proj_[lw]$")
 
 ROUTERS = re.compile(r"router|(^|[._])(gate|routing_fn)$", re.IGNORECASE)
