@@ -154,7 +154,7 @@ IN_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_we
 def _stack_form(shapes: list[tuple[int, ...]]) -> Form | None:
     """Experts (n, out, in) or (n, in, out), by what fits together: one leads from the model's width into the expert's
     (twice, if a gate is packed with it), another back. None if nothing does."""
-    if len({shape[0] for shape in shapes}) != 1:
+    if len({shape[0] for shape in shapes}) != 1 or min(min(shape) for shape in shapes) == 1:
         return None
     (_, rows, columns), *others = shapes
     for _, back_rows, back_columns in others:

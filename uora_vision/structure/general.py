@@ -139,7 +139,12 @@ def _is_mlp(unit: Unit) -> bool:
 def _pointwise_mlp(unit: Unit, left: Mapping[str, Candidate]) -> bool:
     """Whether a module is two convolutions of single points, of which the first at least doubles the width and the
     second leads back; what has a larger kernel between them is a bottleneck of a convolutional network."""
-    if len(left) != 2 or len(unit.members) != 2 or any(c.form != "kernel" or c.groups > 1 for c in left.values()):
+    if (
+        len(left) != 2
+        or len(unit.members) != 2
+        or any("." in name for name in left)
+        or any(c.form != "kernel" or c.groups > 1 for c in left.values())
+    ):
         return False
     into, out_of = left.values()
     kernels = [m for m in unit.module.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
@@ -251,7 +256,14 @@ def _roles(unit: Unit, name: str, candidate: Candidate, group: str) -> tuple[Rol
         return (Role(word, group, 0, rows),)
     if word in BESIDE or re.search(r"(^|_)(out|output|o|post|merge|project|projection)(_|$)|^Wo$", word):
         return (Role("proj", group, 0, rows),)
-    return packed(unit.module, name, rows, group, kind_of(word) or word)
+    kind = kind_of(word)
+    if (
+        kind is None
+        and rows == 3 * candidate.shape[1]
+        and len(thirds := packed(unit.module, name, rows, group, "qkv")) == 3
+    ):
+        return thirds
+    return packed(unit.module, name, rows, group, kind or word)
 
 
 _PLAIN = {"weight", "linear", "dense", "layer", "layers"}

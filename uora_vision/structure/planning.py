@@ -268,15 +268,20 @@ def say_new(new: Sequence[str], train: Sequence[str]) -> str:
 def _match(found: list[tuple[Finding, Role]], terms: Any) -> set[int]:
     asked: set[int] = set()
     for term in terms:
-        parts = ("q", "v") if term == "qv" else (term,)
+        queries_values = {i for i, (_, role) in enumerate(found) if term == "qv" and role.name in _QV}
+        parts = ("q", "v") if term == "qv" and not queries_values else (term,)
         for part in parts:
-            hits = {i for i, (finding, role) in enumerate(found) if _is(part, finding, role)}
+            hits = queries_values or {i for i, (finding, role) in enumerate(found) if _is(part, finding, role)}
             if not hits and part not in GROUPS:
                 raise TargetError(
                     f"no projection matched {part!r}; this model has: {_inventory(found)}. {_hint(part, found)}"
                 )
             asked |= hits
     return asked
+
+
+_QV = {"q", "v", "q_b", "kv_b", "qk", "kv", "qkv", "qkvz"}
+"""Roles of queries and values, and weights with such that are not known to be divided."""
 
 
 def _hint(term: str, found: list[tuple[Finding, Role]]) -> str:

@@ -1,8 +1,8 @@
 """Row order of packed weights: which rows of one weight are q, which k, which v.
 
-The order is a convention of the forward that takes the output apart; nothing in the weight shows it. The common order,
-thirds (or halves) one after the other, is read off the owner's forward; the others are listed with where they are taken
-apart. An order that is in neither place is not guessed: the weight then counts as one projection.
+The order is a convention of the forward that takes the output apart; nothing in the weight shows it. The common orders
+(thirds or halves one after the other, or those of each head together) are read off the owner's code; the others are
+listed with where they are taken apart. An order that is in neither place is not guessed: the weight then counts as one projection.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import nn
 
 from ..weights.kinds import base_class
 from ..weights.role import Role
+from .bare import method_source
 
 Count = Callable[[Any], int]
 
@@ -90,7 +91,6 @@ TABLE: dict[str, Packed] = {
     "mambaout.GatedConvBlock.fc1": Packed(("fc1_g", "fc1_x")),  # mambaout.py: act(g) * cat(i, conv(c))
     "mlp.GatedMlp.fc1": Packed("uv"),  # layers/mlp.py; taken apart by SpatialGatingUnit, mlp_mixer.py:216
     # transformers 5.23
-    "modeling_gpt2.GPT2Attention.c_attn": Packed(QKV),  # split(self.split_size)
     "modeling_gpt_neox.GPTNeoXAttention.query_key_value": Packed(QKV, None, lambda m: m.config.num_attention_heads),
     "modeling_bloom.BloomAttention.query_key_value": Packed(QKV, None, _per_head),  # view(..., heads, 3, head_dim)
     "modeling_mpt.MptAttention.Wqkv": Packed(QKV),  # chunk(3)
@@ -99,12 +99,14 @@ TABLE: dict[str, Packed] = {
         QKV, lambda m: tuple(n * m.head_dim for n in (
             m.config.num_attention_heads, m.num_key_value_heads, m.num_key_value_heads))
     ),
-    "modeling_deepseek_v3.DeepseekV3Attention.kv_a_proj_with_mqa": Packed(
-        ("kv_a", "k_rope"), lambda m: (m.kv_lora_rank, m.qk_rope_head_dim)
+    "modeling_levit.LevitAttention.queries_keys_values": Packed(QKV, lambda m: _levit(m), lambda m: m.num_attention_heads),
+    "modeling_levit.LevitAttentionSubsample.keys_values": Packed(
+        ("k", "v"), lambda m: _levit(m)[1:], lambda m: m.num_attention_heads
     ),
-    "modeling_deepseek_v3.DeepseekV3Attention.kv_b_proj": Packed(
-        "kv", lambda m: (m.qk_nope_head_dim, m.v_head_dim), _per_head
+    "modeling_mobilevitv2.MobileViTV2LinearSelfAttention.qkv_proj": Packed(
+        QKV, lambda m: (1, m.embed_dim, m.embed_dim)
     ),
+    "modeling_minimax.MiniMaxLightningAttention.qkv_proj": Packed(QKV, None, lambda m: m.num_attention_heads),
     "modeling_mamba.MambaMixer.in_proj": Packed("xz"),  # chunk(2)
     "modeling_mamba.MambaMixer.x_proj": Packed(
         ("dt", "B", "C"), lambda m: (m.time_step_rank, m.ssm_state_size, m.ssm_state_size)
@@ -127,9 +129,63 @@ def packed(owner: nn.Module, name: str, rows: int, group: str, default: str) -> 
         if entry is not None:
             return entry.roles(owner, rows, group) or (Role(default, group, 0, rows),)
     parts = {"qkv": QKV, "kv": ("k", "v"), "qk": ("q", "k"), "gate_up": ("gate", "up")}.get(default)
-    if parts is not None and (default == "gate_up" or _in_sequence(base_class(owner), len(parts))):
-        return Packed(parts).roles(owner, rows, group) or (Role(default, group, 0, rows),)
-    return (Role(default, group, 0, rows),)
+    order = Packed(parts) if parts and default == "gate_up" else _latent(owner, default)
+    if parts is not None and order is None:
+        order = _read(owner, parts)
+    return (order and order.roles(owner, rows, group)) or (Role(default, group, 0, rows),)
+
+
+def _latent(m: Any, default: str) -> Packed | None:
+    """Multi-head latent attention (DeepSeek): what is shared by all heads, then made keys and values of each."""
+    if default == "kv_a" and hasattr(m, "kv_lora_rank") and hasattr(m, "qk_rope_head_dim"):
+        return Packed(("kv_a", "k_rope"), lambda m: (m.kv_lora_rank, m.qk_rope_head_dim))
+    if default == "kv_b" and hasattr(m, "qk_nope_head_dim") and hasattr(m, "v_head_dim") and hasattr(m, "num_heads"):
+        return Packed("kv", lambda m: (m.qk_nope_head_dim, m.v_head_dim), _per_head)
+    return None
+
+
+def _read(owner: Any, parts: tuple[str, ...]) -> Packed | None:
+    """The order in which the owner's code takes an output apart; None if the code does not show it."""
+    cls = base_class(owner)
+    if _in_sequence(cls, len(parts)):
+        return Packed(parts)
+    kind, names = _split(cls, parts)
+    try:
+        values = [int(getattr(owner, name)) for name in names]
+    except (AttributeError, TypeError, ValueError):
+        return None
+    if kind == "heads":
+        return Packed(parts, None, lambda _: values[0])
+    if kind == "grouped":
+        heads = int(owner.config.num_attention_heads)
+        return Packed(parts, lambda m: tuple(n * values[0] for n in (heads, values[1], values[1])))
+    return Packed(parts, (lambda _: values) if len(values) > 1 else None) if kind == "sizes" else None
+
+
+@cache
+def _split(cls: type, parts: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    """How the code of a class splits an output into parts, and the attributes that say their sizes: `heads` where the
+    parts of a head lie together, `sizes` where they follow each other, `grouped` where fewer keys and values do."""
+    source, n = method_source(cls), len(parts)
+    heads = (
+        rf"(?:view|reshape)\([^()]*?self\.(\w*heads\w*),\s*{n},\s*(?:self\.)?\w*(?:head|dim)\w*\)",
+        rf"\([^()]*?self\.(\w*heads\w*),\s*{n}\s*\*\s*self\.\w*head\w*\)",
+    )
+    for pattern in heads:
+        if match := re.search(pattern, source):
+            return "heads", (match[1],)
+    names = r",\s*".join(rf"{part}\w*" for part in parts)
+    if re.search(rf"\b{names}\s*=\s*self\.transpose_for_scores\(\w+\)\.chunk\({n}\b", source):
+        return "heads", ("num_attention_heads",)
+    if re.search(rf"\b{names}\s*=\s*(?:\w|\.|\([^()]*\))*\.(?:chunk\({n}\b|split\(self\.\w+\s*[,)])", source):
+        return "sizes", ()
+    sizes = r",\s*".join([r"self\.(\w+)"] * n)
+    taken = rf"\b{names}\s*=\s*(?:torch\.split\(\s*\w+,|(?:\w|\.|\([^()]*\))*\.split\()\s*[\[(]\s*{sizes}\s*,?\s*[\])]"
+    if match := re.search(taken, source):
+        return "sizes", match.groups()
+    if n == 3 and re.search(r"q\w*\s*=\s*qkv\[\.\.\., : ?query_pos\]", source):
+        return "grouped", ("head_dim", "num_key_value_heads")
+    return "", ()
 
 
 def _falcon(m: Any) -> Packed:
@@ -147,7 +203,27 @@ def _maxxvit(m: Any) -> Packed:
     return Packed(QKV, None, _per_head if m.head_first else None)
 
 
+def _gpt2(m: Any) -> Packed:
+    """modeling_gpt2.py and what was made after it: keys and values only, where another module holds the queries."""
+    return Packed(("k", "v") if "q_attn" in m._modules else QKV)
+
+
+def _gpt_bigcode(m: Any) -> Packed:
+    """modeling_gpt_bigcode.py:203: all queries with one key and value, or a query, key and value of each head."""
+    if m.multi_query:
+        return Packed(QKV, lambda m: (m.embed_dim, m.kv_dim, m.kv_dim))
+    return Packed(QKV, None, _per_head)
+
+
+def _levit(m: Any) -> tuple[int, ...]:
+    return (m.key_dim, m.key_dim, m.attention_ratio * m.key_dim)
+
+
 _SPECIAL: dict[str, Callable[[Any], Packed]] = {
+    "modeling_gpt2.GPT2Attention.c_attn": _gpt2,
+    "modeling_decision_transformer.DecisionTransformerGPT2Attention.c_attn": _gpt2,
+    "modeling_imagegpt.ImageGPTAttention.c_attn": _gpt2,
+    "modeling_gpt_bigcode.GPTBigCodeAttention.c_attn": _gpt_bigcode,
     "modeling_falcon.FalconAttention.query_key_value": _falcon,
     "attention2d.Attention2d.qkv": _maxxvit,
     "maxxvit.Attention2d.qkv": _maxxvit,
@@ -160,8 +236,11 @@ _SPECIAL: dict[str, Callable[[Any], Packed]] = {
 @cache
 def _in_sequence(owner: type, parts: int) -> bool:
     """Whether the forward splits an output into (parts, heads, ...), as in `reshape(B, N, 3, self.num_heads, ...)`."""
-    pattern = rf"(?:reshape|view)\((?:(?!heads|groups)[^()])*\b{parts},\s*(?:self\.)?(?:num_)?(?:heads|groups)\b"
-    return re.search(pattern, forward_source(owner)) is not None
+    pattern = (
+        rf"(?:reshape|view)\((?:(?!heads|groups)[^()])*\b{parts},\s*"
+        r"(?:(?:self\.)?(?:num_)?(?:attention_)?(?:heads|groups)\b|-1,\s*self\.\w*head)"
+    )
+    return re.search(pattern, method_source(owner)) is not None
 
 
 @cache

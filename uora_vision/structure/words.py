@@ -50,7 +50,7 @@ TIME = re.compile(r"time_?steps?_?(emb|proj)|time_?emb|(^|_)t_embed", re.IGNOREC
 
 PATCHES = re.compile(r"^patch_?embed(ding|der|s)*$", re.IGNORECASE)
 
-TALKING_HEADS = re.compile(r"talking|proj_[lw]$")
+TALKING_HEADS = re.compile(r"talking|proj_[lw]$|head_(logits|weights)_proj$")
 
 ROUTERS = re.compile(r"router|(^|[._])(gate|routing_fn)$", re.IGNORECASE)
 
