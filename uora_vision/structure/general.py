@@ -256,14 +256,15 @@ def _roles(unit: Unit, name: str, candidate: Candidate, group: str) -> tuple[Rol
         return (Role(word, group, 0, rows),)
     if word in BESIDE or re.search(r"(^|_)(out|output|o|post|merge|project|projection)(_|$)|^Wo$", word):
         return (Role("proj", group, 0, rows),)
-    kind = kind_of(word)
-    if (
-        kind is None
-        and rows == 3 * candidate.shape[1]
-        and len(thirds := packed(unit.module, name, rows, group, "qkv")) == 3
-    ):
-        return thirds
-    return packed(unit.module, name, rows, group, kind or word)
+    inner = name.split(".")
+    while len(inner) > 1 and (inner[-1].isdigit() or inner[-1] in _PLAIN):
+        inner.pop()
+    holder, kind = unit.module.get_submodule(".".join(inner[:-1])), kind_of(word)
+    if kind is None and rows == 3 * candidate.shape[1]:
+        thirds = packed(holder, inner[-1], rows, group, "qkv")
+        if len(thirds) == 3:
+            return thirds
+    return packed(holder, inner[-1], rows, group, kind or word)
 
 
 _PLAIN = {"weight", "linear", "dense", "layer", "layers"}

@@ -268,7 +268,7 @@ def say_new(new: Sequence[str], train: Sequence[str]) -> str:
 def _match(found: list[tuple[Finding, Role]], terms: Any) -> set[int]:
     asked: set[int] = set()
     for term in terms:
-        queries_values = {i for i, (_, role) in enumerate(found) if term == "qv" and role.name in _QV}
+        queries_values = {i for i, (_, role) in enumerate(found) if term == "qv" and role.kind in _QV}
         parts = ("q", "v") if term == "qv" and not queries_values else (term,)
         for part in parts:
             hits = queries_values or {i for i, (finding, role) in enumerate(found) if _is(part, finding, role)}
@@ -280,7 +280,7 @@ def _match(found: list[tuple[Finding, Role]], terms: Any) -> set[int]:
     return asked
 
 
-_QV = {"q", "v", "q_b", "kv_b", "qk", "kv", "qkv", "qkvz"}
+_QV = {f"{ATTENTION}.{name}" for name in ("q", "v", "q_b", "kv_b", "qk", "kv", "qkv", "qkvz")}
 """Roles of queries and values, and weights with such that are not known to be divided."""
 
 

@@ -78,12 +78,14 @@ def recurrent(unit: Unit) -> Claims:
 def experts(unit: Unit) -> Claims:
     """Stacks of experts, 3-D: the projections of every expert."""
     claims: Claims = {}
-    for name, candidate in unit.members.items():
-        if not candidate.form.startswith("stack"):
-            continue
+    stacks = {name: c for name, c in unit.members.items() if c.form.startswith("stack")}
+    used = min(
+        (len(c.weight) for c in stacks.values()), default=0
+    )  # LongCat's experts that do nothing have no way back
+    for name, candidate in stacks.items():
         n = candidate.weight.shape[0]
         rows = candidate.shape[0] // n
-        parts = [(name, 0, rows, 0, 0)]
+        parts = [(name if name != "weight" else unit.path.rpartition(".")[2] or name, 0, rows, 0, 0)]
         if name == "gate_up_proj" and rows % 2 == 0:
             half = rows // 2
             interleaved = "::2" in "".join(forward_source_of(unit.module))
@@ -91,12 +93,11 @@ def experts(unit: Unit) -> Claims:
                 [("gate", 0, half, 1, 2), ("up", 1, half, 1, 2)] if interleaved
                 else [("gate", 0, half, 0, 0), ("up", half, half, 0, 0)]
             )  # fmt: skip
-        group = ATTENTION if in_attention(unit, name) else MLP
-        name_ = name if name != "weight" else unit.path.rpartition(".")[2] or name
-        parts = [(name_, *part[1:]) for part in parts] if len(parts) == 1 else parts
+        attends = in_attention(unit, name) or "A_log" in unit.module._parameters
+        group = ATTENTION if attends else MLP
         claims[name] = tuple(
             Role(f"{part}_{e}", group, e * rows + start, size, block, stride)
-            for e in range(n)
+            for e in range(used)
             for part, start, size, block, stride in parts
         )
     return claims
