@@ -37,17 +37,18 @@ _FIT = (
 )
 
 
-def check_model(survey: Survey, targets: Iterable[str] = ()) -> None:
+def check_model(survey: Survey, targets: Iterable[str] = (), placed: bool = True) -> None:
     """Whether the rules can look at the model. Touches nothing.
 
     Args:
         targets: terms of `UoraConfig.targets`; those that are paths are checked.
+        placed: whether the weights must be where adapters can go in, rather than some of them on the meta device.
 
     Raises:
         StateError: the model as a whole is not in a state in which it can be adapted.
         TargetError: a term is the path of something that is never adapted, or a registered rule names such a thing.
     """
-    _check_state(survey)
+    _check_state(survey, placed)
     for weight in survey.hidden:
         if weight.deep and not weight.path:
             raise weight.error
@@ -82,7 +83,7 @@ def check_weights(survey: Survey, projections: Iterable[Projection]) -> None:
                 f"{p.form}: that has {low if low == high else f'{low} to {high}'} dimensions. {leave_out(p.path)}"
             )
         first = first or (p.path, weight.device)
-        if weight.device != first[1]:
+        if weight.device != first[1] and "meta" not in (weight.device.type, first[1].type):
             raise StateError(
                 f"{p.path} is on {weight.device}, {first[0]} on {first[1]}: the adapters of a model share matrices on "
                 "one device. Move the model to one device first, or inject into its parts."
@@ -96,7 +97,7 @@ def check_weights(survey: Survey, projections: Iterable[Projection]) -> None:
                 )
 
 
-def _check_state(survey: Survey) -> None:
+def _check_state(survey: Survey, placed: bool) -> None:
     meta = real = ""
     for path, module in survey.modules.items():
         where, name = shown_path(path, module), type(module).__name__
@@ -117,7 +118,7 @@ def _check_state(survey: Survey) -> None:
             if is_lazy(p):
                 raise StateError(f"{name} of {where} has no shape yet (a lazy module). Run the model on a batch first.")
             meta, real = (meta or joined(path, name), real) if p.is_meta else (meta, real or joined(path, name))
-    if meta and real:
+    if placed and meta and real:
         raise StateError(
             f"{meta} is on the meta device, without values, and {real} is not. Load the "
             "weights of the whole model first (to_empty() and load_state_dict()), or inject while all of it is on meta."

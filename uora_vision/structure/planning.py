@@ -165,12 +165,12 @@ def plan(
         config, rank=rank, targets=targets, exclude=exclude, blocks=blocks, d_init=d_init, seed=seed, layout=layout,
         init=init, dropout=dropout, token_sampling=token_sampling, train=train,
     )  # fmt: skip
-    return planned(Survey(model), options, example_input)
+    return planned(Survey(model), options, example_input, placed=False)
 
 
-def planned(survey: Survey, config: UoraConfig, example_input: Any = None) -> Plan:
-    """See `plan`."""
-    check_model(survey, config.targets)
+def planned(survey: Survey, config: UoraConfig, example_input: Any = None, placed: bool = True) -> Plan:
+    """See `plan`, and `check_model` for `placed`."""
+    check_model(survey, config.targets, placed)
     model, findings = survey.model, list(survey.shown.findings.values())
     seen = None
     if example_input is not None:

@@ -2,7 +2,8 @@
 
 The order is a convention of the forward that takes the output apart; nothing in the weight shows it. The common orders
 (thirds or halves one after the other, or those of each head together) are read off the owner's code; the others are
-listed with where they are taken apart. An order that is in neither place is not guessed: the weight then counts as one projection.
+listed with where they are taken apart. An order that is in neither place is not guessed: the weight then counts as one
+projection.
 """
 
 from __future__ import annotations
@@ -99,7 +100,9 @@ TABLE: dict[str, Packed] = {
         QKV, lambda m: tuple(n * m.head_dim for n in (
             m.config.num_attention_heads, m.num_key_value_heads, m.num_key_value_heads))
     ),
-    "modeling_levit.LevitAttention.queries_keys_values": Packed(QKV, lambda m: _levit(m), lambda m: m.num_attention_heads),
+    "modeling_levit.LevitAttention.queries_keys_values": Packed(
+        QKV, lambda m: _levit(m), lambda m: m.num_attention_heads
+    ),
     "modeling_levit.LevitAttentionSubsample.keys_values": Packed(
         ("k", "v"), lambda m: _levit(m)[1:], lambda m: m.num_attention_heads
     ),
