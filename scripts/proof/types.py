@@ -12,6 +12,15 @@ from torch import nn
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "autoformer": {"prediction_length": 24},
+    "informer": {"prediction_length": 24},
+    "time_series_transformer": {"prediction_length": 24},
+    "esm": {"vocab_size": 33, "pad_token_id": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
+}
+"""What a type needs beside its defaults."""
+
 
 def names() -> list[str]:
     """Every model type."""
@@ -24,14 +33,15 @@ def build(name: str) -> nn.Module:
     Raises:
         LookupError: there is no model class for this type.
     """
-    config, errors = CONFIG_MAPPING[name](), []
+    config, errors = CONFIG_MAPPING[name](**OPTIONS.get(name, {})), []
     classes = list(_classes(name, type(config)))
     if not classes:
         raise LookupError(f"{name} has no model class")
     for cls in classes[:4]:
         try:
             with torch.device("meta"), _uninitialised():
-                return cls(config)
+                model = cls(config)
+            return model.to("meta")  # some make their tensors past the default device
         except Exception as error:  # the next class may do
             errors.append(f"{cls.__name__}: {type(error).__name__}: {str(error)[:200]}")
     raise LookupError("; ".join(errors))

@@ -1,0 +1,107 @@
+"""Counts for how many model types of transformers a plan is complete, at their default widths on the meta device.
+
+    python scripts/coverage_types.py                       # all, in a few minutes; run again to go on
+    python scripts/coverage_types.py --only "qwen*"        # some
+    python scripts/coverage_types.py --aside types.csv     # and apart, those that a CSV with a column `type` lacks
+
+A type counts as complete if every weight of two or more dimensions is adapted or left for a reason of the closed list
+in `proof/complete.py`, which looks at modules, shapes and places and not at the rules.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import warnings
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def main(
+    only: Annotated[str, typer.Option(help="pattern over the type")] = "*",
+    rows: Annotated[Path, typer.Option(help="file of finished rows, by which an interrupted run goes on")] = Path(
+        "coverage_types.jsonl"
+    ),
+    fresh: Annotated[bool, typer.Option(help="begin again instead of going on")] = False,
+    aside: Annotated[Path | None, typer.Option(help="CSV of types; those that it lacks are counted apart")] = None,
+) -> None:
+    from proof.types import names
+
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.CRITICAL)
+    if fresh:
+        rows.unlink(missing_ok=True)
+    done = {
+        row["type"]: row for line in (rows.read_text().splitlines() if rows.exists() else ()) if (row := _row(line))
+    }
+    with rows.open("a") as file:
+        for name in names():
+            if fnmatch(name, only) and name not in done:
+                done[name] = measure(name)
+                file.write(json.dumps(done[name]) + "\n")
+                file.flush()
+    chosen = [row for name, row in done.items() if fnmatch(name, only)]
+    for row in chosen:
+        if row.get("missed") or row["state"] == "refused":
+            print(f"{row['type']}: {row['state']}: {row.get('error') or ', '.join(row['missed'][:8])}")
+    _count("all", chosen)
+    if aside is not None:
+        with aside.open() as known:
+            listed = {row["type"] for row in csv.DictReader(known)}
+        _count("listed", [row for row in chosen if row["type"] in listed])
+        _count("not listed", [row for row in chosen if row["type"] not in listed])
+
+
+def measure(name: str) -> dict[str, Any]:
+    """The row of a type: `complete`, `incomplete`, `convolutional`, `refused` or `not built`."""
+    from proof.complete import judge
+    from proof.types import build
+
+    import uora_vision as uora
+
+    try:
+        model = build(name)
+    except Exception as error:  # what cannot be built is a row, too
+        return {"type": name, "state": "not built", "error": f"{type(error).__name__}: {str(error)[:200]}"}
+    row: dict[str, Any] = {"type": name, "class": type(model).__name__}
+    try:
+        plan = uora.plan(model, rank=4, train=())
+    except uora.TargetError as error:
+        if "targets='conv'" not in str(error):
+            return {**row, "state": "refused", "error": str(error)[:200]}
+        whole = uora.plan(model, rank=4, train=(), targets="conv+other")
+        left = {s.path: s.reason for s in whole.skipped} | {p.path: "on request" for p in whole.projections}
+        missed = judge(model, None, left)["missed"]
+        return {**row, "state": "incomplete" if missed else "convolutional", "missed": missed}
+    except uora.UoraError as error:
+        return {**row, "state": "refused", "error": str(error)[:200]}
+    found = judge(model, plan, {s.path: s.reason for s in plan.skipped})
+    left = {reason: len(paths) for reason, paths in found.items() if reason != "missed"}
+    state = "incomplete" if found["missed"] else "complete"
+    return {**row, "state": state, "adapted": len(plan.projections), "left": left, "missed": found["missed"]}
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except ValueError:  # cut off by a kill while it was written
+        return None
+
+
+def _count(what: str, rows: list[dict[str, Any]]) -> None:
+    states = [row["state"] for row in rows]
+    built = len(states) - states.count("not built")
+    good = states.count("complete") + states.count("convolutional")
+    print(
+        f"{what}: {good} of {built} complete ({states.count('convolutional')} of them convolutional), "
+        f"{states.count('incomplete')} incomplete, {states.count('refused')} refused, "
+        f"{states.count('not built')} not built"
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
