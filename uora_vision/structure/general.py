@@ -44,6 +44,8 @@ def reason_against(unit: Unit, name: str, candidate: Candidate) -> str | None:
         return "cannot receive a gradient: it picks what attention looks at"
     if any(TIME.search(part) for part in place):
         return "embedding of time"
+    if any("router" in part.lower() for part in place[:-1]):
+        return "routes to experts"
     if candidate.tensor != "weight" and (POSITION.search(candidate.path) or _of_positions(candidate)):
         return "position bias"
     return None
@@ -60,14 +62,14 @@ def reason_left(unit: Unit, name: str, candidate: Candidate) -> str | None:
     return None
 
 
-def embeds_patches(path: str) -> bool:
-    """Whether a weight makes features of pixels."""
-    return any(PATCHES.search(part) for part in path.split(".")[:-1])
+def stands_apart(path: str) -> bool:
+    """Whether a weight makes features of pixels, or the scales of a norm: such are adapted on request alone."""
+    return any(PATCHES.search(part) or NORMS.search(part) for part in path.split(".")[:-1])
 
 
 def why_on_request(unit: Unit, candidate: Candidate) -> str:
     """Why a weight is adapted only if it is asked for."""
-    if embeds_patches(candidate.path):
+    if any(PATCHES.search(part) for part in candidate.path.split(".")[:-1]):
         return "patch embedding"
     if _squeezes(unit):
         return "squeeze-and-excitation"
@@ -254,7 +256,7 @@ def _roles(unit: Unit, name: str, candidate: Candidate, group: str) -> tuple[Rol
         word = kind_of(unit.path.rpartition(".")[2]) or "proj"
     if group == MLP:
         return (Role(word, group, 0, rows),)
-    if word in BESIDE or re.search(r"(^|_)(out|output|o|post|merge|project|projection)(_|$)|^Wo$", word):
+    if word in BESIDE or _LEADS_OUT.search(word):
         return (Role("proj", group, 0, rows),)
     inner = name.split(".")
     while len(inner) > 1 and (inner[-1].isdigit() or inner[-1] in _PLAIN):
@@ -266,5 +268,7 @@ def _roles(unit: Unit, name: str, candidate: Candidate, group: str) -> tuple[Rol
             return thirds
     return packed(holder, inner[-1], rows, group, kind or word)
 
+
+_LEADS_OUT = re.compile(r"(^|_)(out|output|o|post|merge|project|projection)(_(?!in$)|$)|^Wo$")
 
 _PLAIN = {"weight", "linear", "dense", "layer", "layers"}

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..weights.role import ATTENTION, CONV, MLP, OTHER, Role
 from .candidates import Candidate, Unit, units
-from .general import UNKNOWN, claim_rest, embeds_patches, heads_within, reason_against, reason_left, why_on_request
+from .general import UNKNOWN, claim_rest, heads_within, reason_against, reason_left, stands_apart, why_on_request
 from .heads import Parts, find_parts
 from .paths import lies_within
 from .rules import apply_rules
@@ -51,7 +51,7 @@ def walk(
             if not known.get(name, ("",))[0].startswith("registered"):
                 if against:
                     known[name] = against, ()
-                elif embeds_patches(candidate.path):
+                elif stands_apart(candidate.path):
                     known.pop(name, None)
             decided[candidate.path] = unit, *known.get(name, _left(unit, name, candidate))
             if decided[candidate.path][1] == UNKNOWN:
@@ -102,7 +102,7 @@ def _left(unit: Unit, name: str, candidate: Candidate) -> tuple[str, tuple[Role,
 
 def _on_request(unit: Unit, candidate: Candidate) -> tuple[str, tuple[Role, ...]]:
     why = why_on_request(unit, candidate)
-    kernel = candidate.form == "kernel"
+    kernel = candidate.form == "kernel" and candidate.tensor == "weight"
     name, rows = (
         re.sub(r"\W", "_", candidate.module_path.rpartition(".")[2]) or "weight",
         candidate.shape[0] // candidate.groups,
