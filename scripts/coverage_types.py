@@ -2,6 +2,7 @@
 
     python scripts/coverage_types.py                       # all, in a few minutes; run again to go on
     python scripts/coverage_types.py --only "qwen*"        # some
+    python scripts/coverage_types.py --page docs/coverage_types.md
     python scripts/coverage_types.py --aside types.csv     # and apart, those that a CSV with a column `type` lacks
 
 A type counts as complete if every weight of two or more dimensions is adapted or left for a reason of the closed list
@@ -28,6 +29,9 @@ def main(
     ),
     fresh: Annotated[bool, typer.Option(help="begin again instead of going on")] = False,
     aside: Annotated[Path | None, typer.Option(help="CSV of types; those that it lacks are counted apart")] = None,
+    page: Annotated[
+        Path | None, typer.Option(help="where to write a row per type, such as docs/coverage_types.md")
+    ] = None,
 ) -> None:
     from proof.types import names
 
@@ -48,12 +52,14 @@ def main(
     for row in chosen:
         if row.get("missed") or row["state"] == "refused":
             print(f"{row['type']}: {row['state']}: {row.get('error') or ', '.join(row['missed'][:8])}")
-    _count("all", chosen)
+    print(f"all: {counted(chosen)}")
+    if page is not None:
+        page.write_text(written(chosen))
     if aside is not None:
         with aside.open() as known:
             listed = {row["type"] for row in csv.DictReader(known)}
-        _count("listed", [row for row in chosen if row["type"] in listed])
-        _count("not listed", [row for row in chosen if row["type"] not in listed])
+        print(f"listed: {counted([row for row in chosen if row['type'] in listed])}")
+        print(f"not listed: {counted([row for row in chosen if row['type'] not in listed])}")
 
 
 def measure(name: str) -> dict[str, Any]:
@@ -92,15 +98,43 @@ def _row(line: str) -> dict[str, Any] | None:
         return None
 
 
-def _count(what: str, rows: list[dict[str, Any]]) -> None:
+def counted(rows: list[dict[str, Any]]) -> str:
+    """Totals in a line."""
     states = [row["state"] for row in rows]
     built = len(states) - states.count("not built")
     good = states.count("complete") + states.count("convolutional")
-    print(
-        f"{what}: {good} of {built} complete ({states.count('convolutional')} of them convolutional), "
+    return (
+        f"{good} of {built} complete ({states.count('convolutional')} of them convolutional), "
         f"{states.count('incomplete')} incomplete, {states.count('refused')} refused, "
         f"{states.count('not built')} not built"
     )
+
+
+def written(rows: list[dict[str, Any]]) -> str:
+    """The page of all types that could be built."""
+    import transformers
+
+    lines = [
+        "# Model types of transformers",
+        "",
+        f"Written by `scripts/coverage_types.py` with transformers {transformers.__version__.split('+')[0]}, at",
+        "default widths on the meta device. *Complete*: every weight of two or more dimensions is adapted by default,",
+        "or left for a reason of a closed list, as modules, shapes and names bear out; what the weights do in a forward",
+        "is not looked at here. *Convolutional*: neither attention nor an MLP; `targets='conv'` adapts it.",
+        "",
+        f"{counted(rows)}.",
+        "What was not built has no model class of its own, or defaults that do not work.",
+        "",
+        "| type | state | weights adapted | left: how many, why |",
+        "|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["state"] != "not built":
+            left = ", ".join(f"{n} {reason}" for reason, n in row.get("left", {}).items())
+            missed = ", ".join(f"`{path}`" for path in row.get("missed", ())[:2])
+            state = f"{row['state']}: {missed}" if missed else row["state"]
+            lines.append(f"| {row['type']} | {state} | {row.get('adapted', 0)} | {left} |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class TestTraps:
             ("convit_tiny", "blocks.0.attn.pos_proj", "position bias"),
             ("cait_xxs24_224", "blocks.0.attn.proj_l", "mixes heads"),
             ("cait_xxs24_224", "blocks.0.attn.proj_w", "mixes heads"),
-            ("vit_tiny_patch16_224", "patch_embed.proj", "spatial kernel; targets='conv' adapts it"),
+            ("vit_tiny_patch16_224", "patch_embed.proj", "patch embedding; targets='conv' adapts it"),
             ("vit_tiny_patch16_224", "head", "part of the head"),
             ("swin_tiny_patch4_window7_224", "layers.1.downsample.reduction",
              "not of attention or MLP; targets='other' adapts it"),
