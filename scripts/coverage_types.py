@@ -119,7 +119,7 @@ def written(rows: list[dict[str, Any]]) -> str:
         "",
         f"Written by `scripts/coverage_types.py` with transformers {transformers.__version__.split('+')[0]}, at",
         "default widths on the meta device. *Complete*: every weight of two or more dimensions is adapted by default,",
-        "or left for a reason of a closed list, as modules, shapes and names bear out; what the weights do in a forward",
+        "or left for a reason of a closed list, as modules, shapes and names bear out; what a forward does with them",
         "is not looked at here. *Convolutional*: neither attention nor an MLP; `targets='conv'` adapts it.",
         "",
         f"{counted(rows)}.",
