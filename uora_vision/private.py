@@ -1,8 +1,8 @@
 """Private parts of other libraries on which this package leans: here and nowhere else, each with its reason.
 
-Tried with torch 2.6 to 2.15, transformers 5.8 to 5.24 and bitsandbytes 0.49. `tests/test_private.py` fails when one of
-them goes away. Not listed are the three registries of nn.Module, `_parameters`, `_buffers` and `_modules`: torch's own
-`parametrize` and `fully_shard` write to them as well, and every file that puts adapters on modules does.
+Tried with torch 2.6 to 2.15, transformers 5.8 to 5.24 and bitsandbytes 0.49. `tests/house/test_private.py` fails
+when one of them goes away. Not listed are the three registries of nn.Module, `_parameters`, `_buffers` and `_modules`:
+torch's own `parametrize` and `fully_shard` write to them as well, and every file that puts adapters on modules does.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import pytest
 
 import uora_vision as uora
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HEAVY = ["torch", "timm", "transformers", "open_clip", "accelerate", "datasets", "trl", "peft", "albumentations", "cv2",
          "matplotlib", "pandas", "sklearn", "torchmetrics"]  # fmt: skip
 COMMANDS = [

@@ -28,7 +28,7 @@ from recipe_runs import Call, assert_it_redraws_by_uora_alone, assert_the_option
 
 import uora_vision as uora
 
-SHARED = Path(__file__).parents[2] / "shared"
+SHARED = Path(__file__).parents[3] / "shared"
 CHATML = (
     "{% for m in messages %}{{ '[' + m['role'] + '] ' + m['content'] + ' [END] ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"

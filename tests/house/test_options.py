@@ -131,7 +131,7 @@ def test_the_pattern_that_is_named_matches() -> None:
 
 def test_the_wheel_has_its_types(tmp_path: Path) -> None:
     wheel = pytest.importorskip("hatchling.builders.wheel", reason="hatchling is not installed")
-    (built,) = wheel.WheelBuilder(str(Path(__file__).parents[1])).build(directory=str(tmp_path), versions=["standard"])
+    (built,) = wheel.WheelBuilder(str(Path(__file__).parents[2])).build(directory=str(tmp_path), versions=["standard"])
     names = zipfile.ZipFile(built).namelist()
     assert {"uora_vision/py.typed", "uora_vision/__init__.pyi"} <= set(names)
     assert all(name.startswith("uora_vision") for name in names)

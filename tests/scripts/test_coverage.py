@@ -17,7 +17,7 @@ from proof.zoo import Entry, entries
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def published() -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertMod
 
 import uora_vision as uora
 
-SHARED = Path(__file__).parents[2] / "shared" / "data" / "sst2"
+SHARED = Path(__file__).parents[3] / "shared" / "data" / "sst2"
 
 
 @pytest.fixture(scope="session")

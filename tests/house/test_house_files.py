@@ -12,7 +12,7 @@ import pytest
 
 import uora_vision as uora
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "uora_vision"
 PYTHON = sorted(p for name in ("uora_vision", "recipes", "scripts", "tests") for p in (ROOT / name).rglob("*.py"))
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -36,9 +36,15 @@ def test_no_module_bears_the_name_of_a_public_function() -> None:
     assert public & modules == set()
 
 
+def test_tests_lie_as_the_wings_do() -> None:
+    wings = {p.parent.name for p in PACKAGE.rglob("__init__.py")} - {"uora_vision"}
+    folders = {p.parent.relative_to(ROOT / "tests").as_posix() for p in (ROOT / "tests").rglob("test_*.py")}
+    assert folders == wings | {"attacks", "house", "recipes", "scripts"}
+
+
 def test_no_test_file_imports_another() -> None:
     importing = re.compile(r"^(?:from|import) test_", re.MULTILINE)
-    assert [p.name for p in (ROOT / "tests").glob("*.py") if importing.search(p.read_text())] == []
+    assert [p.name for p in (ROOT / "tests").rglob("*.py") if importing.search(p.read_text())] == []
 
 
 def test_the_design_names_every_file_once() -> None:
@@ -91,5 +97,5 @@ def test_what_a_page_names_exists(path: Path) -> None:
 
 
 def test_what_code_names_exists() -> None:
-    code = [p for p in PYTHON if p.parent.name != "tests"]
+    code = [p for p in PYTHON if ROOT / "tests" not in p.parents]
     assert {p.name: missing for p in code if (missing := unknown(p.read_text()))} == {}

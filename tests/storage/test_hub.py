@@ -197,7 +197,7 @@ class TestRoundTrip:
     @pytest.mark.slow  # it imports torch and timm again
     def test_by_the_variable_that_names_the_endpoint(self, hub: Hub, tmp_path: Path) -> None:
         uora.push_to_hub(trained(), "me/digits")
-        here = Path(__file__).parent
+        here = Path(__file__).parents[1]
         code = (
             "import uora_vision as u; from conftest import small_vit; u.load(small_vit(), 'me/digits'); print('done')"
         )

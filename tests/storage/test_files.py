@@ -56,7 +56,7 @@ class TestRoundTrip:
         for folder, model in models.items():
             uora.save(model, folder)
         torch.save(images, tmp_path / "x.pt")
-        here = Path(__file__).parent
+        here = Path(__file__).parents[1]
         path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads())}
         command = [sys.executable, "-c", LOADER, str(tmp_path), *map(str, models)]
