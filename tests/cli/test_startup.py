@@ -21,6 +21,7 @@ COMMANDS = [
     *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "scripts" / "benchmarks").glob("*.py")),
     "scripts/compare_methods.py",
     "scripts/coverage.py",
+    "scripts/coverage_types.py",
     "scripts/weights/pretrain_vit.py",
 ]
 WRONG = {  # values that only the command itself can tell to be wrong

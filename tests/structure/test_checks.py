@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import small_vit, wake
-from refusals import QKV, adapted, refused
+from refusals import QKV, adapted, refusal, refused
 from torch import Tensor, nn
 
 import uora_vision as uora
@@ -65,7 +65,9 @@ class TestDevices:
     def test_partly_on_meta(self, path: str) -> None:
         model = small_vit()
         model.get_submodule(path).to("meta")
-        refused(model, uora.StateError, f"{path}.", "meta", "load_state_dict")
+        with refusal(model, uora.StateError, f"{path}.", "meta", "load_state_dict"):
+            uora.inject(model)
+        assert len(uora.plan(model).projections) == 8  # transformers builds some models so
 
     def test_mixed(self, other_device: str) -> None:
         model = small_vit()

@@ -27,17 +27,16 @@ class Attention(nn.Module):
         return self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class Mixing(Attention):
-    """The same under a name that says nothing."""
+class Mixing(nn.Module):
+    """Queries, keys and values of two heads under a name that says nothing, divided by numbers that are no code."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.mix = self.qkv
-        del self.qkv
+        self.mix, self.proj, self.sizes = nn.Linear(32, 64), nn.Linear(32, 32), (16, 16, 32)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.mix(x).reshape(*x.shape[:2], 3, 4, 8).permute(2, 0, 3, 1, 4)
-        return self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        parts = [t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.mix(x).split(self.sizes, -1)]
+        return self.proj(nn.functional.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2))
 
 
 class Net(nn.Module):
@@ -70,4 +69,4 @@ def test_what_the_trace_found_out_of_an_unknown_weight_is_listed() -> None:
     mix = next(p for p in what.projections if p.path == "blocks.0.mix")
     assert [r.name for r in mix.roles] == ["q", "k", "v"]
     assert [(d.path, d.kind) for d in what.differences or ()] == [("blocks.0.mix", "rows")]
-    assert "called mix (96 rows)" in str(what)
+    assert "called mix (64 rows)" in str(what)

@@ -56,13 +56,14 @@ def verify(model: nn.Module, example_input: Any) -> dict[str, float]:
         (6, True)
     """
     entry = active_entry(model)
-    if any(p.is_meta for p in model.parameters()):
+    survey = Survey(model)
+    parameters = [held.tensor for held in survey.parameters.values()]
+    if any(p.is_meta for p in parameters):
         raise StateError(
             "a model on the meta device computes nothing, so whether it trains cannot be seen: plan() takes an example "
             "input there, inject() and verify() once the weights are loaded"
         )
-    check_devices(model, example_input)
-    survey = Survey(model)
+    check_devices(parameters, example_input)
     adapters = list(adapters_in(survey).values())
     frozen = [a.name for a in adapters if not (a.b.requires_grad and a.d.requires_grad)]
     if frozen:

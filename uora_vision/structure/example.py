@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,14 +20,17 @@ def call(model: nn.Module, example_input: Any) -> Any:
     return model(example_input)
 
 
-def check_devices(model: nn.Module, example_input: Any) -> None:
+def check_devices(parameters: Iterable[Tensor], example_input: Any) -> None:
     """Whether a model on the meta device is given an input there, and no other model is.
+
+    Args:
+        parameters: of the model.
 
     Raises:
         StateError: it is not so.
     """
     tensors = list(_tensors(example_input))
-    meta = any(p.is_meta for p in model.parameters())
+    meta = any(p.is_meta for p in parameters)
     if meta and not all(t.is_meta for t in tensors):
         raise StateError(
             "the model is on the meta device and the example input is not; give an input there, as torch.randn(..., "

@@ -174,7 +174,7 @@ def planned(survey: Survey, config: UoraConfig, example_input: Any = None, place
     model, findings = survey.model, list(survey.shown.findings.values())
     seen = None
     if example_input is not None:
-        check_devices(model, example_input)
+        check_devices((held.tensor for held in survey.parameters.values()), example_input)
         seen = trace(model, example_input)
         ruled, findings = findings, [corrected(finding, seen) for finding in findings]
     found = [(f, role) for f in findings for role in f.roles]
