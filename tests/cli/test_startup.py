@@ -22,6 +22,7 @@ COMMANDS = [
     "scripts/compare_methods.py",
     "scripts/coverage.py",
     "scripts/coverage_types.py",
+    "scripts/fuzz.py",
     "scripts/weights/pretrain_vit.py",
 ]
 WRONG = {  # values that only the command itself can tell to be wrong
