@@ -229,7 +229,8 @@ class Reinitializer:
     @torch.no_grad()
     @on_cpu
     def step(self) -> int:
-        """Look at every d once and draw dead directions again. One device synchronisation, however large the model.
+        """Look at every d once and draw dead directions again. One device synchronisation, however large the model, and
+        one more for each matrix that is redrawn.
 
         Every process of a distributed run calls it: each sees the same d, gathered first where `fully_shard` spreads
         it, and so draws the same rows again.
