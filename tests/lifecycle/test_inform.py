@@ -201,6 +201,16 @@ class TestModel:
         names = {event.matrix for event in uora.adapters(model)["blocks.0.attn.qkv"].bank.log}
         assert any(":" in name for name in names) == (scope == "shared")
 
+    @pytest.mark.parametrize("scope", ["shared", "layer"])
+    def test_a_reinitializer_made_before_redraws_the_new_rows(self, scope: Any) -> None:
+        model = fresh()
+        early = uora.Reinitializer(model, threshold=0.05, scope=scope)
+        uora.inform(model, batches())
+        late, other = wake(model), wake(informed())
+        assert early.step() == uora.Reinitializer(other, threshold=0.05, scope=scope).step() > 0
+        assert torch.equal(late(batches(1)[0][0]), other(batches(1)[0][0]))
+        assert uora.adapters(model)["blocks.0.attn.qkv"].bank.log
+
     def test_rates_are_those_of_orthonormal_rows(self) -> None:
         random, chosen = uora.param_groups(fresh()), uora.param_groups(informed(store="float32"))
         assert [g["lr"] for g in chosen] == pytest.approx([g["lr"] for g in random], rel=1e-4)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, FormatError, StateError
+from ..maths.bank import Bank
 from ..maths.draws import on_cpu
 from ..maths.redraw_log import Interpolation, pack_log, unpack_log
 from ..options import hinting
@@ -175,9 +176,9 @@ class Reinitializer:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         if reset_moments and optimizer is None:
             raise ConfigError("reset_moments needs the optimizer: Reinitializer(model, ..., optimizer=optimizer)")
-        self.model, self.bank, self._adapters = model, bank_of(model), adapters(model)
-        rank = self.bank.config.rank
-        widths = self.bank.matrices
+        bank = bank_of(model)
+        self.model, self._adapters = model, adapters(model)
+        rank, widths = bank.config.rank, bank.matrices
         if scope == "layer":
             widths = {
                 f"{a.name} ({w})": w for a in self._adapters.values() for w in (a.width, *(r.rows for r in a.roles))
@@ -191,7 +192,6 @@ class Reinitializer:
         self.interpolation: Interpolation = interpolation
         self.relative, self.reset_moments, self.optimizer = relative, reset_moments, optimizer
         self._places: list[tuple[Adapter, int]] = [(a, k) for a in self._adapters.values() for k in range(len(a.roles))]
-        self._members = self._group()
         self._counts = torch.zeros(len(self._places), rank, dtype=torch.int64, device=self._device)
         self._history: list[Tensor] = []
         if optimizer is not None:
@@ -199,6 +199,11 @@ class Reinitializer:
         self._watch = None if optimizer is not None else DecayWatch(self._d())
         # The log of a model that was trained before goes on; it holds one redraw of a matrix per step.
         self.steps = self.bank.log[-1].step if self.bank.log else 0
+
+    @property
+    def bank(self) -> Bank:
+        """Whose matrices are redrawn. `inform` gives an adapter another one."""
+        return self._places[0][0].bank
 
     def _d(self) -> Tensor:
         """Every d of the adapter, (roles, r)."""
@@ -324,7 +329,7 @@ class Reinitializer:
 
     def _redraw_shared(self, fired: Tensor, below: Tensor) -> Tensor:
         acted = torch.zeros_like(fired)
-        for matrix, members in self._members.items():
+        for matrix, members in self._group().items():
             chosen = fired[members].any(dim=0)
             if self.scope == "quorum":
                 chosen &= below[members].double().mean(dim=0) >= self.quorum
