@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.fx import _symbolic_trace
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only
+from torch.utils.hooks import RemovableHandle
 
 __all__ = [
     "BITSANDBYTES_PACKS",
@@ -34,6 +35,7 @@ __all__ = [
     "packed_for_inference",
     "pads",
     "renew_flat_weights",
+    "run_first",
     "seen_through",
     "tree_flatten",
     "tree_leaves",
@@ -61,6 +63,15 @@ def name_or_path(model: nn.Module) -> str | None:
     """Where a model of transformers was loaded from. Its config keeps that in a private attribute only."""
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     return name if isinstance(name, str) and name else None
+
+
+def run_first(handle: RemovableHandle) -> RemovableHandle:
+    """Have a hook of nn.Module run before those of its kind that were registered earlier. load_state_dict's have no
+    option for it."""
+    hooks = handle.hooks_dict_ref()
+    assert hooks is not None
+    hooks.move_to_end(handle.id, last=False)
+    return handle
 
 
 def is_wrapped(t: Tensor) -> bool:

@@ -84,6 +84,17 @@ def test_a_context_in_which_modes_see_nothing() -> None:
     assert not seen.names
 
 
+def test_a_hook_that_runs_before_earlier_ones() -> None:
+    order: list[int] = []
+    model = nn.Linear(2, 2)
+    model.register_load_state_dict_pre_hook(lambda *_: order.append(1))
+    handle = private.run_first(model.register_load_state_dict_pre_hook(lambda *_: order.append(2)))
+    model.load_state_dict(model.state_dict())
+    handle.remove()
+    model.load_state_dict(model.state_dict())
+    assert order == [2, 1, 1]
+
+
 def test_names_that_distributed_training_does_not_send() -> None:
     assert private.TORCH_UNSENT in inspect.getsource(DistributedDataParallel)
 

@@ -87,6 +87,22 @@ def test_accelerate_resumes_to_the_bit_from_an_adapter(make: Any, tmp_path: Path
         resumed.accelerator.load_state(str(tmp_path))
 
 
+def test_accelerate_goes_on_with_informed_rows(tmp_path: Path) -> None:
+    def informed() -> nn.Module:
+        model = uora.remove(vit())
+        nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
+        model = uora.inject(model, rank=8)
+        uora.inform(model, pictures(), max_batches=2)
+        return model
+
+    first = Loop(informed).run(list(pictures()))
+    first.accelerator.save_state(str(tmp_path))
+    resumed = Loop(vit)
+    resumed.accelerator.load_state(str(tmp_path))
+    same(resumed.model, first.model)
+    assert uora.adapters(resumed.model)["blocks.0.attn.qkv"].bank.widths.informed
+
+
 def test_accumulation_is_one_large_batch() -> None:
     parts, large = Loop(accumulate=2).run(pictures(4)), Loop(accumulate=1).run(pictures(8))
     assert (parts.reinit.history() == large.reinit.history()).all() and parts.reinit.firings > 20

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import small_vit
 from torch import Tensor, nn
 from training_tools import REDRAW, Overflow, base_bytes, pictures, same, tensorboard, vit
 
@@ -14,13 +15,13 @@ import uora_vision as uora
 from uora_vision.integrations.state import frozen_names
 
 
-def lightning_module(**options: Any) -> Any:
+def lightning_module(make: Any = vit, **options: Any) -> Any:
     pl = pytest.importorskip("lightning.pytorch", reason="needs lightning")
 
     class Module(pl.LightningModule):
         def __init__(self, fused: bool = False, overflow: nn.Module | None = None) -> None:
             super().__init__()
-            self.net, self.teacher = vit(), nn.Linear(2, 2).requires_grad_(False)
+            self.net, self.teacher = make(), nn.Linear(2, 2).requires_grad_(False)
             self.overflow, self.fused = overflow or nn.Identity(), fused
 
         def training_step(self, batch: Any, index: int) -> Tensor:
@@ -41,7 +42,7 @@ def train_lightning(folder: Path, epochs: int = 2, resume: Path | None = None, *
 
     from uora_vision.integrations.lightning import UoraCallback as Callback
 
-    callback = Callback(**REDRAW)
+    callback = Callback(**REDRAW, inform=options.pop("inform", 0))
     # At the end of an epoch of 3 steps: in the middle Lightning itself would begin the data again.
     saver = pl.callbacks.ModelCheckpoint(
         folder, every_n_epochs=1, save_on_train_epoch_end=True, save_top_k=-1, filename="{step}"
@@ -75,6 +76,22 @@ def test_lightning_resumes_to_the_bit_from_an_adapter(tmp_path: Path) -> None:
     torch.save(checkpoint, tmp_path / "damaged.ckpt")
     with pytest.raises(RuntimeError, match=r"Missing key.*net\.head\.bias"):
         train_lightning(tmp_path / "cut", resume=tmp_path / "damaged.ckpt")
+
+
+def fresh_vit() -> nn.Module:
+    return uora.inject(small_vit(), rank=8)
+
+
+def test_lightning_informs_and_resumes_with_the_rows(tmp_path: Path) -> None:
+    given = {"module": {"make": fresh_vit}, "inform": 2}
+    _, whole, _ = train_lightning(tmp_path / "whole", **given)
+    train_lightning(tmp_path / "cut", epochs=1, **given)
+    trainer, resumed, _ = train_lightning(tmp_path / "cut", resume=tmp_path / "cut/step=3.ckpt", **given)
+    same(resumed.net, whole.net)
+    assert uora.adapters(whole.net)["blocks.0.attn.qkv"].bank.widths.informed
+    validated = lightning_module(fresh_vit)
+    trainer.validate(validated, pictures(), ckpt_path=tmp_path / "cut/step=6.ckpt", verbose=False)
+    same(validated.net, whole.net)
 
 
 def test_lightning_validates_with_the_banks_of_the_checkpoint(tmp_path: Path) -> None:

@@ -183,19 +183,19 @@ def test_trl(tmp_path: Path) -> None:
 
 
 def test_an_informed_adapter_trains_and_is_resumed_with_its_rows(tmp_path: Path) -> None:
-    def informed(batches: bool) -> tuple[Any, Any]:
-        model = uora.inject(uora.remove(bert()), rank=4)
-        trainer = adapter_only(transformers.Trainer)(
-            model=model, args=arguments(tmp_path, save_strategy="steps", save_steps=2), train_dataset=examples()
-        )
-        if batches:
-            uora.inform(model, trainer.get_train_dataloader(), max_batches=2)
-        return model, trainer
+    def train(base: Any, resume: Any = None) -> Any:
+        model, callback = uora.inject(uora.remove(bert()), rank=4), UoraCallback(inform=2, **REDRAW)
+        trainer = base(
+            model=model, args=arguments(tmp_path, save_strategy="steps", save_steps=2), train_dataset=examples(),
+            callbacks=[callback],
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        return model
 
-    whole, trainer = informed(True)
-    trainer.train()
-    resumed, trainer = informed(False)
-    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    whole = train(adapter_only(transformers.Trainer))
+    resumed = train(adapter_only(transformers.Trainer), str(tmp_path / "checkpoint-2"))
     same(whole, resumed)
     names = [a.bank.widths.informed for m in (whole, resumed) for a in [next(iter(uora.adapters(m).values()))]]
     assert names[0] == names[1] != {}
+    with pytest.raises(uora.ConfigError, match=r"adapter_only\(Trainer\)"):
+        train(transformers.Trainer)

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import functools
-import socket
-import time
-import traceback
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import small_vit, wake
+from processes import in_two_processes
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -29,10 +26,11 @@ import uora_vision as uora
 fsdp = pytest.importorskip("torch.distributed.fsdp")
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
-WORLD, STEPS, BATCH, LIMIT = 2, 6, 8, 60
+STEPS, BATCH = 6, 8
 OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True)
 TOLERANCE = 1e-10
 Wrap = Callable[[nn.Module], nn.Module]
+Spawn = Callable[..., list[Any]]
 
 
 def vit() -> nn.Module:
@@ -175,58 +173,9 @@ def second_half(rank: int, world: int, *, wrap: Wrap, folder: Path) -> dict[str,
     return run.result()
 
 
-def port() -> int:
-    with closing(socket.socket()) as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def _process(rank: int, where: int, folder: Path, work: Callable[..., Any], options: dict[str, Any]) -> None:
-    torch.set_num_threads(1)
-    try:
-        store = dist.TCPStore("127.0.0.1", where, WORLD, is_master=rank == 0)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
-        torch.save(("done", work(rank, WORLD, **options)), folder / f"{rank}.pt")
-        dist.destroy_process_group()
-    except Exception:
-        torch.save(("failed", traceback.format_exc()), folder / f"{rank}.pt")
-        raise
-
-
 @pytest.fixture
-def spawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
-    """Run `work(rank, world, **options)` in two processes and return what each returned."""
-    # The server imports once what every process needs; it is not a copy of this process, with its threads.
-    context = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "timm", "torch.distributed.fsdp", "torch.distributed.checkpoint"])
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-
-    def start(work: Callable[..., Any], **options: Any) -> list[Any]:
-        folder = tmp_path / f"{time.monotonic_ns()}"
-        folder.mkdir()
-        where = port()
-        processes = [
-            context.Process(target=_process, args=(rank, where, folder, work, options), daemon=True)
-            for rank in range(WORLD)
-        ]
-        for process in processes:
-            process.start()
-        end = time.monotonic() + LIMIT
-        while any(p.is_alive() for p in processes) and time.monotonic() < end:
-            if any(p.exitcode for p in processes):
-                end = min(end, time.monotonic() + 2)  # the other may wait for it for ever
-            time.sleep(0.02)
-        hung = [rank for rank, p in enumerate(processes) if p.is_alive()]
-        for process in processes:
-            process.kill()
-            process.join()
-        files = [folder / f"{rank}.pt" for rank in range(WORLD)]
-        out = [torch.load(f, weights_only=False) if f.exists() else ("failed", "no result") for f in files]
-        assert all(state == "done" for state, _ in out), "\n".join(str(o) for s, o in out if s == "failed")
-        assert not hung, f"processes {hung} did not end in {LIMIT} s"
-        return [value for _, value in out]
-
-    return start
+def spawn(tmp_path: Path) -> Spawn:
+    return functools.partial(in_two_processes, tmp_path)
 
 
 @functools.cache
@@ -244,9 +193,6 @@ def assert_same(got: list[dict[str, Any]], want: dict[str, Any]) -> None:
         print(f"largest difference {max(differences.values()):.1e}, {want['firings']} firings")
         assert max(differences.values()) < TOLERANCE, differences
     assert all(torch.equal(t, got[1]["trained"][n]) for n, t in got[0]["trained"].items())
-
-
-Spawn = Callable[..., list[Any]]
 
 
 def buffers_sent(rank: int, world: int, *, clear: bool, outer: bool = False, **options: Any) -> dict[str, Any]:

@@ -211,9 +211,16 @@ class TestModel:
         assert torch.equal(late(batches(1)[0][0]), other(batches(1)[0][0]))
         assert uora.adapters(model)["blocks.0.attn.qkv"].bank.log
 
-    def test_rates_are_those_of_orthonormal_rows(self) -> None:
-        random, chosen = uora.param_groups(fresh()), uora.param_groups(informed(store="float32"))
-        assert [g["lr"] for g in chosen] == pytest.approx([g["lr"] for g in random], rel=1e-4)
+    @pytest.mark.parametrize("options", [{}, {"init": "kaiming"}, {"init": "kaiming", "layout": "slice"}])
+    def test_rates_stay_and_rows_are_as_long_as_those_before(self, options: dict[str, Any]) -> None:
+        """So an optimizer that was made before, or in a run that is resumed, has the same groups."""
+        model = fresh(**options)
+        before, length = uora.param_groups(model), {path: a.norm() for path, a in rows(model).items()}
+        uora.inform(model, batches())
+        after = uora.param_groups(model)
+        assert [(g["lr"], len(g["params"])) for g in after] == [(g["lr"], len(g["params"])) for g in before]
+        for path, a in rows(model).items():
+            assert a.norm().item() == pytest.approx(length[path].item(), rel=0.01)
 
 
 def _equal(one: Any, two: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,12 +13,13 @@ except ImportError:
     from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
 
 from ..errors import StateError
+from ..lifecycle.informing import inform as inform_adapter
 from ..lifecycle.library import adapters, bank_of
 from ..lifecycle.optimizers import check_optimizer
 from ..lifecycle.reinit import AlphaSchedule, Reinitializer, Scope, ThresholdSchedule
 from ..maths.redraw_log import Interpolation
 from ..options import UNSET, given, hinting
-from .state import after_step, frozen_names, injected_in, keep_missing_base
+from .state import after_step, frozen_names, injected_in, keep_missing_base, rows_of
 
 KEY = "uora_reinit"
 
@@ -29,6 +30,12 @@ class UoraCallback(Callback):
     Checkpoints hold the state of `reinit` and no frozen weights; `fit(ckpt_path=...)` goes on from them, and `validate`
     and `test` read them. The LightningModule builds and injects its model in `__init__`. The number of firings so far
     is logged as `firings`.
+
+    Args:
+        inform: how many batches of the training data give the adapter informed rows before the first step (see
+            `uora.inform`); 0: none.
+        inform_loss: the loss of a batch, `inform_loss(model, batch)` with the injected model; see `uora.inform`.
+        threshold, alpha, every, scope, quorum, interpolation, relative, reset_moments: see `Reinitializer`.
 
     Raises, in fit:
         StateError: the module holds no injected model, no optimizer trains it, or a checkpoint has no such state.
@@ -53,7 +60,10 @@ class UoraCallback(Callback):
         interpolation: Interpolation = UNSET,
         relative: bool = UNSET,
         reset_moments: bool = UNSET,
+        inform: int = 0,
+        inform_loss: Callable[[nn.Module, Any], Tensor] | None = None,
     ) -> None:
+        self.inform, self.inform_loss = inform, inform_loss
         self.options = given(
             threshold=threshold, alpha=alpha, every=every, scope=scope, quorum=quorum, interpolation=interpolation,
             relative=relative, reset_moments=reset_moments,
@@ -78,6 +88,9 @@ class UoraCallback(Callback):
         optimizer = next((o for o in trainer.optimizers if _trains(o, model)), None)
         if optimizer is None:
             raise StateError("no optimizer has the adapter's d; configure_optimizers must give it, see param_groups()")
+        if self.inform and not trainer.global_step:
+            batches = trainer.train_dataloader
+            inform_adapter(model, batches, self.inform_loss, max_batches=self.inform)  # type: ignore[arg-type]
         made = self.reinit
         reinit = self._reinit(model, optimizer)
         if reinit is made:  # else it has looked at the optimizer itself
@@ -96,6 +109,7 @@ class UoraCallback(Callback):
         # Of other frozen parts nothing is known: one may be a teacher that moves without gradients.
         for name in frozen_names(model):
             checkpoint["state_dict"].pop(prefix + name, None)
+        checkpoint["state_dict"].update({prefix + name: rows for name, rows in rows_of(model).items()})
         checkpoint[KEY] = self._reinit(model).state_dict()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

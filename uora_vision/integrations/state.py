@@ -12,11 +12,17 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import FormatError, StateError
 from ..lifecycle.adapter import CHILD
+from ..lifecycle.informing import informed_rows, put_informed_rows
 from ..lifecycle.library import adapters
 from ..maths.bank import Bank
+from ..private import run_first
 from ..storage.folder import read_folder
 from ..storage.snapshot import put_back
+from ..structure.paths import joined
 from ..weights.sharded import whole
+
+ROWS = f"{CHILD}.rows/"
+"""Begins the names of informed rows among the tensors of a state: the weight, a slash and the matrix follow."""
 
 
 def injected_in(module: nn.Module) -> nn.Module:
@@ -25,7 +31,7 @@ def injected_in(module: nn.Module) -> nn.Module:
     Raises:
         StateError: there is none, or more than one.
     """
-    found = [m for m in module.modules() if isinstance(m._modules.get(CHILD), Bank)]
+    found = [m for _, m in _injected(module)]
     if len(found) != 1:
         raise StateError(
             f"{type(module).__name__} holds {len(found)} models with an adapter, not one; call inject() or load() "
@@ -47,9 +53,35 @@ def frozen_names(model: nn.Module) -> set[str]:
 
 
 def changing_state(model: nn.Module) -> dict[str, Tensor]:
-    """All that training can change: trained parameters and saved buffers, by name."""
+    """All that training can change: trained parameters, saved buffers and informed rows, by name."""
     frozen = frozen_names(model)
-    return {name: value.detach().cpu() for name, value in model.state_dict().items() if name not in frozen}
+    state = {name: value.detach().cpu() for name, value in model.state_dict().items() if name not in frozen}
+    return state | rows_of(model)
+
+
+def rows_of(module: nn.Module) -> dict[str, Tensor]:
+    """Informed rows of the injected models in a module, as tensors of its state."""
+    found = {}
+    for path, model in _injected(module):
+        held = informed_rows(model)
+        for origin, name in held.get("names", {}).items():
+            found[joined(path, f"{ROWS}{origin}/{name}")] = held["rows"][name]
+    return found
+
+
+def take_rows(module: nn.Module, state: dict[str, Any], prefix: str = "") -> None:
+    """Give the injected models in a module the informed rows of a state, which then holds them no more."""
+    for path, model in _injected(module):
+        begin = prefix + joined(path, ROWS)
+        found = {name.removeprefix(begin): state.pop(name) for name in list(state) if name.startswith(begin)}
+        if found:
+            names = dict(name.rsplit("/", 1) for name in found)
+            rows = {name.rpartition("/")[2]: tensor for name, tensor in found.items()}
+            put_informed_rows(model, {"names": names, "rows": rows})
+
+
+def _injected(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(path, m) for path, m in module.named_modules() if isinstance(m._modules.get(CHILD), Bank)]
 
 
 def load_changing_state(model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -62,7 +94,9 @@ def load_changing_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     def shapes(of: dict[str, Tensor]) -> dict[str, Any]:
         return {n: t.shape for n, t in of.items() if not n.endswith("_extra_state")}  # which grows with its content
 
-    wanted, found = shapes(changing_state(model)), shapes(state)
+    state = dict(state)
+    take_rows(model, state)
+    wanted, found = shapes({n: t for n, t in changing_state(model).items() if ROWS not in n}), shapes(state)
     if wanted != found:
         odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         raise FormatError(f"the checkpoint is of another model or method: {odd[0]} differs, and {len(odd) - 1} more")
@@ -70,14 +104,15 @@ def load_changing_state(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def keep_missing_base(model: nn.Module) -> RemovableHandle:
-    """Let load_state_dict, a strict one too, leave frozen weights as they are where the state has none."""
+    """Let load_state_dict, a strict one too, take informed rows, and leave frozen weights that the state lacks."""
 
     def fill(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        take_rows(module, state, prefix)
         held = module.state_dict()
         for name in frozen_names(module):
             state.setdefault(prefix + name, held[name])
 
-    return model.register_load_state_dict_pre_hook(fill)
+    return run_first(model.register_load_state_dict_pre_hook(fill))  # before redraws are looked at
 
 
 def restore(model: nn.Module, folder: str | os.PathLike[str]) -> None:

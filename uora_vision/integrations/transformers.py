@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..errors import StateError
+from ..errors import ConfigError, StateError
+from ..lifecycle.informing import inform as inform_adapter
 from ..lifecycle.library import bank_of
 from ..lifecycle.optimizers import check_optimizer
 from ..lifecycle.parameter_groups import param_groups
@@ -32,9 +33,16 @@ class UoraCallback(TrainerCallback):
     Every checkpoint folder gets the adapter and the state of `reinit`, and `train(resume_from_checkpoint=...)` goes on
     from them. The number of firings so far is logged as `firings`.
 
+    Args:
+        inform: how many batches of the training data give the adapter informed rows before the first step (see
+            `uora.inform`); 0: none. It needs a trainer of `adapter_only`, whose checkpoints hold the rows.
+        inform_loss: the loss of a batch, `inform_loss(model, batch)` with the injected model; see `uora.inform`.
+        threshold, alpha, every, scope, quorum, interpolation, relative, reset_moments: see `Reinitializer`.
+
     Raises, when training begins:
         StateError: the model is not injected, or there is no state to resume from.
-        ConfigError: the optimizer lacks some b or d. One that decays them is warned of (`UoraWarning`).
+        ConfigError: `inform` with another trainer, or the optimizer lacks some b or d. One that decays them is warned
+            of (`UoraWarning`).
 
     Example:
         >>> from uora_vision.integrations.transformers import UoraCallback
@@ -55,7 +63,11 @@ class UoraCallback(TrainerCallback):
         interpolation: Interpolation = UNSET,
         relative: bool = UNSET,
         reset_moments: bool = UNSET,
+        inform: int = 0,
+        inform_loss: Callable[[torch.nn.Module, Any], torch.Tensor] | None = None,
     ) -> None:
+        self.inform, self.inform_loss = inform, inform_loss
+        self.attached = False
         self.options = given(
             threshold=threshold, alpha=alpha, every=every, scope=scope, quorum=quorum, interpolation=interpolation,
             relative=relative, reset_moments=reset_moments,
@@ -66,6 +78,7 @@ class UoraCallback(TrainerCallback):
 
     def attach(self, trainer: Trainer) -> UoraCallback:
         """Go to the front of the trainer's callbacks, so that the ones that write logs see `firings`."""
+        self.attached = True
         callbacks = trainer.callback_handler.callbacks
         callbacks[:] = [self, *(c for c in callbacks if c is not self)]
         return self
@@ -74,6 +87,13 @@ class UoraCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         model, optimizer = injected_in(given["model"]), innermost(given["optimizer"])
+        if self.inform and not self.attached:
+            raise ConfigError(
+                "inform=... needs a trainer of adapter_only(Trainer), since checkpoints of others do not hold informed "
+                "rows; or call uora.inform(model, batches) before training"
+            )
+        if self.inform and not state.global_step:
+            inform_adapter(model, given["train_dataloader"], self.inform_loss, max_batches=self.inform)
         if self.reinit is None or self.reinit.bank is not bank_of(model):
             self.reinit = Reinitializer(model, optimizer=given["optimizer"], **self.options)
         else:

@@ -17,7 +17,6 @@ from ..maths.shared_product import Reduced
 from ..maths.widths import Widths
 from ..options import hinting
 from ..private import tree_map
-from ..structure.checks import check_whole
 from ..structure.survey import Survey
 from ..tables import shortened
 from .adapter import REDUCED, Adapter, own_matrices
@@ -62,8 +61,8 @@ def inform(
         Of each adapted weight, by its path: the share of its sketched gradient (squared norm) that lies along the rows.
 
     Raises:
-        StateError: the model is not injected, is merged, routed or spread over processes, or its adapter has trained,
-            was redrawn, or is informed already.
+        StateError: the model is not injected, is merged or routed, or its adapter has trained, was redrawn, or is
+            informed already.
         OptionError, ConfigError: there are no batches, or the loss of one is no single finite number.
         DeadAdapterError: no gradient reaches any adapted weight; a head of zeros lets none through.
 
@@ -87,7 +86,6 @@ def inform(
         raise ConfigError(f"store must be one of {', '.join(ROW_TYPES)}, got {store!r}")
     library, survey = library_of(model), Survey(model)
     check_outside(library)
-    check_whole(survey)
     entry = active_entry(model)
     _check_fresh(entry.modules or (), entry.bank)
     sketches, inputs = _sketches(survey, library, batches, loss or _usual_loss, max_batches)
@@ -210,7 +208,7 @@ def _chosen(
         assert isinstance(total, Tensor)
         bank = members[0][0].bank
         found = leading_rows(total, bank.config.rank, keyed_generator(bank.config.seed, name))
-        kept = round_rows(found.rows, store)
+        kept = round_rows(found.rows * _length(bank, width), store)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             device = members[0][0].b.device
             sent = kept.to(device)
@@ -219,6 +217,12 @@ def _chosen(
         rows[name] = found._replace(rows=kept)
         names |= {adapter.origin: name for adapter, _ in members}
     return names, rows
+
+
+def _length(bank: Bank, width: int) -> float:
+    """Of the rows that are replaced, as a root of a mean of squares: 1 of orthonormal ones. Rates are made for it."""
+    length = float(bank.drawn("A", width).double().square().sum().div(bank.config.rank).sqrt())
+    return 1.0 if abs(length - 1) < 1e-5 else length
 
 
 def _tell(

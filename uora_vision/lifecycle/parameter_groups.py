@@ -93,10 +93,9 @@ def param_groups(
 def gain(adapter: Adapter) -> float:
     """s of one adapter; of roles of several heights, which share b, the root of their mean square.
 
-    Of the banks as they were first drawn: a run that is resumed after redraws must come to the same groups.
+    Of the banks as they were first drawn: a run that is resumed after redraws, or informed after its optimizer was
+    made, must come to the same groups. Informed rows are as long as those that they replace.
     """
     bank, rows = adapter.bank, [role.rows for role in adapter.roles]
     squares = [float(bank.drawn("B", n).double().pow(2).sum()) / bank.config.rank for n in rows]
-    return math.sqrt(
-        sum(squares) / sum(rows) * float(bank.drawn("A", adapter.width, adapter.origin).double().pow(2).sum())
-    )
+    return math.sqrt(sum(squares) / sum(rows) * float(bank.drawn("A", adapter.width).double().pow(2).sum()))

@@ -99,9 +99,9 @@ class Bank(Carried):
         """B of an output width, (width, r)."""
         return self._view("B", width, self.matrix("B", width))
 
-    def drawn(self, side: Side, width: int, origin: str | None = None) -> Tensor:
-        """A, (r, width), or B transposed, (r, width), as it was at first: before any redraw, on the CPU."""
-        return self._first[self.matrix(side, width, origin)][:, :width]
+    def drawn(self, side: Side, width: int) -> Tensor:
+        """A that is not informed, (r, width), or B transposed, (r, width), before any redraw, on the CPU."""
+        return self._first[self.matrix(side, width)][:, :width]
 
     def _view(self, side: Side, width: int, name: str) -> Tensor:
         """The same tensor from one forward to the next. Compilers and tracers get a new one, from the buffer."""
