@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from conftest import small_vit, trained
 from torch import Tensor, nn
@@ -159,20 +157,6 @@ class TestBase:
         for name in ("check_model", "check_weights", "sketch_of", "weights_digest"):
             monkeypatch.setattr(f"uora_vision.storage.base.{name}", lambda *_: pytest.fail("looked again"))
         uora.load(model, tmp_path, base=base, name="second", activate=False)
-
-    @pytest.mark.slow
-    def test_a_thousand_adapters_load_into_a_vit_base_within_seconds(self, tmp_path: Path) -> None:
-        """Ten seconds on an idle core; here with room for a busy one."""
-        model = timm.create_model("vit_base_patch16_224")
-        uora.save(uora.inject(model, train=()), tmp_path)
-        uora.remove(model)
-        base = Base(model)
-        start = time.perf_counter()
-        for i in range(1000):
-            uora.load(model, tmp_path, base=base, name=str(i), activate=i == 0)
-        taken = time.perf_counter() - start
-        print(f"\n1,000 adapters of a ViT-B, rank 256: {taken:.1f} s")
-        assert taken < 30
 
 
 def perturbed(model: nn.Module) -> nn.Module:
