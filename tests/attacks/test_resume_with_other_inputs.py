@@ -57,6 +57,7 @@ def swap(photos: Path) -> None:
     (photos / "x").rename(photos / "train" / "dog")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["folders swapped", "an image less", "an image replaced", "base", "nothing"])
 def test_images(
     what: str, photos: Path, vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -83,6 +84,7 @@ def test_images(
         assert (code, (BASE if what == "base" else DATA) in said, len(said.splitlines())) == (2, True, 1), said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["data", "base"])
 def test_texts(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     data, model = tmp_path / "data", tmp_path / "bert"

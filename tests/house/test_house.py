@@ -34,6 +34,7 @@ def test_a_file_of_the_maths_starts_with_a_legend_of_shapes(path: Path) -> None:
     assert re.search(r"^Shapes: .*|\. Shapes: ", text, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_the_code_of_extending_runs() -> None:
     """All blocks, in a process of their own: they change the library."""
     text = (ROOT / "docs" / "extending.md").read_text()

@@ -111,6 +111,7 @@ def test_lightning_logs_firings(tmp_path: Path) -> None:
     assert tensorboard(tmp_path / "logs", "firings")[-1] == reinit.firings > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fused", [False, True])
 def test_lightning_does_not_redraw_after_a_skipped_step(fused: bool, tmp_path: Path) -> None:
     pytest.importorskip("lightning.pytorch", reason="needs lightning")

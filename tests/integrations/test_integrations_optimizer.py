@@ -54,6 +54,7 @@ def test_a_trainer_of_adapters_trains_parameters_around_the_injected_model(tmp_p
     assert [held[id(p)] for p in trainer.model.extra.parameters()] == [0.1, 0.0]
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_was_given_is_kept_and_looked_at(tmp_path: Path) -> None:
     base = adapter_only(transformers.Trainer)
     trainer = trainer_of(tmp_path, base)
@@ -64,11 +65,13 @@ def test_an_optimizer_that_was_given_is_kept_and_looked_at(tmp_path: Path) -> No
     assert trainer.create_optimizer().param_groups is kept.param_groups
 
 
+@pytest.mark.slow
 def test_decay_by_a_plain_trainer_is_warned_of(tmp_path: Path) -> None:
     with pytest.warns(uora.UoraWarning, match="decay"):
         trainer_of(tmp_path, transformers.Trainer, weight_decay=0.1).train()
 
 
+@pytest.mark.slow
 def test_a_trainer_whose_optimizer_lacks_the_adapter_is_refused(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, transformers.Trainer)
     trainer.optimizer = torch.optim.SGD(trainer.model.classifier.parameters())

@@ -51,6 +51,7 @@ def whole_bert(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return functools.cache(lambda base: train_bert(tmp_path_factory.mktemp("whole"), base))
 
 
+@pytest.mark.slow
 def test_trainer_redraws_once_per_optimizer_step(whole_bert: Any) -> None:
     trainer, reinit = whole_bert(transformers.Trainer)
     assert trainer.state.global_step == reinit.steps == 4
@@ -68,6 +69,7 @@ def test_trainer_resumes_to_the_bit(base: Any, whole_bert: Any, tmp_path: Path) 
     assert any(not torch.equal(t, banks(second.model)[n]) for n, t in banks(first.model).items())
 
 
+@pytest.mark.slow
 def test_trainer_resumes_from_another_folder(whole_bert: Any, tmp_path: Path) -> None:
     base = adapter_only(transformers.Trainer)
     train_bert(tmp_path / "old", base, stop=2)
@@ -76,6 +78,7 @@ def test_trainer_resumes_from_another_folder(whole_bert: Any, tmp_path: Path) ->
     same(resumed.model, whole_bert(base)[0].model)
 
 
+@pytest.mark.slow
 def test_trainer_without_a_state_to_resume_from_says_so(tmp_path: Path) -> None:
     train_bert(tmp_path, stop=2)
     state = tmp_path / "checkpoint-2" / "uora_reinit.pt"
@@ -84,6 +87,7 @@ def test_trainer_without_a_state_to_resume_from_says_so(tmp_path: Path) -> None:
         train_bert(tmp_path, resume=True)
 
 
+@pytest.mark.slow
 def test_trainer_checkpoints_hold_no_base(tmp_path: Path) -> None:
     trainer, _ = train_bert(tmp_path, adapter_only(transformers.Trainer), stop=2, optim="sgd")
     folder = tmp_path / "checkpoint-2"
@@ -98,11 +102,13 @@ def test_trainer_checkpoints_hold_no_base(tmp_path: Path) -> None:
     same(uora.load(uora.remove(plain), tmp_path / "final"), trainer.model)
 
 
+@pytest.mark.slow
 def test_trainer_of_whole_checkpoints_adds_an_adapter_that_loads(tmp_path: Path) -> None:
     trainer, _ = train_bert(tmp_path, stop=2)
     same(uora.load(uora.remove(bert()), tmp_path / "checkpoint-2" / "uora_adapter"), trainer.model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", [transformers.Trainer, adapter_only(transformers.Trainer)])
 def test_trainer_ends_with_the_best_banks(base: Any, tmp_path: Path) -> None:
     trainer, reinit = train_bert(
@@ -115,6 +121,7 @@ def test_trainer_ends_with_the_best_banks(base: Any, tmp_path: Path) -> None:
     same(trainer.model, first.model)
 
 
+@pytest.mark.slow
 def test_trainer_logs_firings(tmp_path: Path) -> None:
     trainer, reinit = train_bert(
         tmp_path, adapter_only(transformers.Trainer), report_to=["tensorboard"], max_steps=3,
@@ -124,6 +131,7 @@ def test_trainer_logs_firings(tmp_path: Path) -> None:
     assert tensorboard(tmp_path, "train/firings")[-1] == reinit.firings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
 def test_trainer_does_not_redraw_after_a_skipped_step(optim: str, tmp_path: Path) -> None:
     overflow = Overflow()

@@ -140,6 +140,7 @@ class TestFeatureExtractor:
         model(X)
         assert_same(next(iter(extractor(X).values())), seen[0])
 
+    @pytest.mark.slow
     def test_a_weight_that_is_read_is_refused(self) -> None:
         model = uora.inject(torchvision.models.swin_t(), rank=4)
         with pytest.raises(uora.StateError, match=r"torch\.fx cannot trace a model that reads the weight"):

@@ -61,6 +61,7 @@ def test_sizes_that_take_another_form_need_one_more_graph() -> None:
         assert backend.graphs == graphs, n
 
 
+@pytest.mark.slow
 def test_steps_and_shared_firings_do_not_recompile() -> None:
     model, x = injected(depth=1).train(), batch(3)
     run, backend = compiled(model)
@@ -78,6 +79,7 @@ def test_steps_and_shared_firings_do_not_recompile() -> None:
     assert backend.graphs == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "second", [{}, *(pytest.param(o, marks=pytest.mark.slow) for o in ({"seed": 4}, {"rank": 4}, {"targets": "qv"}))],
     ids=str,

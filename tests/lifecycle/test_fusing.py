@@ -64,6 +64,7 @@ def assert_near(got: Tensor, wanted: Tensor) -> None:
 
 
 class TestFusing:
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", FUSING)
     def test_never_makes_a_wrong_model(self, name: str) -> None:
         need_timm(name)

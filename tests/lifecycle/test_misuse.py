@@ -120,6 +120,7 @@ def test_merging_measures_outputs_without_entries_as_zero(vit: nn.Module, images
     assert (reports[0].output_error, reports[0].output_scale) == (0.0, 0.0)
 
 
+@pytest.mark.slow
 def test_every_package_that_is_imported_is_declared() -> None:
     root = Path(inspect.getfile(uora)).parent.parent
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]

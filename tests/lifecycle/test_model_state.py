@@ -144,6 +144,7 @@ class TestAverages:
 
 
 class TestStateDicts:
+    @pytest.mark.slow
     @pytest.mark.parametrize("scope", SCOPES)
     def test_a_state_dict_carries_redraws_to_and_from_any_state(self, scope: str) -> None:
         states = [made(), redraw(made(), scope, quorum=0.1), redraw(made(), scope, times=3, quorum=0.1)]
@@ -154,6 +155,7 @@ class TestStateDicts:
                 model.load_state_dict(one.state_dict())
                 assert same(model, one) and [e.step for e in model.uora.log] == [e.step for e in one.uora.log]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("scope", SCOPES)
     def test_a_compiled_model_computes_with_the_redraws_that_it_loaded(self, scope: str) -> None:
         model, other = made(), redraw(made(), scope, quorum=0.1)

@@ -61,6 +61,7 @@ def test_a_compiled_model_matches_eager_also_after_firings(images: Tensor, scope
     assert (outputs[0] - outputs[1]).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_firings_in_layer_scope_recompile_seldom(images: Tensor) -> None:
     """Own rows grow by doubling, so 16 firings of one layer one by one meet few shapes."""
     torch.compiler.reset()
@@ -89,6 +90,7 @@ def batch(n: int = 24) -> tuple[Tensor, Tensor]:
     return x, y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", [None, "shared", "layer"])
 @pytest.mark.parametrize("options", [{}, {"train": (), "init": "kaiming"}, {"dropout": 0.2, "train": ("head", "bias")}])
 def test_training_learns_and_leaves_the_frozen_base_to_the_bit(options: dict[str, Any], scope: str | None) -> None:

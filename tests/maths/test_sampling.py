@@ -46,6 +46,7 @@ def assert_mean(draws: list[dict[str, Tensor]], want: dict[str, Tensor]) -> None
     assert 0.5 < off.square().mean() < 2  # the errors are as large as chance makes them, no smaller
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_the_mean_gradient_is_the_exact_one(form: str) -> None:
     tokens, options = FORMS[form]
@@ -133,6 +134,7 @@ def test_only_training_is_sampled(images: Tensor) -> None:
     assert torch.equal(got["head.weight"], want["head.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_the_backward_takes_the_tokens_that_the_forward_drew(images: Tensor, backend: str) -> None:
     """A compiler may compute random numbers anew in the backward; then the mean would be another."""

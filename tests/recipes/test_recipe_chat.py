@@ -80,6 +80,7 @@ class TestChat:
         assert base == llm_instruct.generate(model, [prompt], tokenizer, 6, 64)[0]
         assert status == 200 and "a &lt;test&gt;" in page and "http" not in page
 
+    @pytest.mark.slow
     def test_a_conversation_goes_on(self, talks: dict[str, chat.Talk]) -> None:
         turns = [*self.SAID["messages"], {"role": "assistant", "content": "red"}, {"role": "user", "content": "owl ?"}]
         assert ask(talks["uora"], {"side": "adapter", "messages": turns})[0][0] == 200

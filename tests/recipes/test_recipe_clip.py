@@ -107,6 +107,7 @@ def test_every_method_leaves_its_results(method: Method, recipe: Call, tmp_path:
     assert weights(folder)
 
 
+@pytest.mark.slow
 def test_the_saved_adapter_gives_the_measured_accuracy(recipe: Call, tiny: Path, tmp_path: Path) -> None:
     words = ("--rank", 8, "--lr", 0.05, "--text-tower", "full", "--head-lr", 1e-3, "--train-logit-scale")
     assert recipe(*CLASSES, *words, "--shots", 20, "--epochs", 6, "--augment", "none", "--output", tmp_path)[0] == 0
@@ -246,6 +247,7 @@ def test_images_inside_of_parquet(table: Path, tmp_path: Path) -> None:
     assert train.picture(0).shape == (8, 8, 3)
 
 
+@pytest.mark.slow
 def test_pairs_without_image_are_counted_or_stop(recipe: Call, table: Path, tmp_path: Path) -> None:
     rows = pd.read_csv(table)
     rows["image"] = [str(table.parent / name) for name in rows.image]

@@ -72,6 +72,7 @@ def test_the_options_reach_the_adapter_and_its_reinitialisation(recipe: Call, mo
     assert_the_options_reach_uora(recipe, monkeypatch, *SHORT)
 
 
+@pytest.mark.slow
 def test_it_redraws_by_uora_alone(recipe: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert_it_redraws_by_uora_alone(recipe, monkeypatch, *SHORT)
 
@@ -122,6 +123,7 @@ def test_resuming_ends_at_the_same_weights(words: tuple, recipe: Call, tmp_path:
         assert json.loads((whole / "metrics.json").read_text())["firings"] > 0
 
 
+@pytest.mark.slow
 def test_the_saved_adapter_writes_what_was_measured(recipe: Call, backbone: Path, tmp_path: Path) -> None:
     assert recipe(*SHORT, *FIRES, "--output", tmp_path / "out")[0] == 0
     model = uora.load(GPT2LMHeadModel.from_pretrained(backbone), tmp_path / "out" / "adapter")
@@ -166,6 +168,7 @@ def test_padding_does_not_change_what_is_written(backbone: Path) -> None:
     assert alone == together
 
 
+@pytest.mark.slow
 def test_a_tokenizer_without_padding_token_pads_with_its_end(recipe: Call, backbone: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(backbone, model)
@@ -180,6 +183,7 @@ def test_a_tokenizer_without_padding_token_pads_with_its_end(recipe: Call, backb
     assert code == 2 and error.endswith("has no end token, so no text would ever end; set one")
 
 
+@pytest.mark.slow
 def test_texts_that_are_too_long_are_left_out_or_refused(recipe: Call, tmp_path: Path) -> None:
     assert recipe(*SHORT, "--method", "bitfit", "--output", tmp_path / "out", "--max-length", 50) == (0, "")
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
@@ -192,6 +196,7 @@ def test_texts_that_are_too_long_are_left_out_or_refused(recipe: Call, tmp_path:
     assert code == 2 and "with --max-new-tokens 90 that is more than the model's 96 positions" in error
 
 
+@pytest.mark.slow
 def test_another_split_stands_in_for_a_missing_training_file(recipe: Call, data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()

@@ -59,6 +59,7 @@ def test_the_options_reach_the_adapter_and_its_reinitialisation(recipe: Call, mo
     assert_the_options_reach_uora(recipe, monkeypatch, *SHORT)
 
 
+@pytest.mark.slow
 def test_it_redraws_by_uora_alone(recipe: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert_it_redraws_by_uora_alone(recipe, monkeypatch, *SHORT)
 
@@ -78,6 +79,7 @@ def test_every_method_leaves_its_results(method: Method, recipe: Call, tmp_path:
     assert not (tmp_path / "out" / "checkpoints").exists() and trained(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_the_saved_adapter_gives_the_measured_accuracy(
     recipe: Call, backbone: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -166,6 +168,7 @@ class TestBadInput:
         code, error = recipe("--max-length", 17, "--output", tmp_path / "out")
         assert code == 2 and "--max-length 17 is more than the 16 positions of bert" in error
 
+    @pytest.mark.slow
     def test_a_loss_that_is_not_finite_stops_the_run(self, recipe: Call, tmp_path: Path) -> None:
         code, error = recipe(*SHORT, "--method", "full", "--lr", 1e30, "--clip", 0, "--output", tmp_path / "out")
         assert code == 2 and "the loss is nan at step" in error and "smaller --lr" in error
@@ -183,6 +186,7 @@ class TestBadInput:
         assert code == 2 and "holds a finished run" in error
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="SST-2 is not beside the repository")
 def test_files_without_header(recipe: Call, tmp_path: Path) -> None:
     code, error = recipe(

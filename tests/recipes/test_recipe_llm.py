@@ -63,6 +63,7 @@ def test_the_options_reach_the_adapter_and_its_reinitialisation(recipe: Call, mo
     assert_the_options_reach_uora(recipe, monkeypatch, *SHORT)
 
 
+@pytest.mark.slow
 def test_it_redraws_by_uora_alone(recipe: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert_it_redraws_by_uora_alone(recipe, monkeypatch, *SHORT)
 
@@ -83,6 +84,7 @@ def test_every_method_leaves_its_results(method: Method, recipe: Call, tmp_path:
     assert not (tmp_path / "out" / "checkpoints").exists() and trained(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_the_saved_adapter_gives_the_measured_loss(recipe: Call, backbone: Path, data: Path, tmp_path: Path) -> None:
     assert recipe(*SHORT, *FIRES, "--output", tmp_path / "out")[0] == 0
     metrics = told(tmp_path / "out")
@@ -245,6 +247,7 @@ class TestBadInput:
         code, error = recipe(*SHORT, "--method", method, "--output", tmp_path)
         assert code == 2 and f"would train nothing: LlamaForCausalLM has {lacks}; uora, vera," in error
 
+    @pytest.mark.slow
     def test_tokenizers_without_a_padding_or_an_end_token(self, recipe: Call, backbone: Path, tmp_path: Path) -> None:
         for name, dropped, code in (("padded", ("pad_token",), 0), ("endless", ("pad_token", "eos_token"), 2)):
             folder = tmp_path / name
@@ -260,6 +263,7 @@ class TestBadInput:
             assert got == code, error
         assert "has no end token; set one" in error
 
+    @pytest.mark.slow
     def test_a_loss_that_is_not_finite_stops_the_run(self, recipe: Call, tmp_path: Path) -> None:
         code, error = recipe(*SHORT, "--method", "full", "--lr", 1e30, "--clip", 0, "--output", tmp_path / "out")
         assert code == 2 and "the loss is nan at step" in error and "smaller --lr" in error

@@ -60,6 +60,7 @@ def test_a_full_disk(
     assert list(tmp_path.iterdir()) == []  # what was tried is gone
 
 
+@pytest.mark.slow
 def test_a_limit_on_the_size_of_files_is_noticed(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from common.training.folder import prepare_folder\n"

@@ -59,6 +59,7 @@ def test_the_options_reach_the_adapter_and_its_reinitialisation(recipe: Call, mo
     assert_the_options_reach_uora(recipe, monkeypatch, *SHORT)
 
 
+@pytest.mark.slow
 def test_it_redraws_by_uora_alone(recipe: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_it_redraws_by_uora_alone(recipe, monkeypatch, *SHORT)
 
@@ -137,6 +138,7 @@ def test_resuming_ends_at_the_same_weights(name: str, recipe: Call, tmp_path: Pa
     assert_same_run(whole, pieces)
 
 
+@pytest.mark.slow
 def test_dropout_in_the_model_is_resumed_exactly(recipe: Call, tmp_path: Path) -> None:
     folder = tmp_path / "dropping"
     model = timm.create_model("vit_tiny_patch16_224", num_classes=7, **TINY)
@@ -226,6 +228,7 @@ def test_resuming_with_other_options_names_them(recipe: Call, tmp_path: Path) ->
     assert "--head-lr was 0.004, is now 0.5; --seed was 0, is now 1" in said
 
 
+@pytest.mark.slow
 def test_validation_measures_on_held_out_training_images(recipe: Call, tmp_path: Path) -> None:
     words = ("--classes", "5-9", "--epochs", 1, "--method", "linear", "--quiet", "--validation", 0.25)
     assert recipe(*words, "--output", tmp_path)[0] == 0
@@ -273,6 +276,7 @@ def test_resume_without_an_output_folder_says_so(recipe: Call) -> None:
     assert "needs --output" in recipe("--resume")[1]
 
 
+@pytest.mark.slow
 def test_a_run_is_not_overwritten(recipe: Call, tmp_path: Path) -> None:
     words = (*SHORT, "--method", "linear", "--output", tmp_path)
     assert recipe(*words, "--max-steps", 1)[0] == 0

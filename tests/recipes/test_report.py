@@ -67,6 +67,7 @@ def test_a_long_number_is_short_at_the_top_and_whole_below(tmp_path: Path) -> No
     assert "85.9M" in top and "85,900,001" in below and "nan" in top and "not a number" in below
 
 
+@pytest.mark.slow
 def test_nothing_is_fetched_from_anywhere(tmp_path: Path) -> None:
     text = page(replace(a_report(epochs=2, vectors=True), firings=np.array([[3, 1, 2]])), tmp_path)
     assert "://" not in without_pictures(text)
@@ -78,6 +79,7 @@ def test_nothing_is_fetched_from_anywhere(tmp_path: Path) -> None:
         assert all(link.startswith(("#", "data:")) for link in links)
 
 
+@pytest.mark.slow
 def test_hostile_strings_stay_text(tmp_path: Path) -> None:
     image = np.zeros((8, 8, 3), dtype=np.uint8)
     row = {"accuracy": 0.5, "trained_parameters": 10, HOSTILE: HOSTILE}
@@ -100,6 +102,7 @@ def test_hostile_strings_stay_text(tmp_path: Path) -> None:
         ElementTree.fromstring(drawing)  # a stray control character or comment end would make it unreadable
 
 
+@pytest.mark.slow
 def test_a_run_without_firings_says_so_and_gives_the_smallest_d(tmp_path: Path) -> None:
     report = a_report(vectors=True)
     report.d[3][5] = -0.00125
@@ -118,12 +121,14 @@ def test_a_run_with_firings_counts_them_and_names_the_busiest_layer(tmp_path: Pa
     assert "from step 4 to 17" in text
 
 
+@pytest.mark.slow
 def test_many_firings_stay_small(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     firings = np.column_stack([rng.integers(0, high, 100_000) for high in (3000, len(LAYERS), 1024)])
     assert "100,000 times" in page(replace(a_report(), firings=firings, rank=1024, steps=3000), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_method_without_adapters_has_no_adapter_sections(tmp_path: Path) -> None:
     report = replace(a_report(epochs=1), layers=[], rank=0)
     report.metrics["firings"] = None
@@ -137,6 +142,7 @@ def test_the_least_report_can_be_written(tmp_path: Path) -> None:
     assert "data:image" not in text and "A run" in text
 
 
+@pytest.mark.slow
 def test_a_diverged_run_can_be_reported(tmp_path: Path) -> None:
     report = a_report(epochs=2, vectors=True)
     report.metrics["loss"] = float("nan")
@@ -147,6 +153,7 @@ def test_a_diverged_run_can_be_reported(tmp_path: Path) -> None:
     assert "not a number" in page(report, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [1, 12, 40, 1000])
 def test_any_number_of_classes_fits(classes: int, tmp_path: Path) -> None:
     report = a_report(classes)
@@ -196,6 +203,7 @@ def test_every_column_of_panels_has_numbers_below() -> None:
         assert sum(drawn.count(f"<!-- {block} -->") for block in range(3)) == numbers
 
 
+@pytest.mark.slow
 def test_words_fit_what_is_shown(tmp_path: Path) -> None:
     row = {"epoch": 1, "test_accuracy": 0.5, "test_bleu": 20.0}
     alone = page(replace(a_report(), history=[row]), tmp_path)
@@ -212,6 +220,7 @@ def test_wrong_predictions_are_marked_in_words(tmp_path: Path) -> None:
     assert "✗ class 2" in text and "is class 0" in text and "✓ class 1" in text
 
 
+@pytest.mark.slow
 def test_every_picture_has_words_for_who_cannot_see_it(tmp_path: Path) -> None:
     text = page(replace(a_report(epochs=2, vectors=True), firings=np.array([[3, 1, 2]])), tmp_path)
     images = re.findall(r"<img [^>]*>", text)
@@ -219,6 +228,7 @@ def test_every_picture_has_words_for_who_cannot_see_it(tmp_path: Path) -> None:
     assert all(re.search(r'alt="[^"]{15,}"', image) for image in images)
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_file(tmp_path: Path) -> None:
     assert page(a_report(epochs=2), tmp_path) == page(a_report(epochs=2), tmp_path)
 

@@ -97,6 +97,7 @@ def test_predicted_operations_of_a_block_counted_by_hand():
     assert scale.extra_operations(base, 2, rank) == 2 * tokens * rank * (2 * inputs + 3 * outputs)
 
 
+@pytest.mark.slow
 def test_a_scale_run_writes_a_table_numbers_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     scale_command.main(
         depth=1, width=32, batch=1, rank=4, depths="1,2", widths="32", batches="1", ranks="4", registered="1,3",

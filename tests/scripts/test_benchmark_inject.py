@@ -15,6 +15,7 @@ from benchmarks import inject as command
 from measure import inject as bench
 
 
+@pytest.mark.slow
 def test_a_run_writes_a_table_numbers_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command.main("ViT-B/16", 16, "", "bf16", "test_vit", 2, 2, tmp_path)
     result = json.loads((tmp_path / "benchmark.json").read_text())

@@ -43,6 +43,7 @@ def assert_published(row: dict[str, Any]) -> None:
         assert row[key] == then[key], key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["timm/test_vit", "transformers/gptj", "transformers/bert"])
 def test_the_published_rows_are_those_of_today(name: str) -> None:
     (entry,) = entries(name)

@@ -82,6 +82,7 @@ ALIKE = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in FAMILIES])
 def test_timm(name: str) -> None:
     model, _ = small(name)
@@ -173,6 +174,7 @@ def test_samples_that_see_each_other_are_refused(shift: int) -> None:
         model(torch.randn(3, 5, 16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [True, False])
 def test_open_clip_also_with_the_sequence_first(first: bool) -> None:
     sizes = {"width": 32, "layers": 2}
@@ -273,6 +275,7 @@ def flags_of(model: nn.Module) -> list[bool]:
     return [True for m in model.modules() if not hasattr(m, "tables")]
 
 
+@pytest.mark.slow
 def test_one_adapter_for_all_is_that_adapter() -> None:
     model = teach(small_vit(), "attention")
     images = torch.randn(2, 3, 32, 32)

@@ -122,6 +122,7 @@ class TestInterrupted:
         shutil.copy(DATA / "adapter_v2" / CONFIG_FILE, tmp_path)
         assert same(read_folder(tmp_path), adapters[0])
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("seed", [0, 1])
     def test_killed_at_random_moments(self, tmp_path: Path, adapters: tuple[Stored, Stored], seed: int) -> None:
         rng = random.Random(seed)

@@ -77,6 +77,7 @@ class TestFields:
         free = any(place[: len(f)] == f and len(place) > len(f) for f in FREE)
         assert target.outcome(folder) == ("same" if free else "refused")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("place", list(places(DESCRIBED)), ids=named)
     def test_of_another_type_or_out_of_range(self, target: Target, folder: Path, place: Place) -> None:
         given = look(DESCRIBED, place)
@@ -90,6 +91,7 @@ class TestFields:
                 nullable = place in NULLABLE and (given is None or isinstance(junk, str | int | list))
                 assert outcome == "refused" or nullable, f"{named(place)} = {junk!r} was taken"
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("place", REST, ids=named)
     def test_of_version_2(self, target: Target, old: Path, place: Place) -> None:
         """Nothing guards its numbers: refused, or the same weights."""
@@ -180,6 +182,7 @@ class TestTensors:
         rewrite(folder, tensors=lambda t: change(t["log/entries"]))
         assert target.outcome(folder) == "refused"
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("saved", ["changed", "all"])
     def test_rows_of_the_banks(self, target: Target, tmp_path: Path, saved: Any) -> None:
         uora.save(golden_adapter(), tmp_path, save_banks=saved)

@@ -37,6 +37,7 @@ def renamed(model: nn.Module) -> nn.Module:
 
 
 class TestRenamed:
+    @pytest.mark.slow
     @pytest.mark.parametrize("scope", [None, "shared", "layer"])
     @pytest.mark.parametrize("how", [Wrapped, renamed])
     def test_blocks_and_roles_find_the_weights_of_renamed_modules(

@@ -8,7 +8,6 @@ import random
 import shutil
 import struct
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,19 +97,14 @@ def folder() -> Iterator[Path]:
         yield Path(place) / "a"
 
 
-def report(results: Counter[str], seconds: float) -> None:
-    rows = "; ".join(f"{name}: {n:,}" for name, n in sorted(results.items()))
-    print(f"\n{results.total():,} damaged adapters in {seconds:.0f} s: {rows}")
-
-
+@pytest.mark.slow
 def test_a_few_hundred_damaged_adapters(folder: Path) -> None:
     results = fuzz(folder, 60, seed=1)
     assert results.total() == 300
 
 
 @pytest.mark.slow
-def test_ten_thousand_damaged_adapters(folder: Path) -> None:
-    start = time.perf_counter()
-    results = fuzz(folder, 2100, seed=2)
-    report(results, time.perf_counter() - start)
-    assert results.total() == 10_500
+def test_some_thousand_damaged_adapters(folder: Path) -> None:
+    """`scripts/fuzz.py` tries a million."""
+    results = fuzz(folder, 600, seed=2)
+    assert results.total() == 3000

@@ -17,6 +17,7 @@ from uora_vision.structure import rules
 
 
 class TestSharing:
+    @pytest.mark.slow
     def test_one_parameter_in_two_modules(self) -> None:
         model = small_vit()
         model.blocks[1].attn.qkv.weight = model.blocks[0].attn.qkv.weight

@@ -94,6 +94,7 @@ def test_an_attention_pool_with_weights_apart() -> None:
     merged_agrees(pool, lambda m: m(x).detach())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_base_converted_to_a_half_type(dtype: torch.dtype) -> None:
     model, (images, tokens) = clip()
@@ -129,12 +130,14 @@ def test_locked_towers_keep_their_adapters_training() -> None:
     assert uora.verify(model, example)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["coca_base", "ViT-B-16-SigLIP", "RN50", "nllb-clip-base"])
 def test_other_kinds_of_models(name: str) -> None:
     model, example = clip(name)
     uora.verify(uora.inject(model, rank=4), example)
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_step_falls() -> None:
     model, (images, tokens) = clip()
     uora.inject(model, rank=8)

@@ -95,6 +95,7 @@ def step(model: nn.Module, reinit: uora.Reinitializer | None, optimizer: torch.o
     return loss.item()
 
 
+@pytest.mark.slow
 def test_adapters_of_both_towers_of_a_llava_train_together_and_come_back(tmp_path: Path) -> None:
     model = uora.inject(llava(), rank=8, train=())
     image, text = towers(model, "model.vision_tower.", "model.language_model.")

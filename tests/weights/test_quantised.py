@@ -133,6 +133,7 @@ class TestModels:
     def test_a_trace_finds_no_fault(self, kind: str, tokens: Tensor) -> None:
         assert uora.plan(quantised_llama(kind), example_input={"input_ids": tokens}).differences == ()
 
+    @pytest.mark.slow
     def test_trains(self, kind: str, tokens: Tensor) -> None:
         model = uora.inject(quantised_llama(kind), rank=8, train=()).train()
         before = [dense_weight(copy.deepcopy(m)) for m in codes(uora.remove(copy.deepcopy(model)))]
@@ -207,6 +208,7 @@ def reference_sum(layer: Any) -> Tensor:
     return dense_weight(plain) + torch.cat(layer.uora.delta_weight(torch.float64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_models_train(kind: str, tokens: Tensor) -> None:
     model = uora.inject(quantised_llama(kind, torch.bfloat16), rank=8, train=()).train()
