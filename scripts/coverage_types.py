@@ -1,4 +1,5 @@
-"""Counts for how many model types of transformers a plan is complete, at their default widths on the meta device.
+"""Counts for how many model types of transformers, torchvision and diffusers (where it is installed) a plan is
+complete, at their default widths on the meta device.
 
     python scripts/coverage_types.py                       # all, in a few minutes; run again to go on
     python scripts/coverage_types.py --only "qwen*"        # some
@@ -11,6 +12,7 @@ in `proof/complete.py`, which looks at modules, shapes and places and not at the
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import logging
@@ -112,12 +114,16 @@ def counted(rows: list[dict[str, Any]]) -> str:
 
 def written(rows: list[dict[str, Any]]) -> str:
     """The page of all types that could be built."""
-    import transformers
+    from importlib.metadata import PackageNotFoundError, version
 
+    used = []
+    for package in ("transformers", "torchvision", "diffusers"):
+        with contextlib.suppress(PackageNotFoundError):
+            used.append(f"{package} {version(package).split('+')[0]}")
     lines = [
-        "# Model types of transformers",
+        "# Model types of transformers, torchvision and diffusers",
         "",
-        f"Written by `scripts/coverage_types.py` with transformers {transformers.__version__.split('+')[0]}, at",
+        f"Written by `scripts/coverage_types.py` with {', '.join(used)}, at",
         "default widths on the meta device. *Complete*: every weight of two or more dimensions is adapted by default,",
         "or left for a reason of a closed list, as modules, shapes and names bear out; what a forward does with them",
         "is not looked at here. *Convolutional*: neither attention nor an MLP; `targets='conv'` adapts it.",

@@ -28,6 +28,10 @@ _BY_WORD = (
 )
 
 
+_BETWEEN = r"\d\.(proj_in|proj_out|before_proj|after_proj|context_proj|plucker_proj)$"
+"""Square layers of a block that lead from one stream to another."""
+
+
 def judge(model: nn.Module, plan: Plan | None, skipped: dict[str, str]) -> dict[str, list[str]]:
     """The paths of the weights that are missed, and of those left for each reason of the closed list.
 
@@ -65,6 +69,8 @@ def _reason(path: str, module: nn.Module, p: Any, attending: set[str | None], st
     if stated is None:  # a bare tensor that the plan does not even name
         return None if p.dim() in (2, 3) and min(p.shape) > 8 else "norm"
     if block is None or block not in attending:
+        return "not of attention or MLP: on request"
+    if p.shape[0] == p.shape[1] and re.search(_BETWEEN, path):
         return "not of attention or MLP: on request"
     # In a block with attention or an MLP, only what changes the width of the stream may stand apart from both.
     changes = p.dim() == 2 and p.shape[0] != p.shape[1] and not re.search(r"attn|attention|mlp|ffn|mixer|mamba", path)

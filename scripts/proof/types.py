@@ -1,12 +1,15 @@
-"""Every model type of the installed transformers, at its default widths on the meta device."""
+"""Every model type of transformers, torchvision and diffusers, at its default widths on the meta device."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
+import torchvision
 import transformers
 from torch import nn
 from transformers.models.auto import modeling_auto
@@ -23,8 +26,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def names() -> list[str]:
-    """Every model type."""
-    return sorted(CONFIG_MAPPING_NAMES)
+    """Every model type of transformers by its name, those of the other packages behind the name of the package."""
+    found = sorted(CONFIG_MAPPING_NAMES)
+    found += [f"torchvision/{name}" for name in torchvision.models.list_models() if not name.startswith("quantized_")]
+    return found + [f"diffusers/{name}" for name in _diffusers()]
 
 
 def build(name: str) -> nn.Module:
@@ -33,6 +38,35 @@ def build(name: str) -> nn.Module:
     Raises:
         LookupError: there is no model class for this type.
     """
+    package, _, own = name.rpartition("/")
+    if package == "torchvision":
+        takes = inspect.signature(torchvision.models.get_model_builder(own)).parameters
+        bare = {"weights_backbone": None} if "weights_backbone" in takes else {}
+        with torch.device("meta"):
+            return torchvision.models.get_model(own, weights=None, **bare)
+    if package == "diffusers":
+        with torch.device("meta"):
+            return _diffusers()[own]()
+    return _of_transformers(name)
+
+
+@cache
+def _diffusers() -> dict[str, type[nn.Module]]:
+    """The classes of models of diffusers, by name; {} where it is not installed."""
+    try:
+        import diffusers
+    except ImportError:
+        return {}
+    found = {}
+    for name in dir(diffusers):
+        with contextlib.suppress(Exception):  # some want packages of their own
+            cls = getattr(diffusers, name)
+            if isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin) and cls is not diffusers.ModelMixin:
+                found[name] = cls
+    return found
+
+
+def _of_transformers(name: str) -> nn.Module:
     config, errors = CONFIG_MAPPING[name](**OPTIONS.get(name, {})), []
     classes = list(_classes(name, type(config)))
     if not classes:

@@ -163,7 +163,8 @@ def _leads_back(unit: Unit, name: str, candidate: Candidate) -> bool:
 
 
 def _returning(members: Mapping[str, tuple[Unit, str, Candidate]], block: str) -> list[str]:
-    """Layers of a block that follow each other, of which the first ones lead into a width, and the next one back."""
+    """Layers of a block that follow each other, of which the first ones lead into a width, and the next one back, from
+    that width alone or with what attention gave beside it."""
     found: list[str] = []
     ups: list[str] = []
     for path, (unit, _, candidate) in members.items():
@@ -172,7 +173,7 @@ def _returning(members: Mapping[str, tuple[Unit, str, Candidate]], block: str) -
         if (
             first
             and shape[0] == first[1]
-            and first[0] in (shape[1], 2 * shape[1])
+            and any(first[0] in (width, 2 * width) for width in (shape[1], shape[1] - first[1]))
             and _in_turn(unit, block, ups[-1], path)
         ):
             square = shape[0] == shape[1]

@@ -153,13 +153,31 @@ def _sort(
 
 def _behind(kinds: Mapping[str, str], blocks: Mapping[str, str | None], known: tuple[str, ...]) -> list[str]:
     """What comes after the last block of a model that nobody knows, with a layer of its own. Blocks have attention,
-    if any has; two layers alone behind them are a head, several pairs are blocks too."""
+    if any has; two layers alone behind them are a head, several pairs are blocks too, and so is what stands in a list
+    of modules where others with the same weights alternate with attention."""
     paths = list(blocks)
     attending = {b for p, b in blocks.items() if b and kinds.get(p) == ATTENTION}
     real = sorted(attending or {b for b in blocks.values() if b})
     last = max((i for i, p in enumerate(paths) if blocks[p] in real), default=len(paths))
     tops = dict.fromkeys(_top(p, real) for p in paths[last + 1 :] if not lies_within(p, known))
-    return [top for top in tops if len({b for b in blocks.values() if b and lies_within(b, (top,))}) < 2]
+    before = paths[:last]
+    return [
+        top for top in tops
+        if len({b for b in blocks.values() if b and lies_within(b, (top,))}) < 2 and not _alternates(top, paths, before)
+    ]  # fmt: skip
+
+
+def _alternates(path: str, paths: list[str], before: list[str]) -> bool:
+    """Whether a numbered module has the weights of a sibling that comes before the last block."""
+    parent, _, number = path.rpartition(".")
+    if not number.isdigit():
+        return False
+
+    def held(module: str, within: list[str]) -> set[str]:
+        return {p[len(module) :] for p in within if lies_within(p, (module,))}
+
+    own = held(path, paths)
+    return any(held(joined(parent, str(i)), before) == own for i in range(int(number)))
 
 
 def _top(path: str, blocks: list[str]) -> str:

@@ -91,6 +91,9 @@ TABLE: dict[str, Packed] = {
     "vision_transformer.DiffParallelScalingBlock.in_proj": Packed(("fc1", *QKV), lambda m: m.in_split),  # :583
     "mambaout.GatedConvBlock.fc1": Packed(("fc1_g", "fc1_x")),  # mambaout.py: act(g) * cat(i, conv(c))
     "mlp.GatedMlp.fc1": Packed("uv"),  # layers/mlp.py; taken apart by SpatialGatingUnit, mlp_mixer.py:216
+    # torchvision 0.29: shifted_window_attention of swin_transformer.py and of video/swin_transformer.py
+    "swin_transformer.ShiftedWindowAttention.qkv": Packed(QKV),
+    "swin_transformer.ShiftedWindowAttention3d.qkv": Packed(QKV),
     # transformers 5.23
     "modeling_gpt_neox.GPTNeoXAttention.query_key_value": Packed(QKV, None, lambda m: m.config.num_attention_heads),
     "modeling_bloom.BloomAttention.query_key_value": Packed(QKV, None, _per_head),  # view(..., heads, 3, head_dim)
@@ -181,6 +184,14 @@ def _split(cls: type, parts: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
     if re.search(rf"\b{names}\s*=\s*self\.transpose_for_scores\(\w+\)\.chunk\({n}\b", source):
         return "heads", ("num_attention_heads",)
     if re.search(rf"\b{names}\s*=\s*(?:\w|\.|\([^()]*\))*\.(?:chunk\({n}\b|split\(self\.\w+\s*[,)])", source):
+        return "sizes", ()
+    if re.search(rf"\b{names}\s*=\s*torch\.chunk\(\s*\w+,\s*{n}\b", source):
+        return "sizes", ()
+    whole = "".join(parts)  # qkv = self.to_qkv(x).chunk(3, dim=-1), which is taken apart by name afterwards
+    chunked = re.search(rf"\b(\w*{whole})\s*=\s*self\.\w*{whole}\w*\([^()]*\)\.chunk\({n}\b", source)
+    beside = r"\b(\w*qkv)\s*=\s*\(self\.\w*q\w*\([^()]*\),\s*\*self\.\w*kv\w*\([^()]*\)\.chunk\(2\b"
+    chunked = chunked or (re.search(beside, source) if whole == "kv" else None)
+    if chunked and re.search(rf"\b{names}\s*=[^\n]*\b{chunked[1]}\b", source):
         return "sizes", ()
     sizes = r",\s*".join([r"self\.(\w+)"] * n)
     taken = rf"\b{names}\s*=\s*(?:torch\.split\(\s*\w+,|(?:\w|\.|\([^()]*\))*\.split\()\s*[\[(]\s*{sizes}\s*,?\s*[\])]"

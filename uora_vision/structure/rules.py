@@ -121,7 +121,7 @@ def mlp(unit: Unit) -> Claims:
         rest = [(n, s) for n, s in unit.members.items() if n not in claims and not s.spatial]
         if claims:
             claims |= {name: _roles(unit, name, name.partition(".")[0], candidate, MLP) for name, candidate in rest}
-        elif len(rest) == 2 and _widens(rest[0][1], rest[1][1], 1):
+        elif len(rest) == 2 and _widens(rest[0][1], rest[1][1], 1, unit):
             claims = {n: _roles(unit, n, token, s, MLP) for (n, s), token in zip(rest, ("fc1", "fc2"), strict=True)}
     return claims | _pairs_in_sequence(unit, claims)
 
