@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import pytest
+import timm
 import torch
 from conftest import small_vit
 from torch import Tensor, nn
@@ -127,3 +128,48 @@ def test_groups_are_the_same_after_redraws() -> None:
             nn.init.zeros_(adapter.d)
         assert uora.Reinitializer(model, alpha=0.0, scope=scope).step() > 0
         assert [(g["name"], g["lr"], len(g["params"])) for g in uora.param_groups(model)] == before
+
+
+def rates(model: nn.Module, decay: float) -> dict[str, float]:
+    """The share of its rate that each trained parameter keeps, by its name."""
+    whole, decayed = ({id(p): g["lr"] for g in uora.param_groups(model, 1.0, 1.0, scaled=False, layer_decay=d)
+                       for p in g["params"]} for d in (1.0, decay))  # fmt: skip
+    return {name: decayed[id(p)] / whole[id(p)] for name, p in model.named_parameters() if p.requires_grad}
+
+
+class TestLayerDecay:
+    def test_of_a_vit_it_is_timms(self) -> None:
+        from timm.optim import param_groups_layer_decay
+
+        model = uora.inject(small_vit(depth=3), rank=4, train=("head", "norm", "bias"))
+        names = {id(p): name for name, p in model.named_parameters()}
+        want = {
+            names[id(p)]: g["lr_scale"] for g in param_groups_layer_decay(model, layer_decay=0.5) for p in g["params"]
+        }
+        got = rates(model, 0.5)
+        own = [name for name in got if not name.startswith("uora")]
+        assert len(own) > 40 and {name: got[name] for name in own} == pytest.approx({name: want[name] for name in own})
+        assert got["blocks.0.mlp.fc1.uora.b" if "blocks.0.mlp.fc1.uora.b" in got else own[0]] in (0.125, 0.0625)
+
+    def test_stages_follow_each_other_and_towers_are_counted_apart(self) -> None:
+        class Two(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.image, self.text = small_vit(), small_vit(depth=3)
+
+        swin = timm.create_model(
+            "swin_tiny_patch4_window7_224", img_size=56, depths=(1, 2), num_heads=(1, 2), embed_dim=16, num_classes=2
+        )
+        got = rates(uora.inject(swin, rank=4), 0.5)
+        shares = [
+            next(v for n, v in got.items() if f"layers.{i}.blocks.{j}.attn" in n) for i, j in ((0, 0), (1, 0), (1, 1))
+        ]
+        assert shares == pytest.approx([0.125, 0.25, 0.5])
+        got = rates(uora.inject(Two(), rank=4), 0.5)
+        firsts = [next(v for n, v in got.items() if n.startswith(f"{tower}.blocks.0.")) for tower in ("image", "text")]
+        assert firsts == pytest.approx([0.25, 0.125])
+
+    @pytest.mark.parametrize("decay", [0, -1.0, 1.5, float("nan")])
+    def test_what_is_no_share_is_refused(self, decay: float) -> None:
+        with pytest.raises(uora.ConfigError, match="layer_decay must be in"):
+            uora.param_groups(uora.inject(small_vit(), rank=4), layer_decay=decay)

@@ -19,11 +19,14 @@ what was measured.
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from ..structure.paths import lies_within
+from ..errors import ConfigError
+from ..structure.paths import ancestors, lies_within
 from ..structure.survey import Survey
 from .adapter import Adapter
 from .library import active_entry, adapters_in
@@ -38,7 +41,13 @@ D_INIT = 0.1
 
 
 def param_groups(
-    model: nn.Module, lr: float = LR, head_lr: float = HEAD_LR, weight_decay: float = 0.0, *, scaled: bool = True
+    model: nn.Module,
+    lr: float = LR,
+    head_lr: float = HEAD_LR,
+    weight_decay: float = 0.0,
+    *,
+    scaled: bool = True,
+    layer_decay: float = 1.0,
 ) -> list[dict[str, Any]]:
     """What an injected model trains, in groups for Adam or an optimizer of its kind.
 
@@ -48,12 +57,16 @@ def param_groups(
         head_lr: of heads, of what `train` named by its path, and of norms and biases of the base that train.
         weight_decay: of the head's matrices. Vectors never decay: a decaying d would fire by itself.
         scaled: False for the plain rate of the papers: `lr` for every b and d.
+        layer_decay: share of the rate of a block that the one before it has, in (0, 1], as in timm: the last block, and
+            what comes after it, has this share of the rate, what comes before all blocks the least, and the head the
+            whole rate. The blocks of each tower are counted apart.
 
     Returns:
-        Groups named `adapter` (one for each rate), `base`, `head` and `head_vectors`, those that are not empty.
+        Groups named `adapter` and `base` (one for each rate), `head` and `head_vectors`, those that are not empty.
 
     Raises:
         StateError: the model is not injected.
+        ConfigError: there is no such `layer_decay`.
 
     Example:
         >>> import torch, uora_vision as uora
@@ -64,30 +77,59 @@ def param_groups(
         [('adapter', 3, 0.1, 0.0), ('adapter', 4, 0.05, 0.0), ('adapter', 1, 0.141421, 0.0)]
         >>> optimizer = torch.optim.AdamW(groups)
     """
+    if not 0 < layer_decay <= 1:
+        raise ConfigError(f"layer_decay must be in (0, 1], got {layer_decay!r}")
     config, survey = active_entry(model).config, Survey(model)
+    share = (lambda _: 1.0) if layer_decay == 1 else _shares(survey, layer_decay)
     d_init = abs(config.d_init) / D_INIT
     rates: dict[float, list[nn.Parameter]] = {}
-    for adapter in adapters_in(survey).values():
+    for path, adapter in adapters_in(survey).items():
         b, d = (lr / gain(adapter) / d_init, lr * d_init) if scaled else (lr, lr)
-        for p, rate in ((adapter.b, b), (adapter.d, d)):
+        for p, rate in ((adapter.b, b * share(path)), (adapter.d, d * share(path))):
             rates.setdefault(float(f"{rate:.6g}"), []).append(p)  # equal banks, equal to the last bits or not
     vectors = {id(p) for params in rates.values() for p in params}
     asked = [term for term in config.train if term not in ("norm", "bias")]
     heads = {id(survey.tensors[name].tensor) for name in base_parameters(survey, asked)} | {
         id(held.tensor) for name, held in survey.parameters.items() if lies_within(name, survey.parts.heads)
     }
-    rest: dict[str, list[nn.Parameter]] = {"base": [], "head": [], "head_vectors": []}
-    for module, key in survey.parameters.values():
+    rest: dict[tuple[str, float], list[nn.Parameter]] = {("base", head_lr): [], ("head", head_lr): []}
+    for name, (module, key) in survey.parameters.items():
         part = module._parameters[key]
         assert part is not None
         if id(part) not in vectors and part.requires_grad:
-            rest[("head" if part.dim() > 1 else "head_vectors") if id(part) in heads else "base"].append(part)
+            kind = ("head" if part.dim() > 1 else "head_vectors") if id(part) in heads else "base"
+            rate = head_lr * share(name) if kind == "base" else head_lr
+            rest.setdefault((kind, rate), []).append(part)
     chosen = [("adapter", params, rate) for rate, params in rates.items()]
-    chosen += [(name, params, head_lr) for name, params in rest.items() if params]
+    chosen += [(name, params, rate) for (name, rate), params in rest.items() if params]
     return [
         {"name": name, "params": params, "lr": rate, "weight_decay": weight_decay if name == "head" else 0.0}
         for name, params, rate in chosen
     ]
+
+
+def _shares(survey: Survey, decay: float) -> Callable[[str], float]:
+    """The share of its rate that a weight or parameter keeps, by its path."""
+    held: dict[int, list[set[str]]] = {}
+    for path, finding in survey.findings.items():
+        if finding.block is not None:
+            held.setdefault(finding.block, []).append(set(ancestors(path)))
+    tops = [max(set.intersection(*above), key=len) for _, above in sorted(held.items())]
+    towers: dict[str, list[str]] = {}
+    for top in tops:
+        towers.setdefault(re.sub(r"\d+", "*", top), []).append(top)
+    left = {top: len(tower) - i for tower in towers.values() for i, top in enumerate(tower)}
+    most = 1 + max(left.values(), default=-1)
+    order = {name: i for i, name in enumerate(survey.parameters)}
+    first = min((i for name, i in order.items() if lies_within(name, tops)), default=0)
+
+    def share(path: str) -> float:
+        steps = next((left[above] for above in (path, *ancestors(path)) if above in left), None)
+        if steps is None:
+            steps = most if order.get(path, order.get(f"{path}.weight", first)) < first else 1
+        return decay**steps
+
+    return share
 
 
 def gain(adapter: Adapter) -> float:
