@@ -94,6 +94,10 @@ TABLE: dict[str, Packed] = {
     # torchvision 0.29: shifted_window_attention of swin_transformer.py and of video/swin_transformer.py
     "swin_transformer.ShiftedWindowAttention.qkv": Packed(QKV),
     "swin_transformer.ShiftedWindowAttention3d.qkv": Packed(QKV),
+    # diffusers 0.42
+    "transformer_flux2.Flux2ParallelSelfAttention.to_qkv_mlp_proj": Packed(
+        (*QKV, "gate", "up"), lambda m: (m.inner_dim,) * 3 + (m.mlp_hidden_dim,) * m.mlp_mult_factor
+    ),
     # transformers 5.23
     "modeling_gpt_neox.GPTNeoXAttention.query_key_value": Packed(QKV, None, lambda m: m.config.num_attention_heads),
     "modeling_bloom.BloomAttention.query_key_value": Packed(QKV, None, _per_head),  # view(..., heads, 3, head_dim)
