@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from pathlib import Path
 
 import e2e_nlg
+import huggingface_hub.constants
 import pytest
 import torch
 from common.command.choices import Method
-from common.data import network
 from common.language import toy, toy_restaurants
 from recipe_runs import Call, assert_it_redraws_by_uora_alone, assert_the_options_reach_uora, caller, trained
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -239,8 +240,8 @@ def test_without_network_it_says_what_to_do(recipe: Call, monkeypatch: pytest.Mo
     def offline(*_: object) -> None:
         raise OSError("no address")
 
-    monkeypatch.setattr(network.socket, "getaddrinfo", offline)
-    monkeypatch.setattr(network.huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(socket, "getaddrinfo", offline)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     code, error = recipe(*SHORT, data="tuetschek/nothing-of-this-name")
     assert code == 2 and "no data set 'tuetschek/nothing-of-this-name'" in error and "--demo" in error
     code, error = recipe(*SHORT, model="nobody/no-such-model")

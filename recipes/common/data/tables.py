@@ -18,8 +18,9 @@ import torch
 from datasets import Dataset, load_dataset
 from torch.utils.data import DataLoader
 
+from uora_vision.predict.network import fail_fast_without_network
+
 from ..errors import DataError
-from .network import fail_fast_without_network
 
 SPLITS = {  # E2E's testset.csv is its testset_w_refs.csv without the references
     "train": ("train",), "validation": ("validation", "dev", "valid"), "test": ("testset_w_refs", "test"),

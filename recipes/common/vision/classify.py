@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,10 @@ from accelerate import PartialState
 from rich.console import Console
 
 import uora_vision as uora
+from uora_vision.predict.images import InputFormat
+from uora_vision.predict.models import relative_source
+from uora_vision.predict.predictor import IMAGES
+from uora_vision.storage.preprocessing import sections_of
 
 from ..command import cli
 from ..command.display import Display
@@ -35,6 +40,18 @@ def load_sets(options: ImageChoice) -> Splits:
         options.data, parse_classes(options.classes), validation=options.validation, shots=options.shots,
         seed=options.seed, strict=options.strict,
     )  # fmt: skip
+
+
+def described(options: ImageChoice, names: Sequence[str], form: InputFormat, folder: Path) -> dict[str, Any]:
+    """`labels` and `preprocessing` of an adapter, for `uora.save`.
+
+    Raises:
+        uora.OptionError: a name of a class cannot be written into it.
+    """
+    model = relative_source(f"timm/{options.model}", folder / "adapter")
+    about = {"labels": list(names), "preprocessing": {"task": IMAGES, "model": model, **form.config()}}
+    sections_of(**about)  # so that a name of no use is told before the run, not after it
+    return about
 
 
 def train_images(
@@ -79,6 +96,7 @@ def train_images(
         for note in splits.notes:
             display.warn(note)
         record_config(folder, config, {"data": splits.digest, "base": base}, options.resume)
+    about = described(options, train_set.names, tests.prepare.form, folder)
     task = Classification(tests, options.batch, options.workers)
     with tensorboard(folder) as log:
         outcome = train(
@@ -90,7 +108,7 @@ def train_images(
     if outcome.stopped:
         raise cli.stopped(console, outcome.stopped, outcome.progress.step, folder)
     measured = "the test images" if not options.validation else "training images that were held out"
-    about = f"{len(train_set):,} images of {len(train_set.names)} classes, measured on {measured}."
+    told = f"{len(train_set):,} images of {len(train_set.names)} classes, measured on {measured}."
     metrics = finish(
         folder,
         adapted,
@@ -105,8 +123,9 @@ def train_images(
         },
         config,
         f"{options.method} on {Path(options.data).name}",
-        f"{options.method} on {Path(options.model).name}, {about}",
+        f"{options.method} on {Path(options.model).name}, {told}",
         comparison=comparison,
+        **about,
         **sections(tests, outcome.evaluation),
     )
     display.say(f"accuracy {metrics['accuracy']:.2%}, loss {metrics['loss']:.3f}. Report: {folder / 'report.html'}")

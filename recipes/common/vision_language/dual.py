@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from uora_vision.predict.network import fail_fast_without_network
+
 from ..data.augment import InputFormat
-from ..data.network import fail_fast_without_network
 from ..errors import ModelError
 
 Tokens = dict[str, Tensor]

@@ -1,7 +1,10 @@
-"""Models by name, for the command line: `timm/NAME`, `open_clip/NAME`, `transformers/FOLDER`."""
+"""Models by name: `timm/NAME`, `open_clip/NAME`, `transformers/NAME`, each also a folder, with the head that a saved
+adapter brings along."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +15,10 @@ if TYPE_CHECKING:
 
     from ..storage.stored import Stored
 
-FORMS = "timm/NAME, open_clip/NAME or transformers/FOLDER"
+FORMS = "timm/NAME, timm/local-dir:FOLDER, open_clip/NAME or transformers/FOLDER"
+
+CLASSES = {"text-classification": "AutoModelForSequenceClassification", "text-generation": "AutoModelForCausalLM"}
+"""The class of transformers that makes a model for a task."""
 
 
 def on_meta(spec: str) -> tuple[nn.Module, Any]:
@@ -40,10 +46,65 @@ def with_weights(spec: str, stored: Stored, checkpoint: str | None = None) -> tu
     """
     import torch
 
+    from .network import fail_fast_without_network
+
+    if not Path(_parts(spec)[1]).is_dir():
+        fail_fast_without_network()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, example = _create(spec, stored, checkpoint, True)
     return model.eval(), example
+
+
+def source_of(stored: Stored, folder: Path | None) -> tuple[str, str | None]:
+    """Where the base of an adapter is to be had: a model for `with_weights`, and a checkpoint.
+
+    Args:
+        folder: of the adapter, to which folders of models are relative; None if it is not of this machine.
+
+    Raises:
+        ConfigError: the adapter does not tell.
+    """
+    about, name = stored.about.get("preprocessing", {}), stored.identity.name
+    found = about.get("model")
+    if found is None and name is not None:
+        found = name if name.startswith("timm/") else f"transformers/{name}"
+    if found is None or (folder is None and _is_folder(found)):
+        raise ConfigError(
+            f"the adapter does not say where its base is to be had; it was made for {stored.identity.shown} "
+            f"({stored.identity.class_name}). Give it with --model (model=): {FORMS}"
+        )
+    checkpoint = about.get("checkpoint")
+    if folder is not None:
+        found = _resolved(found, folder)
+        checkpoint = checkpoint and _resolved(checkpoint, folder)
+    return found, checkpoint
+
+
+def relative_source(spec: str, folder: str | os.PathLike[str]) -> str:
+    """A model or a checkpoint as an adapter names it: what is a path on this machine, relative to its folder."""
+    head, path = _parts(spec)
+    if (spec.startswith(("timm/", "open_clip/")) and not head) or not Path(path).exists():
+        return spec
+    relative = os.path.relpath(Path(path).resolve(), Path(folder).resolve())
+    return head + (relative if relative.startswith(".") else f"./{relative}")
+
+
+def _parts(spec: str) -> tuple[str, str]:
+    """`timm/local-dir:FOLDER` as `timm/local-dir:` and `FOLDER`."""
+    for head in ("timm/local-dir:", "open_clip/local-dir:", "transformers/"):
+        if spec.startswith(head):
+            return head, spec.removeprefix(head)
+    return "", spec
+
+
+def _is_folder(spec: str) -> bool:
+    return _parts(spec)[1].startswith(("./", "../", "/"))
+
+
+def _resolved(spec: str, folder: Path) -> str:
+    head, path = _parts(spec)
+    return head + os.path.normpath(folder / path) if path.startswith(("./", "../")) else spec
 
 
 def _create(spec: str, stored: Stored | None, checkpoint: str | None, weights: bool) -> tuple[nn.Module, Any]:
@@ -56,7 +117,8 @@ def _create(spec: str, stored: Stored | None, checkpoint: str | None, weights: b
     except Exception as error:  # of three libraries, a network and files: whatever it is, the name is what to look at
         text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
         reason = next((line for line in text.splitlines() if line.strip()), type(error).__name__)
-        hint = "; --checkpoint gives its weights from a file" if weights and checkpoint is None else ""
+        more = weights and checkpoint is None
+        hint = "; --checkpoint gives its weights from a file, --model a base on disk" if more else ""
         raise ConfigError(f"{spec} cannot be made: {reason.strip().rstrip('.')}{hint}") from error
 
 
@@ -64,30 +126,48 @@ def _timm(name: str, stored: Stored | None, checkpoint: str | None, weights: boo
     import timm
     import torch
 
-    options: dict[str, Any] = {}
-    if stored is not None:
-        heads: Any = getattr(timm.get_pretrained_cfg(name), "classifier", None)
-        for head in [heads] if isinstance(heads, str) else heads or ():
-            if (weight := stored.parts.get(f"{head}.weight")) is not None:
-                options["num_classes"] = len(weight)
-    model: Any = timm.create_model(name, pretrained=weights and checkpoint is None, **options)
+    from ..structure.heads import head_names
+
+    about = _about(stored)
+    model: Any = timm.create_model(name, pretrained=weights and checkpoint is None)
+    size = tuple(about.get("input_size") or model.pretrained_cfg["input_size"])
+    if size[1:] != tuple(model.pretrained_cfg["input_size"])[1:]:
+        model = _of_size(name, size, weights and checkpoint is None)
+    for head in head_names(model) if stored is not None else ():
+        weight = stored.parts.get(f"{head}.weight") if stored is not None else None
+        if weight is not None and weight.dim() == 2 and len(weight) != model.num_classes:
+            model.reset_classifier(len(weight))
+            break
     if checkpoint is not None:
         _fill(model, checkpoint, stored)
-    return model, torch.randn(2 if weights else 1, *model.pretrained_cfg["input_size"])
+    return model, torch.randn(2 if weights else 1, *size)
+
+
+def _of_size(name: str, size: tuple[int, ...], weights: bool) -> Any:
+    """For images of another size, where that makes another model."""
+    import timm
+
+    try:
+        return timm.create_model(name, pretrained=weights, img_size=size[1:])
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        return timm.create_model(name, pretrained=weights)  # a convolutional network reads any size
 
 
 def _open_clip(name: str, stored: Stored | None, checkpoint: str | None, weights: bool) -> tuple[nn.Module, Any]:
     import open_clip
     import torch
 
-    if weights and checkpoint is None:
+    local = name.startswith(("local-dir:", "hf-hub:"))
+    if weights and checkpoint is None and not local:
         raise ConfigError("open_clip needs --checkpoint with a file or the tag of published weights")
     device = "cpu" if weights else "meta"
     if checkpoint is not None and Path(checkpoint).exists():
         model: Any = open_clip.create_model(name, device=device)
         _fill(model, checkpoint, stored)
     else:
-        model = open_clip.create_model(name, pretrained=checkpoint, device=device)
+        model = open_clip.create_model(name, pretrained=checkpoint, device=device, require_pretrained=weights)
     size, length = model.visual.image_size, getattr(model, "context_length", 77)
     sides = size if isinstance(size, tuple) else (size, size)
     n = 2 if weights else 1
@@ -99,10 +179,17 @@ def _transformers(name: str, stored: Stored | None, checkpoint: str | None, weig
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(name)
+    about, labels = _about(stored), stored.about.get("labels") if stored is not None else None
     known = [getattr(transformers, made, None) for made in config.architectures or ()]
     cls: Any = next((made for made in known if made is not None), None)
+    if about.get("task") in CLASSES:
+        cls = getattr(transformers, CLASSES[about["task"]])
+        if labels is not None:
+            config.num_labels = len(labels)
     if weights and checkpoint is None:
-        model: Any = (cls or transformers.AutoModel).from_pretrained(name)
+        model: Any = (cls or transformers.AutoModel).from_pretrained(name, config=config, dtype=torch.float32)
+    elif cls is not None and hasattr(cls, "from_config"):
+        model = cls.from_config(config)
     else:
         model = cls(config) if cls is not None else transformers.AutoModel.from_config(config)
     if checkpoint is not None:
@@ -112,6 +199,11 @@ def _transformers(name: str, stored: Stored | None, checkpoint: str | None, weig
     if model.main_input_name == "pixel_values":
         return model, {"pixel_values": torch.randn(n, 3, config.image_size, config.image_size)}
     return model, {"input_ids": tokens} | ({"decoder_input_ids": tokens} if config.is_encoder_decoder else {})
+
+
+def _about(stored: Stored | None) -> Mapping[str, Any]:
+    """What an adapter says of its task."""
+    return stored.about.get("preprocessing", {}) if stored is not None else {}
 
 
 def _fill(model: nn.Module, checkpoint: str, stored: Stored | None) -> None:
