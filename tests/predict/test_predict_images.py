@@ -23,6 +23,7 @@ from uora_vision.__main__ import main
 from uora_vision.predict import predictor as predictors
 from uora_vision.predict import results
 from uora_vision.predict.images import InputFormat
+from uora_vision.predict.tasks import ImageClassification
 
 SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 NAMES = ["ant", "bee", "cat"]
@@ -246,7 +247,7 @@ def test_a_head_that_tells_more_apart_than_has_names(made: Run) -> None:
     base = timm.create_model(f"local-dir:{made.base}", pretrained=True)
     with torch.no_grad():
         base.head.bias[5] += 100
-    predictor = predictors.Predictor(base.eval(), predictors.ImageClassification(base, FORM.config()), "", NAMES, True)
+    predictor = predictors.Predictor(base.eval(), ImageClassification(base, FORM.config()), "", NAMES, True)
     assert predictor(made.files[0]).answer == "output 5"
 
 

@@ -47,7 +47,8 @@ def predict(
     names = None if classes is None else _names(classes)
     there = local_folder(adapter, revision)
 
-    from ..predict.predictor import Predictor, labels_of, load_predictor, task_of
+    from ..predict.making import labels_of, task_of
+    from ..predict.predictor import Predictor, load_predictor
     from ..storage.folder import TENSOR_FILE, read_folder
 
     stored = read_folder(there)

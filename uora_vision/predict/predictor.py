@@ -12,17 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, StateError
+from ..errors import StateError
 from ..lifecycle.library import adapters
 from ..lifecycle.merging import merge as merge_in
 from ..storage.folder import read_folder
 from ..storage.hub import is_repository, local_copy
 from ..storage.save_load import load
-from ..storage.stored import Stored
-from .models import source_of, with_weights
-from .tasks import Computed, ImageClassification, Task, check_classes
-
-IMAGES = "image-classification"
+from .making import labels_of, make_task, task_of
+from .tasks import Computed, Task, check_classes
 
 
 @dataclass(frozen=True)
@@ -120,7 +117,7 @@ class Predictor:
         if self.merged:
             raise StateError("the adapter is merged, so there is no base to compare with; load with merge=False")
         with without_update(self.model):
-            return self._told(self.task.compute(inputs, embeddings))
+            return self._told(self.task.compute(inputs, embeddings, base=True))
 
     def _told(self, computed: Computed) -> list[Prediction]:
         features = computed.features
@@ -182,63 +179,13 @@ def load_predictor(
         folder, here = local_copy(os.fspath(adapter), revision), False
     stored = read_folder(folder)
     task, names = task_of(stored), labels_of(stored, classes)
-    if isinstance(model, nn.Module):
-        made = model.eval()
-    else:
-        spec, kept = (model, checkpoint) if model is not None else source_of(stored, folder if here else None)
-        made, _ = with_weights(spec, stored, checkpoint or kept)
+    made, running = make_task(stored, folder if here else None, names, model, checkpoint)
     load(made, folder)
     if merge:
         merge_in(made)
     where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    made = made.to(where).eval()
-    return Predictor(made, _made_task(task, made, stored), task, names, merge)
-
-
-def task_of(stored: Stored) -> str:
-    """The task of an adapter, as the hub names it.
-
-    Raises:
-        ConfigError: it does not say, or this version does not predict for that task.
-    """
-    found = stored.about.get("preprocessing", {}).get("task")
-    if found is None and stored.identity.architecture is not None:
-        return IMAGES
-    if found is None:
-        raise ConfigError(
-            f"the adapter does not say what it is for; it was made for {stored.identity.shown}. Save it again with "
-            "save(model, folder, labels=..., preprocessing={'task': ...})"
-        )
-    if found != IMAGES:
-        raise ConfigError(f"the adapter is of the task {found}, which is not one of {IMAGES}")
-    return str(found)
-
-
-def labels_of(stored: Stored, given: Sequence[str] | None) -> tuple[str, ...]:
-    """Names of the classes.
-
-    Raises:
-        ConfigError: none are there, or those that are given are not as many as those that are.
-    """
-    known = stored.about.get("labels")
-    if given is not None and known is not None and len(given) != len(known):
-        raise ConfigError(f"{len(given)} names of classes were given; the adapter tells {len(known)} apart")
-    found = given if given is not None else known
-    if found is None:
-        raise ConfigError(
-            "the adapter was saved without names of its classes; give them in the order of the outputs with --classes "
-            "FILE, one a line (classes=)"
-        )
-    return tuple(found)
-
-
-def _made_task(name: str, model: nn.Module, stored: Stored) -> Task:
-    config = dict(stored.about.get("preprocessing", {}))
-    if not {"input_size", "mean", "std"} <= config.keys():
-        from timm.data import resolve_model_data_config
-
-        config = resolve_model_data_config(model) | config
-    return ImageClassification(model, config)
+    made.to(where).eval()
+    return Predictor(made, running, task, names, merge)
 
 
 @contextmanager

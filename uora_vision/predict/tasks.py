@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -14,6 +14,12 @@ from torch import Tensor, nn
 
 from ..errors import DataError, FormatError, StateError
 from ..structure.heads import head_names
+
+if TYPE_CHECKING:
+    from .dual import Dual
+
+IMAGES, CLIP = "image-classification", "zero-shot-image-classification"
+"""Tasks, as the hub names them."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +47,12 @@ class Task(Protocol):
             DataError: it cannot be read.
         """
 
-    def compute(self, inputs: Sequence[Any], features: bool) -> Computed:
-        """Of inputs that `read` gave."""
+    def compute(self, inputs: Sequence[Any], features: bool, base: bool = False) -> Computed:
+        """Of inputs that `read` gave.
+
+        Args:
+            base: that the model computes as its base now.
+        """
 
 
 class ImageClassification:
@@ -62,11 +72,43 @@ class ImageClassification:
         return self.prepare(image_of(item))
 
     @torch.no_grad()
-    def compute(self, inputs: Sequence[Tensor], features: bool) -> Computed:
+    def compute(self, inputs: Sequence[Tensor], features: bool, base: bool = False) -> Computed:
         images = torch.stack(list(inputs)).to(next(self.model.parameters()).device)
         with head_inputs(self.model, features) as seen:
             logits = self.model(images)
         return Computed(logits.float().cpu(), features=seen() if features else None)
+
+
+class ZeroShotClassification:
+    """Images by the nearest of the classes' texts, as CLIP does it.
+
+    Args:
+        dual: the model.
+        config: of its images, as `preprocessing` has it.
+        prompts: the text of each class.
+    """
+
+    def __init__(self, dual: Dual, config: Mapping[str, Any], prompts: Sequence[str]) -> None:
+        from .images import preparation
+
+        self.dual, self.prepare = dual, preparation(config)
+        self.tokens = dual.tokenize(prompts)
+        self.texts: dict[bool, Tensor] = {}
+        """Features of the texts, (classes, width): of the adapter (False) and of the base."""
+
+    def read(self, item: Any) -> Tensor:
+        return self.prepare(image_of(item))
+
+    @torch.no_grad()
+    def compute(self, inputs: Sequence[Tensor], features: bool, base: bool = False) -> Computed:
+        from .dual import logits, text_features
+
+        device = next(self.dual.parameters()).device
+        if base not in self.texts:
+            self.texts[base] = text_features(self.dual, self.tokens, device)
+        image, _, scale, bias = self.dual(torch.stack(list(inputs)).to(device), None)
+        scores = logits(image, self.texts[base], scale, bias).float().cpu()
+        return Computed(scores, features=image.cpu() if features else None)
 
 
 def image_of(item: Any) -> np.ndarray:

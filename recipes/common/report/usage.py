@@ -10,6 +10,7 @@ from typing import Any
 
 INPUTS = {  # of a task: what to give the command, and what to give the function
     "image-classification": ("FOLDER_OR_IMAGES", '"image.jpg"'),
+    "zero-shot-image-classification": ("FOLDER_OR_IMAGES", '"image.jpg"'),
 }
 
 

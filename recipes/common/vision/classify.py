@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,7 @@ from accelerate import PartialState
 from rich.console import Console
 
 import uora_vision as uora
-from uora_vision.predict.images import InputFormat
-from uora_vision.predict.models import relative_source
-from uora_vision.predict.predictor import IMAGES
-from uora_vision.storage.preprocessing import sections_of
+from uora_vision.predict.tasks import IMAGES
 
 from ..command import cli
 from ..command.display import Display
@@ -23,6 +19,7 @@ from ..data.images import parse_classes
 from ..data.loading import Images
 from ..data.splits import Splits, load_splits
 from ..report.results import finish
+from ..training.about import described
 from ..training.folder import CHECKPOINT, record_config
 from ..training.loop import TrainOptions, train
 from ..training.methods import AdaptedModel
@@ -40,18 +37,6 @@ def load_sets(options: ImageChoice) -> Splits:
         options.data, parse_classes(options.classes), validation=options.validation, shots=options.shots,
         seed=options.seed, strict=options.strict,
     )  # fmt: skip
-
-
-def described(options: ImageChoice, names: Sequence[str], form: InputFormat, folder: Path) -> dict[str, Any]:
-    """`labels` and `preprocessing` of an adapter, for `uora.save`.
-
-    Raises:
-        uora.OptionError: a name of a class cannot be written into it.
-    """
-    model = relative_source(f"timm/{options.model}", folder / "adapter")
-    about = {"labels": list(names), "preprocessing": {"task": IMAGES, "model": model, **form.config()}}
-    sections_of(**about)  # so that a name of no use is told before the run, not after it
-    return about
 
 
 def train_images(
@@ -96,7 +81,7 @@ def train_images(
         for note in splits.notes:
             display.warn(note)
         record_config(folder, config, {"data": splits.digest, "base": base}, options.resume)
-    about = described(options, train_set.names, tests.prepare.form, folder)
+    about = described(folder, IMAGES, f"timm/{options.model}", labels=train_set.names, **tests.prepare.form.config())
     task = Classification(tests, options.batch, options.workers)
     with tensorboard(folder) as log:
         outcome = train(

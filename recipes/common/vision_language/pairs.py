@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from uora_vision.predict.dual import Tokens
 from uora_vision.predict.images import IMAGE_SUFFIXES
 from uora_vision.predict.pixels import inspect, pixels
 
@@ -22,7 +23,6 @@ from ..data.augment import ModelInput
 from ..data.loading import Key
 from ..data.tables import as_text, load_table, need_columns
 from ..errors import DataError
-from .dual import Tokens
 
 HELD_OUT = 0.1
 """Share of the images to measure on, where the data has no test split and nothing is said."""
