@@ -124,6 +124,10 @@ def test_the_saved_adapter_gives_the_measured_accuracy(recipe: Call, tiny: Path,
     found = metrics(tmp_path)
     assert accuracy == pytest.approx(found["accuracy"], abs=0.004)
     assert found["loss"] < found["loss_before"]
+    predictor = uora.load_predictor(tmp_path / "adapter", device="cpu")
+    told = predictor(list(data.images))
+    right = sum(one.answer == data.names[label] for one, label in zip(told, data.labels, strict=True))
+    assert right / len(data) == pytest.approx(found["accuracy"], abs=0.004)
 
 
 RUNS = {

@@ -17,6 +17,7 @@ from recipe_runs import Call, assert_it_redraws_by_uora_alone, assert_the_option
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import uora_vision as uora
+from uora_vision.predict.texts import no_repeats
 
 END = toy_restaurants.END
 
@@ -133,6 +134,9 @@ def test_the_saved_adapter_writes_what_was_measured(recipe: Call, backbone: Path
     prompts = [e2e_nlg.prompt_ids(entry["text"], tokenizer) for entry in written]
     again = e2e_nlg.generate(model, prompts, tokenizer, e2e_nlg.Options(beams=2, max_new_tokens=6, generate_batch=2))
     assert again == [entry["written"] for entry in written]
+    predictor = uora.load_predictor(tmp_path / "out" / "adapter", device="cpu")
+    found = predictor([entry["text"] for entry in written], batch=2)
+    assert [one.answer for one in found] == again and predictor.classes == ()
 
 
 def test_the_loss_is_on_the_reference_alone(backbone: Path) -> None:
@@ -151,7 +155,7 @@ def test_meanings_are_written_out_as_in_the_lora_paper() -> None:
 
 
 def test_what_stands_in_the_prompt_may_be_written_again() -> None:
-    rule, prompt = e2e_nlg.NoRepeat(2, prompt=3), [5, 6, 7]
+    (rule,), prompt = no_repeats(2, prompt=3), [5, 6, 7]
     scores = torch.zeros(1, 9)
     assert not rule(torch.tensor([[*prompt, 5]]), scores).isinf().any()  # 5 6 stands in the prompt only
     assert rule(torch.tensor([[*prompt, 5, 6, 5]]), scores).isinf().nonzero().tolist() == [[0, 6]]

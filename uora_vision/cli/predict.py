@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..predict.models import FORMS
 
 if TYPE_CHECKING:
@@ -22,12 +22,13 @@ INTERRUPTED = 130
 
 
 def predict(
-    inputs: Annotated[list[str], typer.Argument(help="Images, or folders of images.")],
+    inputs: Annotated[list[str], typer.Argument(help="Images and folders of images, or files of texts.")],
     adapter: Annotated[str, typer.Option(help="Folder of an adapter, or a hub repository: user/name.")],
     output: Annotated[Path, typer.Option(help="File to write: .csv, .json or .parquet.")] = Path("predictions.csv"),
     model: Annotated[str | None, typer.Option(help=f"The base, where the adapter does not say it: {FORMS}.")] = None,
     checkpoint: Annotated[str | None, typer.Option(help="Weights of the base: a file, or for open_clip a tag.")] = None,
     classes: Annotated[Path | None, typer.Option(help="Names of the classes, one a line.")] = None,
+    columns: Annotated[str | None, typer.Option(help="Of a table: those that hold the texts, as a,b.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Classes in a row, the likeliest first.")] = 1,
     embeddings: Annotated[bool, typer.Option("--embeddings", help="And what the head is given.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="And what the base says: the head without dW.")] = False,
@@ -54,7 +55,9 @@ def predict(
     stored = read_folder(there)
     task = task_of(stored)
     labels_of(stored, names)
-    items = _items(inputs, task)
+    about = stored.about.get("preprocessing", {})
+    asked_for = [name.strip() for name in columns.split(",")] if columns else about.get("columns", ["text"])
+    items = _items(inputs, task, asked_for)
 
     def made() -> Predictor:
         return load_predictor(
@@ -91,11 +94,28 @@ def local_folder(folder: str, revision: str | None) -> Path:
     return Path(folder)
 
 
-def _items(inputs: Sequence[str], task: str) -> list[Item]:
-    from ..predict.images import find_images
-    from ..predict.results import file_item
+def _items(inputs: Sequence[str], task: str, columns: Sequence[str]) -> list[Item]:
+    """What to predict, as the task takes it.
 
-    return [file_item(path) for path in find_images(inputs)]
+    Raises:
+        DataError: it is not there, or for another task.
+    """
+    from ..predict.frames import SUFFIXES
+    from ..predict.images import IMAGE_SUFFIXES, find_images
+    from ..predict.results import file_item, text_items
+    from ..predict.tasks import CLIP, IMAGES
+
+    tables = {*SUFFIXES, ".txt"}
+    endings = {Path(name).suffix.lower() for name in inputs}
+    if task in (IMAGES, CLIP):
+        if endings & tables:
+            raise DataError(f"the adapter is of the task {task}: give images, or folders of images, not a table")
+        return [file_item(path) for path in find_images(inputs)]
+    if endings & IMAGE_SUFFIXES or not endings <= tables:
+        raise DataError(f"the adapter is of the task {task}: give files of texts, {', '.join(sorted(tables))}")
+    if missing := [name for name in inputs if not Path(name).is_file()]:
+        raise DataError(f"{missing[0]} does not exist; give files of texts, {', '.join(sorted(tables))}")
+    return [item for name in inputs for item in text_items(Path(name), columns)]
 
 
 def _names(path: Path) -> list[str]:

@@ -10,9 +10,7 @@ from torch import nn
 from ..errors import ConfigError
 from ..storage.stored import Stored
 from .models import FORMS, source_of, with_weights
-from .tasks import CLIP, IMAGES, ImageClassification, Task, ZeroShotClassification
-
-TASKS = (IMAGES, CLIP)
+from .tasks import CLIP, GENERATION, IMAGES, TASKS, TEXTS, VALUES, ImageClassification, Task, ZeroShotClassification
 
 
 def task_of(stored: Stored) -> str:
@@ -40,8 +38,12 @@ def labels_of(stored: Stored, given: Sequence[str] | None) -> tuple[str, ...]:
     Raises:
         ConfigError: none are there, or those that are given are not as many as those that are.
     """
-    known = stored.about.get("labels")
-    if task_of(stored) == CLIP and given is not None:
+    known, task = stored.about.get("labels"), task_of(stored)
+    if task in (VALUES, GENERATION):
+        if given is not None:
+            raise ConfigError(f"the task {task} has no classes, so there are none to name")
+        return ()
+    if task == CLIP and given is not None:
         return tuple(given)
     if given is not None and known is not None and len(given) != len(known):
         raise ConfigError(f"{len(given)} names of classes were given; the adapter tells {len(known)} apart")
@@ -76,6 +78,14 @@ def make_task(
         return dual.model, ZeroShotClassification(
             dual, dual.form.config() | config, known or fill(config.get("template", "a photo of a {}"), classes)
         )
+    if task in (TEXTS, VALUES, GENERATION):
+        from .texts import TextClassification, TextGeneration, load_tokenizer, tokenizer_name
+
+        spec, weights = _named(stored, folder, model, checkpoint)
+        tokenizer = load_tokenizer(tokenizer_name(spec))
+        made, _ = with_weights(spec, stored, weights)
+        kind = TextGeneration if task == GENERATION else TextClassification
+        return made, kind(made, tokenizer, config)
     if isinstance(model, nn.Module):
         made = model
     else:

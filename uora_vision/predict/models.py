@@ -4,7 +4,8 @@ adapter brings along."""
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,11 @@ if TYPE_CHECKING:
 
 FORMS = "timm/NAME, timm/local-dir:FOLDER, open_clip/NAME or transformers/FOLDER"
 
-CLASSES = {"text-classification": "AutoModelForSequenceClassification", "text-generation": "AutoModelForCausalLM"}
+CLASSES = {
+    "text-classification": "AutoModelForSequenceClassification",
+    "text-regression": "AutoModelForSequenceClassification",
+    "text-generation": "AutoModelForCausalLM",
+}
 """The class of transformers that makes a model for a task."""
 
 
@@ -184,10 +189,10 @@ def _transformers(name: str, stored: Stored | None, checkpoint: str | None, weig
     cls: Any = next((made for made in known if made is not None), None)
     if about.get("task") in CLASSES:
         cls = getattr(transformers, CLASSES[about["task"]])
-        if labels is not None:
-            config.num_labels = len(labels)
+        config.num_labels = len(labels or (None,))
     if weights and checkpoint is None:
-        model: Any = (cls or transformers.AutoModel).from_pretrained(name, config=config, dtype=torch.float32)
+        with _quiet():
+            model: Any = (cls or transformers.AutoModel).from_pretrained(name, config=config, dtype=torch.float32)
     elif cls is not None and hasattr(cls, "from_config"):
         model = cls.from_config(config)
     else:
@@ -199,6 +204,22 @@ def _transformers(name: str, stored: Stored | None, checkpoint: str | None, weig
     if model.main_input_name == "pixel_values":
         return model, {"pixel_values": torch.randn(n, 3, config.image_size, config.image_size)}
     return model, {"input_ids": tokens} | ({"decoder_input_ids": tokens} if config.is_encoder_decoder else {})
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bars and its report of a new head, which the adapter fills."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    try:
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def _about(stored: Stored | None) -> Mapping[str, Any]:

@@ -31,11 +31,13 @@ class Item:
         columns: what a row of the result begins with, such as its path.
         value: what `Predictor.task.read` takes.
         stamp: by which it is known again.
+        name: what to call it when it cannot be read.
     """
 
     columns: Mapping[str, str]
     value: Any
     stamp: str
+    name: str
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,25 @@ class Done:
 def file_item(path: Path) -> Item:
     """Of an image: known again by name, size and time of its last change."""
     state = path.stat()
-    return Item({"path": printable(str(path))}, path, f"{path} {state.st_size} {state.st_mtime_ns}")
+    return Item({"path": printable(str(path))}, path, f"{path} {state.st_size} {state.st_mtime_ns}", str(path))
+
+
+def text_items(path: Path, columns: Sequence[str]) -> list[Item]:
+    """Of the texts of a file.
+
+    Raises:
+        DataError: see `read_texts`.
+    """
+    from .texts import read_texts
+
+    found = read_texts(path, columns)
+    return [
+        Item(
+            {c: printable(text) for c, text in zip(columns, texts, strict=True)},
+            texts[0] if len(texts) == 1 else texts, repr(texts), f"example {number} of {path}",
+        )
+        for number, texts in enumerate(found, 1)
+    ]  # fmt: skip
 
 
 def check_output(path: Path, overwrite: bool) -> None:
@@ -168,9 +188,10 @@ def _computed(predictor: Predictor, batch: Sequence[Item], asked: Asked) -> Done
         try:
             inputs.append(predictor.task.read(item.value))
         except DataError as error:
+            why = str(error) if item.name in str(error) else f"{item.name}: {error}"
             if asked.strict:
-                raise DataError(f"{error}. Without --strict it is left out") from error
-            skipped.append([next(iter(item.columns.values())), printable(str(error))])
+                raise DataError(f"{why}. Without --strict it is left out") from error
+            skipped.append([printable(item.name), printable(why)])
             continue
         kept.append(item)
     found = predictor.predict(inputs, asked.embeddings)

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from .dual import Dual
 
 IMAGES, CLIP = "image-classification", "zero-shot-image-classification"
-"""Tasks, as the hub names them."""
+TEXTS, VALUES, GENERATION = "text-classification", "text-regression", "text-generation"
+"""Tasks, as the hub names them; it has no name for texts that are given a value."""
+TASKS = (IMAGES, CLIP, TEXTS, VALUES, GENERATION)
 
 
 @dataclass(frozen=True)

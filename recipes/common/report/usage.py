@@ -8,9 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+TEXT = "a text, or as many as an example has"
 INPUTS = {  # of a task: what to give the command, and what to give the function
     "image-classification": ("FOLDER_OR_IMAGES", '"image.jpg"'),
     "zero-shot-image-classification": ("FOLDER_OR_IMAGES", '"image.jpg"'),
+    "text-classification": ("sentences.csv", TEXT),
+    "text-regression": ("sentences.csv", TEXT),
+    "text-generation": ("prompts.csv", '"a prompt"'),
 }
 
 
@@ -20,6 +24,9 @@ def usage(adapter: Path, preprocessing: Mapping[str, Any]) -> list[tuple[str, st
     if found is None:
         return []
     files, one = found
+    if one == TEXT:
+        texts = ['"a text"'] * len(preprocessing.get("columns", ("text",)))
+        one = texts[0] if len(texts) == 1 else f"({', '.join(texts)})"
     command = f"uora predict {files} --adapter {shlex.quote(str(adapter))} --output predictions.csv"
     code = (
         "import uora_vision as uora\n\n"
