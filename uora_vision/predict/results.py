@@ -14,11 +14,12 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import ConfigError, DataError
-from ..storage.folder import write_atomically
-from .predictor import Prediction, Predictor
+
+if TYPE_CHECKING:
+    from .predictor import Prediction, Predictor
 
 FORMS = (".csv", ".json", ".parquet")
 
@@ -134,6 +135,8 @@ def write_results(
         DataError: no input can be read, or with `strict` one cannot.
         ConfigError: the file cannot be written, or what is unfinished is of another command.
     """
+    from ..storage.folder import write_atomically
+
     partial = output.with_name(f"{output.name}.partial")
     decides = {**made_of, "batch": asked.batch, "top": asked.top, "embeddings": asked.embeddings,
                "compare": asked.compare}  # fmt: skip
@@ -258,6 +261,8 @@ class _opened:
     """The file of an unfinished result, which begins with what is done already."""
 
     def __init__(self, path: Path, head: str, done: Sequence[Done], stamps: Sequence[str]) -> None:
+        from ..storage.folder import write_atomically
+
         lines: list[dict[str, Any]] = [{"of": head}]
         lines += [{"batch": s, "rows": one.rows, "skipped": one.skipped} for s, one in zip(stamps, done, strict=False)]
         write_atomically(path, b"".join(_line(entry) for entry in lines))
