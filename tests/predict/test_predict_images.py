@@ -24,6 +24,8 @@ from uora_vision.predict import predictor as predictors
 from uora_vision.predict import results
 from uora_vision.predict.images import InputFormat
 from uora_vision.predict.tasks import ImageClassification
+from uora_vision.storage.folder import read_folder
+from uora_vision.storage.hub import card
 
 SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 NAMES = ["ant", "bee", "cat"]
@@ -115,8 +117,6 @@ def test_an_image_may_be_a_path_bytes_pixels_or_of_pil(made: Run) -> None:
 
 
 def test_a_second_save_keeps_classes_and_preprocessing(made: Run, tmp_path: Path) -> None:
-    from uora_vision.storage.folder import read_folder
-
     base = timm.create_model("vit_tiny_patch16_224", num_classes=3, **SIZES)
     again = uora.save(uora.load(base, made.adapter, check_base=False), tmp_path / "again")
     assert read_folder(again).about == read_folder(made.adapter).about
@@ -162,6 +162,17 @@ def test_compare_is_the_head_without_the_update(made: Run) -> None:
     assert not torch.allclose(base[0].probabilities, adapted[0].probabilities, atol=1e-3)
     with pytest.raises(uora.StateError, match="merge=False"):
         uora.load_predictor(made.adapter, device="cpu").predict(inputs, base=True)
+
+
+def test_its_card_and_inspect_tell_classes_and_task(made: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    text = card(read_folder(made.adapter), "me/ants")
+    assert "| task | image-classification |" in text and "| classes | 3: ant, bee, cat |" in text
+    assert 'load_predictor("me/ants", model=...)' in text  # its base was in a folder of this machine
+    assert main(["inspect", str(made.adapter)]) == 0
+    text = capsys.readouterr().out
+    assert "task       image-classification\n" in text and "classes    3: ant, bee, cat\n" in text
+    assert main(["inspect", str(made.adapter), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["labels"] == NAMES
 
 
 def test_a_stopped_run_goes_on_to_the_same_bytes(
