@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -131,8 +132,17 @@ def test_prompts_have_answers(made: Run, predict: Callable[..., Any]) -> None:
     assert [one.answer for one in together] == [row["answer"] for row in rows]
 
 
-def test_what_is_for_another_task_is_told(made: Run, predict: Callable[..., Any]) -> None:
+def offline(*_: object, **__: object) -> None:
+    raise OSError("no network here")
+
+
+def test_what_is_for_another_task_is_told(
+    made: Run, predict: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pd.DataFrame({"one": ["a"], "three": ["b"]}).to_csv("odd.csv", index=False)
+    pd.DataFrame({"one": ["a"], "two": ["b"]}).to_csv("both.csv", index=False)
+    monkeypatch.setattr(socket, "getaddrinfo", offline)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     Path("cat.png").touch()
     Path("empty.csv").touch()
     for name, words, message in (
@@ -147,5 +157,6 @@ def test_what_is_for_another_task_is_told(made: Run, predict: Callable[..., Any]
     ):
         code, said = predict(name, *words)
         assert code == 2 and message in said and said.startswith("error: ") and said.count("\n") == 1, said
+    assert "no tokenizer 'nobody/none'" in predict("pairs", "both.csv", "--model", "transformers/nobody/none")[1]
     with pytest.raises(uora.DataError, match="40 positions"):
         uora.load_predictor(made.folder / "written", device="cpu")("good " * 60)

@@ -132,6 +132,9 @@ def test_tensors_without_their_section_and_sections_of_earlier_versions_are_refu
 
 def test_what_is_saved_is_checked_before_anything_is_written(tmp_path: Path) -> None:
     model = made()
+    both = {"labels": ["a", "b"], "preprocessing": {"prompts": ["an a"]}}
+    with pytest.raises(uora.FormatError, match="1 prompts do not go with 2 classes"):
+        uora.save(model, tmp_path / "a", **both)
     for options, message in (
         ({"labels": "cat"}, "labels: it must be a list"),
         ({"labels": ["cat", "d\rog"]}, r"labels: 'd\\rog' has the control character U\+000D"),

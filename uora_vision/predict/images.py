@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,14 @@ def preparation(config: Mapping[str, Any]) -> Callable[[np.ndarray], Tensor]:
     form = InputFormat.of(config)
     albumentations = import_albumentations()
     transform = albumentations.Compose([*fitting(form), albumentations.Normalize(form.mean, form.std)])
-    return lambda image: torch.from_numpy(transform(image=image)["image"].transpose(2, 0, 1).copy())
+    lock = threading.Lock()  # of a transform that keeps notes of its last image
+
+    def prepare(image: np.ndarray) -> Tensor:
+        with lock:
+            prepared = transform(image=image)["image"]
+        return torch.from_numpy(prepared.transpose(2, 0, 1).copy())
+
+    return prepare
 
 
 def import_albumentations() -> Any:

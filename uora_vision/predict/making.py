@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import ConfigError
@@ -83,7 +85,9 @@ def make_task(
 
         spec, weights = _named(stored, folder, model, checkpoint)
         tokenizer = load_tokenizer(tokenizer_name(spec))
-        made, _ = with_weights(spec, stored, weights)
+        made: Any = with_weights(spec, stored, weights)[0]
+        if made.dtype in (torch.bfloat16, torch.float16):
+            made.float()  # as recipes train: answers of half types depend on what else is in a batch
         kind = TextGeneration if task == GENERATION else TextClassification
         return made, kind(made, tokenizer, config)
     if isinstance(model, nn.Module):
@@ -92,6 +96,11 @@ def make_task(
         spec, weights = _named(stored, folder, model, checkpoint)
         made, _ = with_weights(spec, stored, weights)
     if not {"input_size", "mean", "std"} <= config.keys():
+        if getattr(made, "pretrained_cfg", None) is None:
+            raise ConfigError(
+                f"the adapter does not say how images are prepared for {stored.identity.shown}; save it again with "
+                "save(model, folder, preprocessing={'input_size': ..., 'mean': ..., 'std': ...})"
+            )
         from timm.data import resolve_model_data_config
 
         config = resolve_model_data_config(made) | config

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 FORMS = "timm/NAME, timm/local-dir:FOLDER, open_clip/NAME or transformers/FOLDER"
 
 CLASSES = {
+    "image-classification": "AutoModelForImageClassification",
     "text-classification": "AutoModelForSequenceClassification",
     "text-regression": "AutoModelForSequenceClassification",
     "text-generation": "AutoModelForCausalLM",
@@ -183,6 +184,7 @@ def _transformers(name: str, stored: Stored | None, checkpoint: str | None, weig
     import torch
     import transformers
 
+    model: Any
     config = transformers.AutoConfig.from_pretrained(name)
     about, labels = _about(stored), stored.about.get("labels") if stored is not None else None
     known = [getattr(transformers, made, None) for made in config.architectures or ()]
@@ -192,7 +194,10 @@ def _transformers(name: str, stored: Stored | None, checkpoint: str | None, weig
         config.num_labels = len(labels or (None,))
     if weights and checkpoint is None:
         with _quiet():
-            model: Any = (cls or transformers.AutoModel).from_pretrained(name, config=config, dtype=torch.float32)
+            model, told = (cls or transformers.AutoModel).from_pretrained(
+                name, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+            )
+        _check_whole(name, told, set(stored.parts) if stored is not None else set())
     elif cls is not None and hasattr(cls, "from_config"):
         model = cls.from_config(config)
     else:
@@ -204,6 +209,17 @@ def _transformers(name: str, stored: Stored | None, checkpoint: str | None, weig
     if model.main_input_name == "pixel_values":
         return model, {"pixel_values": torch.randn(n, 3, config.image_size, config.image_size)}
     return model, {"input_ids": tokens} | ({"decoder_input_ids": tokens} if config.is_encoder_decoder else {})
+
+
+def _check_whole(name: str, told: Mapping[str, Any], brought: set[str]) -> None:
+    """Whether a base has all weights that the adapter does not bring: others would be random, in every process anew.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    other = [pair[0] for pair in told.get("mismatched_keys", ())]
+    if new := sorted({*told.get("missing_keys", ()), *other} - brought):
+        raise ConfigError(f"{name} lacks {new[0]}, or has it in another shape, and the adapter does not bring it")
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -20,6 +21,7 @@ from ..errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from .predictor import Prediction, Predictor
+    from .tasks import Task
 
 FORMS = (".csv", ".json", ".parquet")
 
@@ -187,20 +189,34 @@ def printable(text: str) -> str:
 
 def _computed(predictor: Predictor, batch: Sequence[Item], asked: Asked) -> Done:
     kept, inputs, skipped = [], [], []
-    for item in batch:
-        try:
-            inputs.append(predictor.task.read(item.value))
-        except DataError as error:
-            why = str(error) if item.name in str(error) else f"{item.name}: {error}"
+    for item, value in zip(batch, _read(predictor.task, batch), strict=True):
+        if isinstance(value, DataError):
+            why = str(value) if item.name in str(value) else f"{item.name}: {value}"
             if asked.strict:
-                raise DataError(f"{why}. Without --strict it is left out") from error
+                raise DataError(f"{why}. Without --strict it is left out") from value
             skipped.append([printable(item.name), printable(why)])
             continue
+        inputs.append(value)
         kept.append(item)
     found = predictor.predict(inputs, asked.embeddings)
     bases = predictor.predict(inputs, base=True) if asked.compare else [None] * len(found)
     rows = [_row(item, one, base, asked) for item, one, base in zip(kept, found, bases, strict=True)]
     return Done(rows, skipped)
+
+
+def _read(task: Task, batch: Sequence[Item]) -> list[Any]:
+    """What the model reads of each, or why it cannot be read."""
+
+    def read(item: Item) -> Any:
+        try:
+            return task.read(item.value)
+        except DataError as error:
+            return error
+
+    if not task.in_threads:
+        return [read(item) for item in batch]
+    with ThreadPoolExecutor(min(len(batch), os.cpu_count() or 1)) as pool:  # decoders work without Python's lock
+        return list(pool.map(read, batch))
 
 
 def _row(item: Item, found: Prediction, base: Prediction | None, asked: Asked) -> dict[str, Any]:

@@ -42,6 +42,9 @@ class Computed:
 class Task(Protocol):
     """One kind of input and of answer."""
 
+    in_threads: bool
+    """Whether `read` may be called in several threads at once."""
+
     def read(self, item: Any) -> Any:
         """An input, as the model reads it.
 
@@ -61,9 +64,11 @@ class ImageClassification:
     """Images through a model with a head.
 
     Args:
-        model: that takes (n, 3, H, W) and gives (n, classes).
+        model: that takes (n, 3, H, W) and gives (n, classes), or as `logits` of what it gives.
         config: of timm, as `preprocessing` has it.
     """
+
+    in_threads = True
 
     def __init__(self, model: nn.Module, config: Mapping[str, Any]) -> None:
         from .images import preparation
@@ -77,7 +82,8 @@ class ImageClassification:
     def compute(self, inputs: Sequence[Tensor], features: bool, base: bool = False) -> Computed:
         images = torch.stack(list(inputs)).to(next(self.model.parameters()).device)
         with head_inputs(self.model, features) as seen:
-            logits = self.model(images)
+            out = self.model(images)
+        logits: Tensor = getattr(out, "logits", out)  # models of transformers give more than a tensor
         return Computed(logits.float().cpu(), features=seen() if features else None)
 
 
@@ -89,6 +95,8 @@ class ZeroShotClassification:
         config: of its images, as `preprocessing` has it.
         prompts: the text of each class.
     """
+
+    in_threads = True
 
     def __init__(self, dual: Dual, config: Mapping[str, Any], prompts: Sequence[str]) -> None:
         from .images import preparation

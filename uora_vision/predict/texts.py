@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, DataError
+from .network import fail_fast_without_network
 from .tasks import Computed, head_inputs
 
 DEFAULT_NEW = 128
@@ -24,6 +25,8 @@ def load_tokenizer(name: str) -> Any:
     """
     from transformers import AutoTokenizer
 
+    if not Path(name).is_dir():
+        fail_fast_without_network()
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers and the hub's client each raise types of their own
@@ -44,6 +47,8 @@ class TextClassification:
         tokenizer: its own.
         config: `preprocessing` of the adapter: `columns`, as many texts as an example has, and `max_length`.
     """
+
+    in_threads = False
 
     def __init__(self, model: Any, tokenizer: Any, config: Mapping[str, Any]) -> None:
         self.model = model
@@ -79,6 +84,8 @@ class TextGeneration:
         tokenizer: its own.
         config: `preprocessing` of the adapter: how a prompt is told, and how is searched for an answer.
     """
+
+    in_threads = False  # a tokenizer is not for several
 
     def __init__(self, model: Any, tokenizer: Any, config: Mapping[str, Any]) -> None:
         self.model = model

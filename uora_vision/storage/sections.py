@@ -107,6 +107,9 @@ def _check_labels(section: Section, stored: Stored) -> None:
 
 def _check_preprocessing(section: Section, stored: Stored) -> None:
     check_preprocessing(section.value)
+    prompts, labels = section.value.get("prompts"), stored.sections.get("labels")
+    if prompts and labels is not None and isinstance(labels.value, list) and len(prompts) != len(labels.value):
+        raise FormatError(f"{len(prompts)} prompts do not go with {len(labels.value)} classes")
     _nothing_left(section.tensors)
 
 
