@@ -150,6 +150,19 @@ def test_the_result_has_a_row_for_each_image(
     assert [row["base_probability"] for row in found] != [row["probability"] for row in found]
 
 
+def test_images_are_prepared_by_timm_unless_it_says_otherwise(made: Run, tmp_path: Path) -> None:
+    base = timm.create_model(f"local-dir:{made.base}", pretrained=True).eval()
+    config = timm.data.resolve_model_data_config(base)
+    assert config["crop_pct"] < 1 and config["interpolation"] == "bicubic"
+    uora.inject(base, rank=4)
+    for preprocessing in ({}, dict(config)):  # one that says nothing has what the model has
+        uora.save(base, tmp_path / "a", labels=list("abcdefg"), preprocessing=preprocessing)
+        predictor = uora.load_predictor(tmp_path / "a", model=f"timm/local-dir:{made.base}", device="cpu")
+        with Image.open(made.files[0]) as image:
+            x = timm.data.create_transform(**config, is_training=False)(image)
+        assert torch.equal(predictor.task.read(made.files[0]), x)
+
+
 def test_compare_is_the_head_without_the_update(made: Run) -> None:
     predictor = uora.load_predictor(made.adapter, device="cpu", merge=False)
     inputs = [predictor.task.read(made.files[0])]
@@ -203,6 +216,28 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     computed[:] = [0]
     assert predict(*words, "--output", "pieces.csv")[0] == 0 and computed == [0, 1]
     assert Path("pieces.csv").read_bytes() == Path("whole.csv").read_bytes() and not partial.exists()
+
+
+def test_a_run_goes_on_from_the_first_batch_that_changed(
+    made: Run, predict: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos, compute = Path(shutil.copytree(made.photos, "photos")), predictors.Predictor.predict
+    computed: list[int] = []
+
+    def stopping(self: Any, inputs: Any, *more: Any, **options: Any) -> Any:
+        if len(computed) == 3:
+            raise KeyboardInterrupt
+        computed.append(len(inputs))
+        return compute(self, inputs, *more, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predictors.Predictor, "predict", stopping)
+        assert predict(photos, "--batch", 3)[0] == 130
+    for path in sorted(photos.rglob("*.png"))[3:4]:  # of the second batch
+        Image.new("RGB", (50, 50), "red").save(path)
+    assert predict(photos, "--batch", 3)[0] == 0
+    assert predict(photos, "--batch", 3, "--output", "whole.csv")[0] == 0
+    assert Path("predictions.csv").read_bytes() == Path("whole.csv").read_bytes()
 
 
 def test_a_full_disk_is_one_line_and_what_is_done_is_kept(

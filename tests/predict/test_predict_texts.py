@@ -158,5 +158,7 @@ def test_what_is_for_another_task_is_told(
         code, said = predict(name, *words)
         assert code == 2 and message in said and said.startswith("error: ") and said.count("\n") == 1, said
     assert "no tokenizer 'nobody/none'" in predict("pairs", "both.csv", "--model", "transformers/nobody/none")[1]
+    with pytest.raises(uora.DataError, match=r"half of a character, U\+D800"):
+        uora.load_predictor(made.folder / "value", device="cpu")("good \ud800")
     with pytest.raises(uora.DataError, match="40 positions"):
         uora.load_predictor(made.folder / "written", device="cpu")("good " * 60)

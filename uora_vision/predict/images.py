@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,7 @@ def visible(path: Path, root: Path) -> bool:
     return not any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(root).parts)
 
 
-def find_images(inputs: Iterable[str | os.PathLike[str]]) -> list[Path]:
+def find_images(inputs: Sequence[str | os.PathLike[str]]) -> list[Path]:
     """The images among files and in folders, at any depth, each once: by folder in the order given, then by name.
 
     Raises:

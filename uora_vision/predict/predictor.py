@@ -63,7 +63,7 @@ class Predictor:
         task: makes inputs of what people have, and runs the model.
         name: of the task, as the hub has it.
         classes: their names, in the order of the outputs; empty where the task has none.
-        base: how to have the model compute without the adapter; None where it is merged.
+        merged: whether the adapter is merged, so that the model cannot compute as its base.
 
     Example:
         >>> import uora_vision as uora

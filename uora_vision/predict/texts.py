@@ -62,8 +62,7 @@ class TextClassification:
             raise DataError(f"a text, or a tuple of texts, is expected, not {type(item).__name__}")
         if len(texts) != self.count:
             raise DataError(f"an example of this adapter has {self.count} texts, not {len(texts)}")
-        if not any(text.strip() for text in texts):
-            raise DataError("there is no text")
+        check_text(" ".join(texts))
         return texts
 
     @torch.no_grad()
@@ -98,8 +97,7 @@ class TextGeneration:
     def read(self, item: Any) -> list[int]:
         if not isinstance(item, str):
             raise DataError(f"a prompt is a text, not {type(item).__name__}")
-        if not item.strip():
-            raise DataError("there is no text")
+        check_text(item)
         ids = self._ids(item.strip())
         if len(ids) >= self.limit:
             raise DataError(f"the prompt has {len(ids)} tokens, and the model {self.limit} positions")
@@ -134,6 +132,16 @@ class TextGeneration:
         if self.config.get("prompt_end") == "eos" and (not ids or ids[-1] != self.tokenizer.eos_token_id):
             ids.append(self.tokenizer.eos_token_id)
         return ids
+
+
+def check_text(text: str) -> None:
+    """Raise a DataError where there is none, or one that no tokenizer takes."""
+    if not text.strip():
+        raise DataError("there is no text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"it has half of a character, U+{ord(text[error.start]):04X}") from error
 
 
 def no_repeats(size: int, prompt: int) -> Any:
