@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,60 +15,16 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import wake
 from PIL import Image
-from torch import Tensor
+from predicting import FORM, NAMES, SIZES, Run
 
 import uora_vision as uora
 from uora_vision.__main__ import main
 from uora_vision.predict import predictor as predictors
 from uora_vision.predict import results
-from uora_vision.predict.images import InputFormat
-from uora_vision.predict.models import with_weights
 from uora_vision.predict.tasks import ImageClassification
 from uora_vision.storage.folder import read_folder
 from uora_vision.storage.hub import card
-
-SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-NAMES = ["ant", "bee", "cat"]
-FORM = InputFormat((32, 32), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), "bilinear", crop=0.8)
-OTHER = {"model": None, "checkpoint": None, "classes": None, "device": None}
-
-
-class Run:
-    """What the tests share: the folder of an adapter, and images."""
-
-    def __init__(self, folder: Path) -> None:
-        self.adapter, self.photos, self.base = folder / "run" / "adapter", folder / "photos", folder / "base"
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            base = timm.create_model("vit_tiny_patch16_224", num_classes=7, **SIZES)
-            timm.models.save_for_hf(base, self.base, model_config={"model_args": SIZES}, safe_serialization=True)
-            base.reset_classifier(3)
-            self.model = wake(uora.inject(base.eval(), rank=4), 2.0)
-        about = {"task": "image-classification", "model": "timm/local-dir:../../base", **FORM.config()}
-        uora.save(self.model, self.adapter, labels=NAMES, preprocessing=about)
-        chance = np.random.default_rng(0)
-        for number in range(10):
-            file = self.photos / "ab"[number % 2] / f"{number}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(chance.integers(0, 256, (40 + number, 60, 3), dtype=np.uint8)).save(file)
-        self.files = sorted(self.photos.rglob("*.png"))
-
-    def wanted(self, path: Path) -> Tensor:
-        """Probabilities, by what the recipes make of an image: sized, cut and normalised here by other means."""
-        import cv2
-
-        image = np.asarray(Image.open(path))
-        edge = int(32 / 0.8)
-        scale = edge / min(image.shape[:2])
-        sides = tuple(round(n * scale) for n in image.shape[:2])
-        image = cv2.resize(image, sides[::-1], interpolation=cv2.INTER_LINEAR)
-        top, left = (image.shape[0] - 32) // 2, (image.shape[1] - 32) // 2
-        image = image[top : top + 32, left : left + 32] / 255
-        x = torch.tensor((image - FORM.mean) / FORM.std, dtype=torch.float32).permute(2, 0, 1)
-        with torch.no_grad():
-            return self.model(x[None]).softmax(1)[0]
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +118,14 @@ def test_images_are_prepared_by_timm_unless_it_says_otherwise(made: Run, tmp_pat
         with Image.open(made.files[0]) as image:
             x = timm.data.create_transform(**config, is_training=False)(image)
         assert torch.equal(predictor.task.read(made.files[0]), x)
+
+
+def test_without_the_library_that_resizes_it_says_what_to_install(
+    made: Run, predict: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "albumentations", None)
+    code, _, said = predict(made.photos)
+    assert code == 2 and "pip install albumentations" in said and said.count("\n") == 1
 
 
 def test_compare_is_the_head_without_the_update(made: Run) -> None:
@@ -339,57 +304,3 @@ def test_a_base_that_is_not_where_the_adapter_says(made: Run, predict: Callable[
     code, _, said = predict(made.photos, adapter=moved)
     assert code == 2 and "base cannot be made" in said and "--model" in said
     assert predict(made.photos, "--model", f"timm/local-dir:{made.base}", adapter=moved)[0] == 0
-
-
-def test_a_model_of_transformers_and_one_that_is_there_already(made: Run, tmp_path: Path) -> None:
-    from transformers import ViTConfig, ViTForImageClassification
-
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-    base = ViTForImageClassification(ViTConfig(image_size=32, patch_size=8, num_labels=4, **sizes))
-    base.save_pretrained(tmp_path / "base")
-    model = ViTForImageClassification.from_pretrained(
-        tmp_path / "base", num_labels=3, ignore_mismatched_sizes=True, dtype=torch.float32
-    ).eval()
-    wake(uora.inject(model, rank=4), 2.0)
-    about = {"task": "image-classification", "model": "transformers/../base", **FORM.config()}
-    adapter = uora.save(model, tmp_path / "adapter", labels=NAMES, preprocessing=about)
-    predictor = uora.load_predictor(adapter, device="cpu")
-    x = predictor.task.read(made.files[0])
-    with torch.no_grad():
-        wanted = model(x[None]).logits.softmax(1)[0]
-    torch.testing.assert_close(predictor(made.files[0]).probabilities, wanted, atol=1e-5, rtol=0)
-    plain = ViTForImageClassification.from_pretrained(tmp_path / "base", num_labels=3, ignore_mismatched_sizes=True)
-    again = uora.load_predictor(adapter, model=plain, device="cpu")
-    assert again.model is plain and torch.equal(
-        again(made.files[0]).probabilities, predictor(made.files[0]).probabilities
-    )
-
-
-def test_a_base_that_lacks_a_weight_is_refused_not_filled_by_chance(made: Run, tmp_path: Path) -> None:
-    from transformers import BertConfig, BertForSequenceClassification, BertModel
-
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-    BertModel(BertConfig(vocab_size=9, **sizes), add_pooling_layer=False).save_pretrained(tmp_path / "bert")
-    model = BertForSequenceClassification.from_pretrained(tmp_path / "bert", num_labels=2)
-    about = {"task": "text-classification"}
-    adapter = uora.save(uora.inject(model, rank=4), tmp_path / "a", labels=["x", "y"], preprocessing=about)
-    stored = read_folder(adapter)
-    assert not any("pooler" in name for name in stored.parts)
-    with pytest.raises(uora.ConfigError, match=r"lacks bert.pooler.dense.bias.* the adapter does not bring it"):
-        with_weights(f"transformers/{tmp_path / 'bert'}", stored)
-
-
-def test_an_adapter_that_does_not_say_what_it_is_for(made: Run, tmp_path: Path) -> None:
-    net = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    adapter = uora.save(uora.inject(net, rank=4), tmp_path / "none")
-    with pytest.raises(uora.ConfigError, match="does not say what it is for"):
-        uora.load_predictor(adapter)
-    for about, message in (
-        ({"task": "object-detection"}, "of the task object-detection, which is none of image-classification, "),
-        ({"task": "image-classification"}, "does not say where its base is"),
-    ):
-        uora.save(net, tmp_path / "none", labels=["a"], preprocessing=about)
-        with pytest.raises(uora.ConfigError, match=message):
-            uora.load_predictor(adapter)
-    with pytest.raises(uora.ConfigError, match="does not say how images are prepared"):
-        uora.load_predictor(adapter, model=torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True))

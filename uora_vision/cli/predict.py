@@ -14,6 +14,7 @@ import typer
 
 from ..errors import ConfigError, DataError
 from ..predict.models import FORMS
+from ..version import __version__
 
 if TYPE_CHECKING:
     from ..predict.results import Done, Item
@@ -49,7 +50,7 @@ def predict(
     there = local_folder(adapter, revision)
 
     from ..predict.making import labels_of, task_of
-    from ..predict.predictor import Predictor, load_predictor
+    from ..predict.predictor import Predictor, default_device, load_predictor
     from ..storage.folder import TENSOR_FILE, read_folder
 
     stored = read_folder(there)
@@ -67,7 +68,7 @@ def predict(
 
     made_of = {
         "adapter": hashlib.sha256((there / TENSOR_FILE).read_bytes()).hexdigest(), "model": model,
-        "checkpoint": checkpoint, "classes": names, "device": device,
+        "checkpoint": checkpoint, "classes": names, "device": device or default_device(), "version": __version__,
     }  # fmt: skip
     with _bar(len(items)) as seen:
         try:

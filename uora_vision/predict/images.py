@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -74,7 +74,7 @@ def preparation(config: Mapping[str, Any]) -> Callable[[np.ndarray], Tensor]:
     """(h, w, 3) uint8 -> (3, H, W) float32, as the config says.
 
     Raises:
-        ImportError: the library that resizes is not there.
+        ConfigError: albumentations is missing.
     """
     import torch
 
@@ -99,10 +99,19 @@ def preparation(config: Mapping[str, Any]) -> Callable[[np.ndarray], Tensor]:
 
 
 def import_albumentations() -> Any:
-    """The library, kept from asking the network for its newest version and from threads of its own."""
+    """The library, kept from asking the network for its newest version and from threads of its own.
+
+    Raises:
+        ConfigError: it is missing.
+    """
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-    import albumentations
-    import cv2
+    try:
+        import albumentations
+        import cv2
+    except ImportError as error:
+        raise ConfigError(
+            "the images of this adapter are prepared by albumentations, which is missing: pip install albumentations"
+        ) from error
 
     cv2.setNumThreads(0)  # the data loader's workers are the threads
     return albumentations

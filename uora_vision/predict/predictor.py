@@ -183,9 +183,13 @@ def load_predictor(
     load(made, folder)
     if merge:
         merge_in(made)
-    where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    made.to(where).eval()
+    made.to(device or default_device()).eval()
     return Predictor(made, running, task, names, merge)
+
+
+def default_device() -> str:
+    """A GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @contextmanager
