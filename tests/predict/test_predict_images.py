@@ -143,6 +143,13 @@ def test_compare_is_the_head_without_the_update(made: Run) -> None:
         uora.load_predictor(made.adapter, device="cpu").predict(inputs, base=True)
 
 
+def test_a_run_of_another_method_is_told(made: Run, predict: Callable[..., Any]) -> None:
+    Path("lora").mkdir()
+    Path("lora/trained.safetensors").touch()
+    code, _, said = predict(made.photos, adapter=Path("lora"))
+    assert code == 2 and "of another method than uora and vera" in said and said.count("\n") == 1
+
+
 def test_its_card_and_inspect_tell_classes_and_task(made: Run, capsys: pytest.CaptureFixture[str]) -> None:
     text = card(read_folder(made.adapter), "me/ants")
     assert "| task | image-classification |" in text and "| classes | 3: ant, bee, cat |" in text

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 
+OTHER_METHODS = "trained.safetensors"
+"""What recipes write for methods that they compare with."""
+
 
 def predict(
     inputs: Annotated[list[str], typer.Argument(help="Images and folders of images, or files of texts.")],
@@ -48,6 +51,8 @@ def predict(
     check_output(output, overwrite)
     names = None if classes is None else _names(classes)
     there = local_folder(adapter, revision)
+    if (there / OTHER_METHODS).is_file():
+        raise ConfigError(f"{there} is of another method than uora and vera, which alone can be loaded to predict")
 
     from ..predict.making import labels_of, task_of
     from ..predict.predictor import Predictor, default_device, load_predictor
