@@ -304,6 +304,7 @@ def test_without_a_network_it_says_what_to_give(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     code, _, said = predict(made.photos, "--model", "timm/vit_tiny_patch16_224")
     assert code == 2 and "timm/vit_tiny_patch16_224 cannot be made" in said and "--model" in said
+    assert list(Path().iterdir()) == []
 
 
 def test_a_base_that_is_not_where_the_adapter_says(made: Run, predict: Callable[..., Any]) -> None:

@@ -146,11 +146,11 @@ def write_results(
     batches = [items[start : start + asked.batch] for start in range(0, len(items), asked.batch)]
     stamps = [_digest("\n".join(item.stamp for item in batch)) for batch in batches]
     done = _read_partial(partial, head, stamps, overwrite)
-    made: Predictor | None = None
+    made = predictor() if len(done) < len(batches) else None
     with _writing(partial), _opened(partial, head, done, stamps) as file:
         for batch, stamp in zip(batches[len(done) :], stamps[len(done) :], strict=True):
             seen(len(done) * asked.batch)
-            made = made or predictor()
+            assert made is not None
             done.append(_computed(made, batch, asked))
             _append(file, {"batch": stamp, "rows": done[-1].rows, "skipped": done[-1].skipped})
     seen(len(items))
