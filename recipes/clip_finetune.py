@@ -73,6 +73,7 @@ from common.data.loading import Batches, Images, train_loader
 from common.data.splits import Splits, join, match, readable
 from common.report.page import Sheet
 from common.report.results import compare, finish
+from common.training.about import described
 from common.training.digests import digest_of
 from common.training.folder import CHECKPOINT, prepare_folder, record_config, write_json
 from common.training.loop import TrainOptions, make_optimizer, train
@@ -81,13 +82,14 @@ from common.training.methods import AdaptedModel
 from common.training.tensorboard import tensorboard
 from common.vision.evaluation import sections
 from common.vision_language.contrastive import Matching, Naming, prompts, zero_shot
-from common.vision_language.dual import Dual, Tokens, load_dual
 from common.vision_language.pairs import PairImages, Pairs, load_pairs
 from common.vision_language.towers import DEFAULTS, Towers, adapt_towers, plan_towers, trains, with_whole_parts
 from rich.console import Console
 from torch.utils.data import Dataset
 
 import uora_vision as uora
+from uora_vision.predict.dual import Dual, Tokens, load_dual
+from uora_vision.predict.tasks import CLIP
 
 WAYS = {"": "", "image_to_text_": "image to text, ", "text_to_image_": "text to image, "}
 
@@ -169,6 +171,11 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
         content = data.splits.digest if isinstance(data, Classes) else digest_of([data[0].digest, data[1].digest])
         record_config(folder, config, {"data": content, "base": base}, options.resume)
 
+    about = described(
+        folder, CLIP, *dual.source, template=options.template, **dual.form.config(),
+        labels=data.splits.test.names if isinstance(data, Classes) else None,
+        prompts=data.texts if isinstance(data, Classes) else None,
+    )  # fmt: skip
     accelerator = make_accelerator(options.precision)
     before = measure(work, dual, accelerator, options)
     display.say("before: " + told(before))
@@ -198,6 +205,7 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
         f"{options.method} on {Path(options.model).name}, {work.about}",
         score=work.score,
         comparison=comparison,
+        **about,
         tables=[sheet(before, after)],
         **shown,
     )

@@ -92,12 +92,13 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from common.data.tables import as_text, load_table, need_columns, shuffled
+from common.data.tables import load_table, need_columns, shuffled
 from common.language import toy_restaurants
 from common.language.generation_metrics import score_texts
 from common.language.models import load_model, load_tokenizer, longest
 from common.report.page import Sheet
 from common.report.results import compare, finish
+from common.training.about import described
 from common.training.digests import digest_of
 from common.training.folder import prepare_folder, record_config, write_json
 from common.training.loop import make_optimizer
@@ -105,17 +106,17 @@ from common.training.methods import AdaptedModel, apply_method
 from common.training.trainer import arguments, careful, fit
 from datasets import Dataset
 from rich.console import Console
-from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
-    LogitsProcessorList,
-    NoRepeatNGramLogitsProcessor,
     Trainer,
     TrainingArguments,
 )
 
 import uora_vision as uora
+from uora_vision.predict.frames import as_text
+from uora_vision.predict.tasks import GENERATION
+from uora_vision.predict.texts import no_repeats
 
 
 def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dict[str, Any] | None:
@@ -158,6 +159,11 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
         adapted = AdaptedModel(model, model, groups, chosen)
     else:
         adapted = apply_method(model, chosen)
+    about = described(
+        folder, GENERATION, f"transformers/{options.model}", columns=["meaning"], prompt_end="eos",
+        max_new_tokens=options.max_new_tokens, num_beams=options.beams, length_penalty=options.length_penalty,
+        no_repeat_ngram_size=options.no_repeat_ngram,
+    )  # fmt: skip
     collate = DataCollatorForSeq2Seq(tokenizer)
     if adapted.is_uora:
         uora.verify(model, dict(collate([features(train_set, 0)])))
@@ -203,7 +209,7 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
     scores = score_texts(texts, [m.references for m in meanings])
     written = [{**dataclasses.asdict(m), "written": text} for m, text in zip(meanings, texts, strict=True)]
     write_json(folder / "generations.json", written)
-    about = f"{len(train_set):,} texts to train on, measured on {len(meanings):,} meanings of {options.test_split}."
+    data = f"{len(train_set):,} texts to train on, measured on {len(meanings):,} meanings of {options.test_split}."
     metrics = finish(
         folder, adapted, outcome,
         {
@@ -211,8 +217,8 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
             "test_meanings": len(meanings), "test_references": len(told),
         },
         config, f"{options.method} on {Path(options.data).name}",
-        f"{options.method} on {Path(options.model).name}, {about}",
-        score="bleu", comparison=comparison, tables=[samples(written)],
+        f"{options.method} on {Path(options.model).name}, {data}",
+        score="bleu", comparison=comparison, **about, tables=[samples(written)],
     )  # fmt: skip
     shown = ", ".join(f"{name} {value:.4g}" for name, value in scores.items() if value is not None)
     display.say(f"{shown}, loss {metrics['loss']:.3f}. Report: {folder / 'report.html'}")
@@ -332,17 +338,6 @@ def check_room(prompts: list[list[int]], new: int, limit: int, source: str) -> N
         )
 
 
-class NoRepeat(NoRepeatNGramLogitsProcessor):
-    """Bans repeats within what is written. Repeats of the prompt are wanted: names are copied from it."""
-
-    def __init__(self, size: int, prompt: int) -> None:
-        super().__init__(size)
-        self.prompt = prompt
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return super().__call__(input_ids[:, self.prompt :], scores)
-
-
 def generate(model: Any, prompts: list[list[int]], tokenizer: Any, options: Options) -> list[str]:
     """A text for each prompt, by beam search."""
     model.eval()
@@ -352,12 +347,11 @@ def generate(model: Any, prompts: list[list[int]], tokenizer: Any, options: Opti
         chosen = order[start : start + options.generate_batch]
         batch = tokenizer.pad({"input_ids": [prompts[n] for n in chosen]}, padding_side="left", return_tensors="pt")
         width = batch["input_ids"].shape[1]
-        rules = LogitsProcessorList([NoRepeat(options.no_repeat_ngram, width)] if options.no_repeat_ngram else [])
         found = model.generate(
             input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device),
             max_new_tokens=options.max_new_tokens, do_sample=False, num_beams=options.beams,
-            length_penalty=options.length_penalty, logits_processor=rules, use_cache=True,
-            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+            length_penalty=options.length_penalty, logits_processor=no_repeats(options.no_repeat_ngram, width),
+            use_cache=True, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
         )  # fmt: skip
         for n, ids in zip(chosen, found[:, width:], strict=True):
             texts[n] = tokenizer.decode(ids, skip_special_tokens=True).strip()

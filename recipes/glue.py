@@ -55,6 +55,7 @@ CLASSES = {
     Task.rte: ("entailment", "not_entailment"), Task.wnli: ("not_entailment", "entailment"),
 }  # fmt: skip
 """GLUE's names of its classes, by number."""
+NUMBERED = {task: tuple(map(str, range(len(names)))) for task, names in CLASSES.items()}
 DEFAULTS = {
     Method.uora: Defaults(256, LR, 4e-3),
     Method.vera: Defaults(256, LR, 4e-3),
@@ -90,10 +91,11 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from common.data.labels import as_classes, as_values
-from common.data.tables import as_text, hold_out, load_table, need_columns, shuffled
+from common.data.tables import hold_out, load_table, need_columns, shuffled
 from common.language import toy
 from common.language.models import load_model, load_tokenizer, longest
 from common.report.results import compare, finish
+from common.training.about import described
 from common.training.digests import digest_of
 from common.training.folder import prepare_folder, record_config
 from common.training.loop import make_optimizer
@@ -105,6 +107,8 @@ from torchmetrics.functional import accuracy, f1_score, matthews_corrcoef, pears
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, TrainingArguments
 
 import uora_vision as uora
+from uora_vision.predict.frames import as_text
+from uora_vision.predict.tasks import TEXTS, VALUES
 
 
 def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dict[str, Any] | None:
@@ -150,6 +154,11 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
         adapted = AdaptedModel(model, model, groups, chosen)
     else:
         adapted = apply_method(model, chosen)
+    spoken = CLASSES[options.task] if not regression and classes == NUMBERED[options.task] else classes
+    about = described(
+        folder, VALUES if regression else TEXTS, f"transformers/{options.model}",
+        labels=None if regression else spoken, columns=list(COLUMNS[options.task]), max_length=length,
+    )  # fmt: skip
     collate = DataCollatorWithPadding(tokenizer)
     if adapted.is_uora:
         uora.verify(model, dict(collate([train_set[0], train_set[1]])))
@@ -189,14 +198,14 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
     if outcome.stopped:
         raise cli.stopped(console, outcome.stopped, outcome.progress.step, folder)
     measured = "the validation split" if not options.validation else "training examples that were held out"
-    about = (
+    told = (
         f"{len(train_set):,} training examples of GLUE's {options.task}, measured on {len(test_set):,} of {measured}."
     )
     metrics = finish(
         folder, adapted, outcome,
         {**outcome.evaluation.scores, "train_examples": len(train_set), "test_examples": len(test_set)},
-        config, f"{options.method} on {options.task}", f"{options.method} on {Path(options.model).name}, {about}",
-        score=names[0], comparison=comparison,
+        config, f"{options.method} on {options.task}", f"{options.method} on {Path(options.model).name}, {told}",
+        score=names[0], comparison=comparison, **about,
     )  # fmt: skip
     display.say(f"{names[0]} {metrics[names[0]]:.4f}, loss {metrics['loss']:.3f}. Report: {folder / 'report.html'}")
     return metrics

@@ -89,6 +89,7 @@ from common.language.models import load_model, load_tokenizer, longest
 from common.language.sft import make_trainer
 from common.report.page import Sheet
 from common.report.results import compare, finish
+from common.training.about import described
 from common.training.digests import digest_of
 from common.training.folder import CONFIG, METRICS, prepare_folder, record_config, write_json, write_text
 from common.training.loop import make_optimizer
@@ -100,6 +101,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DataCollatorForSeq2Seq
 
 import uora_vision as uora
+from uora_vision.predict.tasks import GENERATION
 
 
 def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dict[str, Any] | None:
@@ -156,6 +158,10 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
             model, optimizer=optimizer, scope=chosen.scope.value, threshold=chosen.threshold,
             relative=chosen.relative, alpha=chosen.alpha, every=chosen.every,
         )  # fmt: skip
+    about = described(
+        folder, GENERATION, f"transformers/{options.model}", columns=["instruction"], chat_template=template,
+        max_new_tokens=options.max_new_tokens,
+    )  # fmt: skip
     left_out = incomplete + train_set.left_out + test_set.left_out
     display.say(
         f"{options.method} on {options.model}: {adapted.trained:,} parameters train. {len(train_set.rows):,} examples "
@@ -205,7 +211,7 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
         for turns, first, last in texts
     ]
     write_json(folder / "samples.json", written)
-    about = f"{len(train_set.rows):,} examples to train on, measured on {len(test_set.rows):,} that were held out"
+    trained_on = f"{len(train_set.rows):,} examples to train on, measured on {len(test_set.rows):,} that were held out"
     metrics = finish(
         folder, adapted, outcome,
         {
@@ -214,9 +220,9 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
             "cut": train_set.cut + test_set.cut, "left_out": left_out, "max_length": length,
         },
         config, f"{options.method} on {Path(options.data).name}",
-        f"{options.method} on {Path(options.model).name}, {about}"
+        f"{options.method} on {Path(options.model).name}, {trained_on}"
         f"{trimmed(train_set.cut + test_set.cut, left_out, length)}.",
-        score="loss", comparison=comparison, tables=[sheet(written)] if written else [],
+        score="loss", comparison=comparison, **about, tables=[sheet(written)] if written else [],
     )  # fmt: skip
     display.say(
         f"held-out loss {before['loss']:.4f} before, {metrics['loss']:.4f} after; perplexity "

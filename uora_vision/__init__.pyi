@@ -2,6 +2,7 @@ from . import export, integrations
 from .config import UoraConfig
 from .errors import (
     ConfigError,
+    DataError,
     DeadAdapterError,
     ExportError,
     FormatError,
@@ -22,6 +23,7 @@ from .lifecycle.parameter_groups import param_groups
 from .lifecycle.reinit import AlphaDecay, Reinitializer, ThresholdWave
 from .lifecycle.selection import activate, active_adapter, adapter_names, delete
 from .lifecycle.verification import verify
+from .predict.predictor import Prediction, Predictor, load_predictor
 from .serving.routing import route
 from .storage.base import Base
 from .storage.folder import upgrade
@@ -36,6 +38,7 @@ __all__ = [
     "AlphaDecay",
     "Base",
     "ConfigError",
+    "DataError",
     "DeadAdapterError",
     "ExportError",
     "FormatError",
@@ -44,6 +47,8 @@ __all__ = [
     "OptionError",
     "Packed",
     "Plan",
+    "Prediction",
+    "Predictor",
     "Reinitializer",
     "StateError",
     "Summary",
@@ -64,6 +69,7 @@ __all__ = [
     "inject",
     "integrations",
     "load",
+    "load_predictor",
     "merge",
     "param_groups",
     "plan",

@@ -116,6 +116,18 @@ class ExportError(UoraError, ValueError):
     """
 
 
+class DataError(UoraError, ValueError):
+    """Data cannot be used: an image that cannot be read, a table without the column that is needed.
+
+    Example:
+        >>> import uora_vision as uora
+        >>> from uora_vision.predict.pixels import pixels
+        >>> pixels(b"no image", "cat.jpg")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        uora_vision.errors.DataError: cannot read cat.jpg: ...
+    """
+
+
 class FormatError(UoraError, ValueError):
     """A saved adapter is damaged, of another version, or made for another model.
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+from uora_vision.errors import DataError as DataError
+
 
 class RecipeError(Exception):
     """Base of the errors that the command line shows as one line."""
-
-
-class DataError(RecipeError):
-    """The data cannot be used."""
 
 
 class ModelError(RecipeError):

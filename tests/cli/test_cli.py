@@ -77,7 +77,9 @@ class TestItself:
     def test_help_names_every_command_and_the_exit_codes(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["--help"]) == 0
         text = capsys.readouterr().out
-        assert all(f"\n  {name} " in text for name in ("plan", "inspect", "merge", "export", "verify", "upgrade"))
+        assert all(
+            f"\n  {name} " in text for name in ("plan", "inspect", "predict", "merge", "export", "verify", "upgrade")
+        )
         assert "1 a check failed, 2 bad input" in text
 
     def test_a_command_that_does_not_exist(self, capsys: pytest.CaptureFixture[str]) -> None:

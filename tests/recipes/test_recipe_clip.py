@@ -17,7 +17,6 @@ from common.data.images import load_images
 from common.language.toy import word_tokenizer
 from common.vision_language import demo as dual_demo
 from common.vision_language.contrastive import pair_loss, prompts, recalls
-from common.vision_language.dual import load_dual
 from common.vision_language.pairs import load_pairs
 from common.vision_language.towers import Towers, trains
 from PIL import Image
@@ -26,6 +25,7 @@ from safetensors.torch import load_file
 
 import uora_vision as uora
 from uora_vision.maths.bank import Bank
+from uora_vision.predict.dual import load_dual
 
 TEXTS = prompts(dual_demo.TEMPLATE, dual_demo.WORDS)
 DIGITS = ("--data", "digits", "--template", dual_demo.TEMPLATE, "--names", ",".join(dual_demo.WORDS))
@@ -124,6 +124,10 @@ def test_the_saved_adapter_gives_the_measured_accuracy(recipe: Call, tiny: Path,
     found = metrics(tmp_path)
     assert accuracy == pytest.approx(found["accuracy"], abs=0.004)
     assert found["loss"] < found["loss_before"]
+    predictor = uora.load_predictor(tmp_path / "adapter", device="cpu")
+    told = predictor(list(data.images))
+    right = sum(one.answer == data.names[label] for one, label in zip(told, data.labels, strict=True))
+    assert right / len(data) == pytest.approx(found["accuracy"], abs=0.004)
 
 
 RUNS = {

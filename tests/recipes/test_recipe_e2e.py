@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from pathlib import Path
 
 import e2e_nlg
+import huggingface_hub.constants
 import pytest
 import torch
 from common.command.choices import Method
-from common.data import network
 from common.language import toy, toy_restaurants
 from recipe_runs import Call, assert_it_redraws_by_uora_alone, assert_the_options_reach_uora, caller, trained
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import uora_vision as uora
+from uora_vision.predict.texts import no_repeats
 
 END = toy_restaurants.END
 
@@ -132,6 +134,9 @@ def test_the_saved_adapter_writes_what_was_measured(recipe: Call, backbone: Path
     prompts = [e2e_nlg.prompt_ids(entry["text"], tokenizer) for entry in written]
     again = e2e_nlg.generate(model, prompts, tokenizer, e2e_nlg.Options(beams=2, max_new_tokens=6, generate_batch=2))
     assert again == [entry["written"] for entry in written]
+    predictor = uora.load_predictor(tmp_path / "out" / "adapter", device="cpu")
+    found = predictor([entry["text"] for entry in written], batch=2)
+    assert [one.answer for one in found] == again and predictor.classes == ()
 
 
 def test_the_loss_is_on_the_reference_alone(backbone: Path) -> None:
@@ -150,7 +155,7 @@ def test_meanings_are_written_out_as_in_the_lora_paper() -> None:
 
 
 def test_what_stands_in_the_prompt_may_be_written_again() -> None:
-    rule, prompt = e2e_nlg.NoRepeat(2, prompt=3), [5, 6, 7]
+    (rule,), prompt = no_repeats(2, prompt=3), [5, 6, 7]
     scores = torch.zeros(1, 9)
     assert not rule(torch.tensor([[*prompt, 5]]), scores).isinf().any()  # 5 6 stands in the prompt only
     assert rule(torch.tensor([[*prompt, 5, 6, 5]]), scores).isinf().nonzero().tolist() == [[0, 6]]
@@ -239,8 +244,8 @@ def test_without_network_it_says_what_to_do(recipe: Call, monkeypatch: pytest.Mo
     def offline(*_: object) -> None:
         raise OSError("no address")
 
-    monkeypatch.setattr(network.socket, "getaddrinfo", offline)
-    monkeypatch.setattr(network.huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(socket, "getaddrinfo", offline)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     code, error = recipe(*SHORT, data="tuetschek/nothing-of-this-name")
     assert code == 2 and "no data set 'tuetschek/nothing-of-this-name'" in error and "--demo" in error
     code, error = recipe(*SHORT, model="nobody/no-such-model")

@@ -94,6 +94,9 @@ def test_the_saved_adapter_gives_the_measured_accuracy(
         guesses = model(**tokenizer([text for _, text in rows], padding=True, return_tensors="pt")).logits.argmax(1)
     right = sum(int(label) == guess for (label, _), guess in zip(rows, guesses.tolist(), strict=True))
     assert metrics["accuracy"] == pytest.approx(right / len(rows), abs=1e-6)
+    predictor = uora.load_predictor(tmp_path / "out" / "adapter", device="cpu")
+    assert predictor.classes == ("negative", "positive")
+    assert [one.answer for one in predictor([text for _, text in rows])] == [predictor.classes[g] for g in guesses]
 
 
 @pytest.mark.slow

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import timm.data
 from common.data.images import ImageSet, load_images
-from common.data.pixels import inspect, pixels
 from common.data.splits import join, load_splits, match, readable
 from common.errors import DataError
 from PIL import Image
+
+from uora_vision.predict.pixels import inspect, pixels
 
 NAMES = ("bee", "cat", "dog")
 

@@ -105,6 +105,10 @@ def test_the_saved_adapter_gives_the_measured_loss(recipe: Call, backbone: Path,
         total -= logits.log_softmax(-1)[range(len(after)), after].sum().item()
         count += len(after)
     assert metrics["loss"] == pytest.approx(total / count, rel=1e-4)
+    samples = json.loads((tmp_path / "out" / "samples.json").read_text())
+    predictor = uora.load_predictor(tmp_path / "out" / "adapter", device="cpu")
+    found = predictor([sample["prompt"] for sample in samples], batch=1)
+    assert samples and [one.answer for one in found] == [sample["after"] for sample in samples]
 
 
 @pytest.mark.parametrize("method", ["uora", "lora"])

@@ -113,6 +113,10 @@ def test_the_saved_adapter_gives_the_measured_accuracy(recipe: Call, tiny: str, 
     images = Images(data, DomainShift(Domain.invert), ModelInput(input_format(model)))
     hits = sum((model(x).argmax(1) == y).sum().item() for x, y in eval_loader(images, 64, 0))
     assert hits / len(data) == metrics["accuracy"]
+    predictor = uora.load_predictor(folder / "adapter", device="cpu")
+    found = predictor([images.picture(index) for index in range(len(data))])
+    assert sum(one.answer == data.names[y] for one, y in zip(found, data.labels, strict=True)) == hits
+    assert "uora predict FOLDER_OR_IMAGES" in (folder / "report.html").read_text()
 
 
 RUNS = {

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from damage import JUNK, places, put
 from redrawn import Net, made, out
 from torch import Tensor
 
 import uora_vision as uora
 from uora_vision.storage import schema
 from uora_vision.storage.folder import read_folder, write_folder
+from uora_vision.storage.preprocessing import check_labels, check_preprocessing
 from uora_vision.storage.sections import SECTIONS
 from uora_vision.storage.stored import Section
 
@@ -76,6 +79,34 @@ BAD: list[tuple[str, Any, dict[str, Tensor]]] = [
     ("labels", [], {}),
     ("labels", ["cat", 3], {}),
     ("labels", ["cat"], {"x": torch.ones(1)}),
+    ("labels", ["cat\n"], {}),
+    ("labels", ["c\x1b[31mat"], {}),
+    ("labels", ["\u202etac"], {}),
+    ("labels", ["cat", " "], {}),
+    ("labels", ["\ud800"], {}),
+    ("labels", ["c" * 1001], {}),
+    ("labels", ["c"] * 100_001, {}),
+    ("labels", {"0": "cat"}, {}),
+    ("preprocessing", {"task": "Image classification"}, {}),
+    ("preprocessing", {"model": "timm/\x00"}, {}),
+    ("preprocessing", {"input_size": [3, 224]}, {}),
+    ("preprocessing", {"input_size": [3, 0, 224]}, {}),
+    ("preprocessing", {"input_size": [3, 2**40, 224]}, {}),
+    ("preprocessing", {"std": [0.5, 0.0, 0.5]}, {}),
+    ("preprocessing", {"mean": []}, {}),
+    ("preprocessing", {"mean": [True, False]}, {}),
+    ("preprocessing", {"crop_pct": 0}, {}),
+    ("preprocessing", {"crop_pct": "0.9"}, {}),
+    ("preprocessing", {"template": "a photo"}, {}),
+    ("preprocessing", {"prompts": ["a", ""]}, {}),
+    ("preprocessing", {"columns": "text"}, {}),
+    ("preprocessing", {"max_length": 2.5}, {}),
+    ("preprocessing", {"num_beams": 2**70}, {}),
+    ("preprocessing", {"chat_template": "a" * 2**18}, {}),
+    ("preprocessing", {"of tomorrow": 1}, {}),
+    ("preprocessing", {"tomorrow": {"a": 1}}, {}),
+    ("preprocessing", {"tomorrow": "a" * 1001}, {}),
+    ("preprocessing", {f"field_{n}": n for n in range(65)}, {}),
     ("preprocessing", ["bicubic"], {}),
     ("preprocessing", {"mean": [[0.5]]}, {}),
     ("preprocessing", {"mean": float("nan")}, {}),
@@ -97,3 +128,59 @@ def test_tensors_without_their_section_and_sections_of_earlier_versions_are_refu
     assert schema.from_config(old, tensors).sections == {}
     with pytest.raises(uora.FormatError, match="unknown 'labels'"):
         schema.from_config(old | {"labels": ["cat"]}, tensors)
+
+
+def test_what_is_saved_is_checked_before_anything_is_written(tmp_path: Path) -> None:
+    model = made()
+    both = {"labels": ["a", "b"], "preprocessing": {"prompts": ["an a"]}}
+    with pytest.raises(uora.FormatError, match="1 prompts do not go with 2 classes"):
+        uora.save(model, tmp_path / "a", **both)
+    for options, message in (
+        ({"labels": "cat"}, "labels: it must be a list"),
+        ({"labels": ["cat", "d\rog"]}, r"labels: 'd\\rog' has the control character U\+000D"),
+        ({"preprocessing": {"interpolaton": "bicubic"}}, "no field 'interpolaton'; did you mean 'interpolation'"),
+        ({"preprocessing": {"crop_pct": 3}}, "preprocessing: crop_pct must be a share"),
+    ):
+        with pytest.raises(uora.OptionError, match=message):
+            uora.save(model, tmp_path / "a", **options)
+    assert not (tmp_path / "a").exists()
+    config = {"input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 0.875, "crop_mode": None}
+    uora.save(model, tmp_path / "a", labels=("cat", "a long name, \u00e9t\u00e9", "dog"), preprocessing=config)
+    about = read_folder(tmp_path / "a").about
+    assert about["labels"][1] == "a long name, \u00e9t\u00e9"
+    assert about["preprocessing"] == {"input_size": [3, 8, 8], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 0.875}
+
+
+def test_each_adapter_of_a_model_has_its_own(tmp_path: Path) -> None:
+    for name in ("cats", "dogs"):
+        uora.save(made(), tmp_path / name, labels=[name, "others", "none"])
+    model = uora.load(uora.load(Net(), tmp_path / "cats", name="cats"), tmp_path / "dogs", name="dogs", activate=False)
+    for name in ("dogs", "cats"):
+        uora.activate(model, name)
+        about = read_folder(uora.save(model, tmp_path / "again")).about
+        assert about == {"labels": [name, "others", "none"]}
+
+
+def test_junk_anywhere_in_what_it_says_of_its_task_is_refused_or_kept_as_it_is() -> None:
+    about = {"task": "text-generation", "mean": [0.5, 0.5], "prompts": ["a", "b"], "max_length": 3, "crop_pct": 0.5,
+             "template": "a {}", "chat_template": "{{ x }}", "input_size": [3, 8, 8], "tomorrow": ["a", 1]}  # fmt: skip
+    refused = 0
+    for place in places(about):
+        for junk in JUNK:
+            value = json.loads(json.dumps(about))
+            put(value, place, junk)
+            try:
+                check_preprocessing(value)
+            except uora.FormatError as error:
+                refused += 1
+                assert len(str(error)) < 250 and str(error).isprintable()
+    for junk in JUNK:
+        for value in (junk, [junk], ["cat", junk]):
+            try:
+                check_labels(value)
+            except uora.FormatError as error:
+                refused += 1
+                assert len(str(error)) < 250 and str(error).isprintable()
+            else:
+                assert isinstance(value, list) and all(isinstance(name, str) and name.strip() for name in value)
+    assert refused > 300

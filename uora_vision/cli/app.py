@@ -17,8 +17,9 @@ import typer
 
 from ..config import UoraConfig
 from ..errors import ConfigError, FormatError, UoraError
+from ..predict.models import FORMS
 from ..version import __version__ as version
-from .models import FORMS
+from .predict import local_folder, predict
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from ..storage.stored import Stored
 
 app = typer.Typer(
-    help="Adapters of uora_vision: plan, inspect, merge, export, verify, upgrade.",
+    help="Adapters of uora_vision: plan, inspect, predict, merge, export, verify, upgrade.",
     epilog="Exit codes: 0 all is well, 1 a check failed, 2 bad input.",
     add_completion=False,
     no_args_is_help=True,
@@ -99,9 +100,9 @@ def plan(
 ) -> None:
     """What would be adapted in a model, and how large the adapter would be. Builds no weights."""
     from ..lifecycle.trained_parts import base_parameters
+    from ..predict.models import on_meta
     from ..structure.planning import plan as plan_of
     from ..structure.survey import Survey
-    from .models import on_meta
 
     made, example = on_meta(model)
     what = plan_of(made, rank=rank, targets=targets, exclude=exclude or (), example_input=example if diff else None)
@@ -125,13 +126,16 @@ def inspect(
     from ..storage.folder import read_folder
     from .describe import describe, facts, plot
 
-    there = _local(folder, revision)
+    there = local_folder(folder, revision)
     stored = read_folder(there)
     size = sum(p.stat().st_size for p in there.iterdir() if p.is_file())
     print(json.dumps(facts(stored, size), indent=2) if as_json else describe(stored, size))
     if png is not None:
         _needs("matplotlib")
         plot(stored, png)
+
+
+app.command("predict")(predict)
 
 
 @app.command("merge")
@@ -147,7 +151,7 @@ def merge_into(
     from ..lifecycle.merging import merge
 
     _check_free(output / "model.safetensors", overwrite)
-    made, example = _loaded(_local(folder, revision), model, checkpoint)
+    made, example = _loaded(local_folder(folder, revision), model, checkpoint)
     report = merge(made, example)
     output.mkdir(parents=True, exist_ok=True)
     save_pretrained: Any = getattr(made, "save_pretrained", None)
@@ -184,7 +188,7 @@ def export(
     _check_free(output if to == Kind.onnx else output / TENSOR_FILE, overwrite)
     if to == Kind.onnx:
         _needs("onnx", "onnxscript")
-    made, example = _loaded(_local(folder, revision), model, checkpoint)
+    made, example = _loaded(local_folder(folder, revision), model, checkpoint)
     if to == Kind.onnx:
         merge(made)
         error = to_onnx(made, example, output)
@@ -204,14 +208,14 @@ def verify(
     revision: Revision = None,
 ) -> None:
     """Check a saved adapter: its files, whether A and B come out as they were, and whether it fits a base."""
+    from ..predict.models import with_weights
     from ..storage.base import Base
     from ..storage.fit import fit
     from ..storage.folder import read_folder
     from ..storage.schema import FORMAT_VERSION
     from ..storage.snapshot import rebuilt
-    from .models import with_weights
 
-    there = _local(folder, revision)
+    there = local_folder(folder, revision)
     checks: list[tuple[bool, str]] = []
     stored = _checked(checks, "files are whole, of a known version, without NaN", lambda: read_folder(there))
     if stored is None:
@@ -245,26 +249,11 @@ def upgrade(folder: Annotated[Path, typer.Argument(help="Folder of an adapter.")
     print(f"{folder} is of format version {FORMAT_VERSION} now" if done else f"{folder} needs no upgrade")
 
 
-def _local(folder: str, revision: str | None) -> Path:
-    """The folder, or a copy of the repository.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    from ..storage.hub import is_repository, local_copy
-
-    if is_repository(folder):
-        return local_copy(folder, revision)
-    if not Path(folder).is_dir():
-        raise ConfigError(f"{folder} is no folder, and no name of a hub repository (user/name)")
-    return Path(folder)
-
-
 def _loaded(there: Path, model: str, checkpoint: str | None) -> tuple[nn.Module, Any]:
     """A model with an adapter in it, and an input."""
+    from ..predict.models import with_weights
     from ..storage.folder import read_folder
     from ..storage.save_load import load
-    from .models import with_weights
 
     stored = read_folder(there)
     made, example = with_weights(model, stored, checkpoint)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..storage.stored import Stored
-from ..tables import render
+from ..tables import render, shortened
 
 BARS = 96
 """With more roles than this, bars are drawn for blocks."""
@@ -35,6 +35,7 @@ def facts(stored: Stored, size: int) -> dict[str, Any]:
         "parameters": len(stored.vector),
         "base_parameters": {name: t.numel() for name, t in stored.parts.items()},
         "bytes": size,
+        **stored.about,
         "versions": stored.versions,
         "firings": firings(stored),
         "layers": [{"role": name, "b": b.abs().mean().item(), "d": d.abs().mean().item()}
@@ -70,6 +71,7 @@ def describe(stored: Stored, size: int) -> str:
         f"adapter    rank {c.rank}, seed {c.seed}, layout {c.layout}, init {c.init}, {'+'.join(c.targets)[:80]}",
         f"parameters {found['parameters']:,} in b and d; {head:,} in {len(stored.parts)} trained tensors of the base",
         f"size       {size:,} B",
+        *_task(stored),
         f"written by {', '.join(f'{name} {version}' for name, version in stored.versions.items())}",
     ]
     rows: dict[tuple[str, str], list[int]] = {}
@@ -84,6 +86,12 @@ def describe(stored: Stored, size: int) -> str:
         [(kind, n, shape, count) for (kind, shape), (n, count) in rows.items()],
     )
     return "\n".join([*lines, "", table, "", _redraws(stored), "", _bars(stored)])
+
+
+def _task(stored: Stored) -> list[str]:
+    about, labels = stored.about.get("preprocessing", {}), stored.about.get("labels", [])
+    task = [f"task       {about['task']}"] if "task" in about else []
+    return task + ([f"classes    {len(labels):,}: {shortened(labels)[:200]}"] if labels else [])
 
 
 def _redraws(stored: Stored) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,7 @@ class Entry:
         modules: made when it is first active, and kept, so that an optimizer still finds its parameters.
         settled: whether the modules have taken over their own rows.
         turns: when it was active.
+        about: what its file says of its task, `labels` and `preprocessing`, as JSON has them.
     """
 
     config: UoraConfig
@@ -66,6 +68,7 @@ class Entry:
     modules: tuple[Adapter, ...] | None = None
     settled: bool = False
     turns: Turns = field(default_factory=Turns)
+    about: dict[str, Any] = field(default_factory=dict)
 
     def values(self) -> Tensor:
         """Every b and d, one after the other: (parameters,)."""

@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import HubError
+from ..tables import shortened
 from .folder import CONFIG_FILE, TENSOR_FILE, read_folder, write_folder
 from .snapshot import collect
 from .stored import Stored
@@ -126,6 +127,13 @@ def card(adapter: Stored, repository: str, data: str | None = None, metrics: Map
         "directions redrawn": f"{sum(len(event.indices) for event in adapter.log):,}",
         "written by": ", ".join(f"{_text(name)} {_text(v)}" for name, v in sorted(adapter.versions.items())),
     }
+    about, labels = adapter.about.get("preprocessing", {}), adapter.about.get("labels", [])
+    if "task" in about:
+        rows["task"] = _text(about["task"])
+    if labels:
+        rows["classes"] = f"{len(labels):,}: {shortened([_text(name) for name in labels], 20)}"
+    if "input_size" in about:
+        rows["images"] = " x ".join(map(str, about["input_size"][1:])) + " pixels"
     if data:
         rows["data"] = _text(data)
     lines = ["---", *head, "---", "", f"# {_text(repository)}", ""]
@@ -134,11 +142,11 @@ def card(adapter: Stored, repository: str, data: str | None = None, metrics: Map
     found = {name: value for name, value in (metrics or {}).items() if isinstance(value, int | float | str)}
     if found:
         lines += ["", "## Results", "", *_table(("metric", "value"), {_text(n): _text(v) for n, v in found.items()})]
-    lines += [
-        "", "## Use", "", "```python", "import uora_vision as uora", "",
-        f"model = ...  # {_line(base.shown)}, with its pretrained weights",
-        f'uora.load(model, "{repository}")', "```", "",
-    ]  # fmt: skip
+    use = [f"model = ...  # {_line(base.shown)}, with its pretrained weights", f'uora.load(model, "{repository}")']
+    if "task" in about:
+        here = "" if "model" in about and "/." not in about["model"] and ":." not in about["model"] else ", model=..."
+        use = [f'predictor = uora.load_predictor("{repository}"{here})', "print(predictor(...).answer)"]
+    lines += ["", "## Use", "", "```python", "import uora_vision as uora", "", *use, "```", ""]
     return "\n".join(lines)
 
 

@@ -6,8 +6,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import FormatError, StateError
 from ..lifecycle.apply import apply_plan, bank_for
 from ..lifecycle.inference_mode import outside_inference_mode
-from ..lifecycle.library import DEFAULT, check_room, check_switch
+from ..lifecycle.library import DEFAULT, active_entry, check_room, check_switch
 from ..maths.bank import Bank
 from ..maths.draws import initial_rows, on_cpu
 from ..maths.redraw_log import BankState
@@ -27,12 +30,20 @@ from .base import Base
 from .fit import Fitted, fit
 from .folder import read_folder, write_folder
 from .hub import is_repository, local_copy
+from .preprocessing import sections_of
 from .snapshot import collect, rebuilt
-from .stored import SaveBanks, Stored
+from .stored import SaveBanks, Section, Stored
 
 
 @on_cpu
-def save(model: nn.Module, folder: str | os.PathLike[str], *, save_banks: SaveBanks | None = None) -> Path:
+def save(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    save_banks: SaveBanks | None = None,
+    labels: Sequence[str] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+) -> Path:
     """Write the active adapter and the trained parts of the base into a folder.
 
     At any moment, also after a kill or on a full disk, the folder holds an adapter that loads: the last one or this.
@@ -44,12 +55,19 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, save_banks: SaveBa
         save_banks: put rows of A and B into the file too, so that loading need not rebuild them from seed and log:
             `changed`, those that were redrawn; `all`, which loads where torch draws other matrices from the seed, and
             is the default for matrices that were given, as by an adapter of PEFT's.
+        labels: names of the classes, in the order of the outputs of the head, so that `load_predictor` can tell them.
+        preprocessing: how inputs are made, in the fields of timm's data config (what
+            `timm.data.resolve_model_data_config(model)` gives), and others that `docs/format.md` lists: the task, where
+            the base is to be had, the prompts of CLIP.
+
+            Both stay with the adapter: one that was loaded, or saved before, is saved with those that it had.
 
     Returns:
         The folder.
 
     Raises:
         StateError: the model is not injected.
+        OptionError: labels or preprocessing are none.
         FormatError: a trained value is NaN or infinite.
         OSError: the folder cannot be written to.
 
@@ -61,10 +79,13 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, save_banks: SaveBa
         ...     sorted(path.name for path in uora.save(model, folder).iterdir())
         ['adapter_config.json', 'adapter_model.safetensors']
     """
-    survey = Survey(model)
+    survey, about = Survey(model), sections_of(labels, preprocessing)
     adapter = collect(survey, save_banks=save_banks)
+    adapter = replace(adapter, sections=adapter.sections | {name: Section(value) for name, value in about.items()})
     parameters = [held.tensor for held in survey.parameters.values()]
-    return write_folder(adapter, folder) if writes(parameters) else Path(folder)
+    target = write_folder(adapter, folder) if writes(parameters) else Path(folder)
+    active_entry(model).about |= about
+    return target
 
 
 @outside_inference_mode
@@ -127,7 +148,7 @@ def load(
         bank, state = _banks(stored, model, what)
     except FormatError as error:
         raise FormatError(f"{os.fspath(folder)}: {error}") from error
-    apply_plan(survey, what, name, vector, parts, state, activate, bank)
+    apply_plan(survey, what, name, vector, parts, state, activate, bank).about |= stored.about
     return model
 
 

@@ -6,7 +6,6 @@ them; whoever adds another one adds a line here, and raises the version.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError
+from .preprocessing import check_labels, check_preprocessing
 from .stored import Section, Stored
 
 
@@ -101,21 +101,15 @@ def _check_roundings(section: Section, stored: Stored) -> None:
 
 
 def _check_labels(section: Section, stored: Stored) -> None:
-    """Names of the classes, in the order of the outputs of the head."""
-    names = section.value
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise FormatError("it must be a list of names that is not empty")
+    check_labels(section.value)
     _nothing_left(section.tensors)
 
 
 def _check_preprocessing(section: Section, stored: Stored) -> None:
-    """A data config as timm has it: `input_size`, `mean`, `std`, `interpolation`, `crop_pct`, ..."""
-    if not isinstance(section.value, dict):
-        raise FormatError("it must be an object")
-    for name, value in section.value.items():
-        for one in value if isinstance(value, list) else [value]:
-            if not isinstance(one, str | int | float | None) or (isinstance(one, float) and not math.isfinite(one)):
-                raise FormatError(f"{name[:80]!r} must be a text, a number or a list of them")
+    check_preprocessing(section.value)
+    prompts, labels = section.value.get("prompts"), stored.sections.get("labels")
+    if prompts and labels is not None and isinstance(labels.value, list) and len(prompts) != len(labels.value):
+        raise FormatError(f"{len(prompts)} prompts do not go with {len(labels.value)} classes")
     _nothing_left(section.tensors)
 
 

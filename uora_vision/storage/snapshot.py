@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import FormatError, OptionError
 from ..lifecycle.informing import bank_like, replace_bank
-from ..lifecycle.library import adapters_in, bank_of, library_of
+from ..lifecycle.library import active_entry, adapters_in, bank_of, library_of
 from ..lifecycle.trained_parts import STATISTICS, moved_buffers, trained_tensors
 from ..maths.bank import Bank
 from ..maths.informed import pack
@@ -47,6 +47,7 @@ def collect(model: nn.Module | Survey, *, save_banks: SaveBanks | None = None) -
     first = {name: bank._first[name] for name in names if name in bank._first}
     changed = {name: rows for name, (_, rows) in state.rows.items()} | state.own
     trained = trained_tensors(survey)
+    about = {name: Section(value) for name, value in active_entry(survey.model).about.items()}
     return Stored(
         bank.config,
         projections,
@@ -58,7 +59,7 @@ def collect(model: nn.Module | Survey, *, save_banks: SaveBanks | None = None) -
         _flat([changed[name] for name in sorted(changed)]) if save_banks else None,
         _flat([first[name] for name in names if name not in set(of.values())]) if save_banks == "all" else None,
         {"torch": torch.__version__, "uora_vision": __version__},
-        sections=_sections(projections, of, first),
+        sections=_sections(projections, of, first) | about,
     )
 
 
@@ -141,6 +142,7 @@ def put_back(model: nn.Module, stored: Stored) -> None:
             survey.tensors[name].tensor.copy_(value)
     for adapter in found.values():
         adapter.take_own()
+    active_entry(model).about |= stored.about
 
 
 def _identity(base: Base, bank: Bank, paths: tuple[str, ...]) -> Identity:

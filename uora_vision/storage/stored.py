@@ -155,6 +155,11 @@ class Stored:
         return names, unpack(section.tensors, widths, self.config.rank)
 
     @property
+    def about(self) -> dict[str, Any]:
+        """What it says of its task: `labels` and `preprocessing`, where it has them."""
+        return {name: self.sections[name].value for name in ("labels", "preprocessing") if name in self.sections}
+
+    @property
     def matrices(self) -> dict[str, int]:
         """Widths of the shared matrices, by name."""
         return self.widths.matrices(self.config.layout)

@@ -1,4 +1,4 @@
-"""From an image to what a model reads. The only file that knows albumentations.
+"""From an image to what a model reads. How an image is fitted to it without chance is in `uora_vision.predict.images`.
 
 Every random choice is keyed by (seed, epoch, index), never by how many images were read before or by which worker:
 a resumed run, or one with another number of workers, sees exactly the same pictures.
@@ -6,46 +6,26 @@ a resumed run, or one with another number of workers, sees exactly the same pict
 
 from __future__ import annotations
 
-import os
 import random
 import zlib
-from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else it asks the network for its newest version at import
-import albumentations as A
+from uora_vision.predict.images import InputFormat, fitting, import_albumentations, interpolation
 
 from ..command.choices import Augment, Domain
 
-cv2.setNumThreads(0)  # the data loader's workers are the threads
-
-INTERPOLATION = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC, "lanczos": cv2.INTER_LANCZOS4}
-
-
-@dataclass(frozen=True)
-class InputFormat:
-    """What a model reads: (height, width) in pixels, and the mean and deviation of each channel in 0..1.
-
-    `squash`: an image is made square by scaling alone, not by cutting what stands out.
-    `crop`: share of an image's shorter side that is kept around its centre.
-    """
-
-    size: tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str = "bicubic"
-    squash: bool = False
-    crop: float = 1.0
+A = import_albumentations()
 
 
 class DomainShift:
     """(h, w, 3) uint8 -> the same image in another domain. The same image always gives the same result."""
 
     def __init__(self, domain: Domain) -> None:
-        steps: dict[Domain, list[A.BasicTransform]] = {
+        steps: dict[Domain, list[Any]] = {
             Domain.none: [],
             Domain.invert: [A.InvertImg(p=1)],
             Domain.rotate: [A.Rotate(limit=(90, 90), p=1)],
@@ -64,16 +44,11 @@ class ModelInput:
     """(h, w, 3) uint8 -> (3, H, W) float32, normalised; with random changes when a key is given."""
 
     def __init__(self, form: InputFormat, augment: Augment = Augment.none) -> None:
-        height, width = form.size
-        mode = INTERPOLATION.get(form.interpolation, cv2.INTER_CUBIC)
-        if height == width and not form.squash:  # keep the proportions, cut what stands out
-            edge = max(height, int(height / form.crop))
-            fit = [A.SmallestMaxSize(edge, interpolation=mode), A.CenterCrop(height, width)]
-        else:
-            fit = [A.Resize(height, width, interpolation=mode)]
-        vary: list[A.BasicTransform] = []
+        self.form = form
+        (height, width), fit = form.size, fitting(form)
+        vary: list[Any] = []
         if augment is Augment.resized:  # 8% to all of the area, as timm does for ImageNet
-            fit = [A.RandomResizedCrop(form.size, interpolation=mode)]
+            fit = [A.RandomResizedCrop(form.size, interpolation=interpolation(form))]
         elif augment is not Augment.none:
             edge = max(1, height // 8)
             vary = [A.Pad(padding=edge, border_mode=cv2.BORDER_REFLECT_101), A.RandomCrop(height, width)]
@@ -86,6 +61,6 @@ class ModelInput:
         return torch.from_numpy(self.transform(image=image)["image"].transpose(2, 0, 1).copy())
 
 
-def _set_random_state(transform: A.Compose, *key: int) -> None:
+def _set_random_state(transform: Any, *key: int) -> None:
     generator = np.random.default_rng(key)
     transform.set_random_state(generator, random.Random(int(generator.integers(2**63))))

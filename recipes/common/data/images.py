@@ -25,11 +25,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..errors import DataError
-from .network import fail_fast_without_network
-from .pixels import Item, pixels
+from uora_vision.predict.images import IMAGE_SUFFIXES, visible
+from uora_vision.predict.network import fail_fast_without_network
+from uora_vision.predict.pixels import Item, pixels
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+from ..errors import DataError
+
 TORCHVISION = {"cifar100": "CIFAR100", "food101": "Food101", "flowers102": "Flowers102"}
 HUB = {"resisc45": "timm/resisc45"}
 SPLITS = {"train": ("train", "training"), "test": ("test", "val", "valid", "validation")}
@@ -173,14 +174,14 @@ def _digits(split: str) -> ImageSet:
 
 
 def _folder(path: Path, split: str) -> ImageSet:
-    if any(_visible(file, path) for file in path.rglob("*.parquet")) or (path / "dataset_dict.json").exists():
+    if any(visible(file, path) for file in path.rglob("*.parquet")) or (path / "dataset_dict.json").exists():
         return _hub(str(path), split)
     if (path / "cifar-100-python").is_dir():
         return _torchvision("cifar100", path, split, download=False)
     for name in SPLITS[split]:
         if (path / name).is_dir():
             return _image_folder(path / name)
-    held = ", ".join(sorted(p.name for p in path.iterdir() if _visible(p, path))[:8]) or "nothing"
+    held = ", ".join(sorted(p.name for p in path.iterdir() if visible(p, path))[:8]) or "nothing"
     raise DataError(
         f"no {split} images in {path}, which holds {held}. Expected parquet files, cifar-100-python/, or "
         f"{split}/CLASS/*.png. To try the recipe without data, use --demo."
@@ -188,13 +189,13 @@ def _folder(path: Path, split: str) -> ImageSet:
 
 
 def _image_folder(path: Path) -> ImageSet:
-    folders = {unicodedata.normalize("NFC", p.name): p for p in path.iterdir() if p.is_dir() and _visible(p, path)}
+    folders = {unicodedata.normalize("NFC", p.name): p for p in path.iterdir() if p.is_dir() and visible(p, path)}
     names = sorted(folders)
     items: list[Path] = []
     labels: list[int] = []
-    others = [p for p in path.iterdir() if p.is_file() and _visible(p, path)]
+    others = [p for p in path.iterdir() if p.is_file() and visible(p, path)]
     for label, name in enumerate(names):
-        held = sorted(p for p in folders[name].rglob("*") if p.is_file() and _visible(p, path))
+        held = sorted(p for p in folders[name].rglob("*") if p.is_file() and visible(p, path))
         files = [p for p in held if p.suffix.lower() in IMAGE_SUFFIXES]
         others += [p for p in held if p.suffix.lower() not in IMAGE_SUFFIXES]
         items += files
@@ -205,11 +206,6 @@ def _image_folder(path: Path) -> ImageSet:
         )
     note = f"{len(others)} files in {path} are not read, such as {others[0].relative_to(path)}" if others else ""
     return ImageSet(items, np.array(labels, dtype=np.int64), tuple(names), (note,) if note else ())
-
-
-def _visible(path: Path, root: Path) -> bool:
-    """Neither hidden nor what macOS leaves beside files (`._cat.jpg`), nor inside of such a folder."""
-    return not any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(root).parts)
 
 
 def _torchvision(name: str, root: Path, split: str, download: bool) -> ImageSet:

@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from uora_vision.predict.frames import as_text
+
 from ..errors import DataError
-from .tables import as_text
 
 
 def as_classes(

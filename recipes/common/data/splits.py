@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from uora_vision.predict.pixels import inspect
+
 from ..errors import DataError
 from .images import ImageSet, load_images
-from .pixels import inspect
 
 
 @dataclass(frozen=True)

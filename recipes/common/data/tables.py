@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import codecs
-import csv
-import io
-import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import pyarrow as pa
 import torch
 from datasets import Dataset, load_dataset
 from torch.utils.data import DataLoader
 
+from uora_vision.predict.frames import SUFFIXES, read_frame
+from uora_vision.predict.network import fail_fast_without_network
+
 from ..errors import DataError
-from .network import fail_fast_without_network
 
 SPLITS = {  # E2E's testset.csv is its testset_w_refs.csv without the references
     "train": ("train",), "validation": ("validation", "dev", "valid"), "test": ("testset_w_refs", "test"),
 }  # fmt: skip
-SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 
 
 def load_table(source: str, split: str, *, config: str | None = None, names: Sequence[str] = ()) -> Dataset:
@@ -63,79 +57,16 @@ def load_table(source: str, split: str, *, config: str | None = None, names: Seq
 
 
 def read_table(path: Path, names: Sequence[str] = ()) -> Dataset:
-    """Rows of one file, without those that are empty; tab-separated files have no quotes.
-
-    Of csv, tsv, json and jsonl every value is a text, or a list or object of texts. A first row of csv or tsv that
-    repeats `names` is a header.
+    """Rows of one file; see `read_frame`.
 
     Raises:
         DataError: it cannot be read, or has no rows.
     """
+    frame = read_frame(path, names)
     try:
-        match path.suffix.lower():
-            case ".csv" | ".tsv":
-                frame = _separated(_text(path), path.suffix.lower() == ".tsv", list(names))
-            case ".json" | ".jsonl":
-                frame = _objects(_text(path))
-            case ".parquet":
-                frame = pd.read_parquet(path)
-            case other:
-                raise DataError(f"{path} has the ending {other!r}; files of {', '.join(SUFFIXES)} can be read")
-        full = np.array([any(as_text(v) for v in row) for row in frame.itertuples(index=False, name=None)], dtype=bool)
-        if not full.any():
-            raise DataError(f"{path} has no rows")
-        return Dataset.from_pandas(frame[full], preserve_index=False)
-    except (OSError, ValueError, RecursionError, pa.ArrowException) as error:  # parsers' errors are ValueErrors
+        return Dataset.from_pandas(frame, preserve_index=False)
+    except (ValueError, pa.ArrowException) as error:
         raise DataError(f"{path} cannot be read: {(str(error).splitlines() or [''])[0]}") from error
-
-
-def as_text(value: Any) -> str:
-    """A value of a table as text without space around it; nothing at all is an empty text."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    return str(value).strip()
-
-
-def _text(path: Path) -> str:
-    """A file's text, without the mark that says how it is encoded."""
-    content = path.read_bytes()
-    return content.decode("utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
-
-
-def _separated(text: str, tabs: bool, names: list[str]) -> pd.DataFrame:
-    how: dict[str, Any] = {"sep": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
-    given = {"names": names, "header": None} if names else {}
-    frame = pd.read_csv(
-        io.StringIO(text), dtype=str, keep_default_na=False, skipinitialspace=not tabs, index_col=False, **how, **given
-    )
-    frame.columns = [str(name).strip() for name in frame.columns]
-    repeated = names and len(frame) and [as_text(value) for value in frame.iloc[0]] == names
-    return frame[1:] if repeated else frame
-
-
-def _objects(text: str) -> pd.DataFrame:
-    """Objects in a list or one per line, or an object of lists."""
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError:
-        found = [json.loads(line) for line in text.splitlines() if line.strip()]
-    if isinstance(found, dict) and found and all(isinstance(column, list) for column in found.values()):
-        found = pd.DataFrame(found, dtype=object).to_dict("records")
-    rows = [row or {} for row in found] if isinstance(found, list) else [found]
-    if odd := next((row for row in rows if not isinstance(row, dict)), None):
-        raise ValueError(f"expected objects, such as {{...}} in a list or one per line, found {str(odd)[:40]!r}")
-    names = dict.fromkeys(name for row in rows for name in row)
-    held = {name: [_value(row.get(name)) for row in rows] for name in names}
-    return pd.DataFrame({name.strip(): pd.Series(column, dtype=object) for name, column in held.items()})
-
-
-def _value(value: Any) -> Any:
-    """Lists and objects with texts in them: a column of Arrow has values of one kind."""
-    if isinstance(value, list):
-        return [_value(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _value(item) for key, item in value.items()}
-    return None if value is None else str(value)
 
 
 def need_columns(table: Dataset, wanted: Sequence[str], source: str) -> None:

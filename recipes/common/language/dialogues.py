@@ -12,7 +12,8 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..data.tables import as_text
+from uora_vision.predict.frames import as_text
+
 from ..errors import DataError, ModelError
 
 Messages = list[dict[str, str]]

@@ -8,7 +8,8 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.network import fail_fast_without_network
+from uora_vision.predict.network import fail_fast_without_network
+
 from ..errors import DataError, ModelError
 
 transformers.utils.logging.set_verbosity_error()  # a new head is no news here

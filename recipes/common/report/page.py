@@ -81,6 +81,7 @@ class RunReport:
             `accuracy_std` draws a bar.
         score: the metric by which methods are compared, in the place of `accuracy`.
         tables: more tables, such as what a model wrote before and after.
+        usage: how to use what was trained: pairs of a sentence and lines of code.
     """
 
     title: str
@@ -100,6 +101,7 @@ class RunReport:
     comparison: list[dict[str, Any]] | None = None
     score: str = "accuracy"
     tables: list[Sheet] = field(default_factory=list)
+    usage: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

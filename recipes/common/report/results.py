@@ -6,7 +6,7 @@ import dataclasses
 import importlib.metadata
 import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..training.folder import CHECKPOINT, CHECKPOINTS, METRICS, write_json
 from ..training.loop import Outcome
 from ..training.methods import AdaptedModel
 from .page import RunReport, show, write_report
+from .usage import usage
 
 LIBRARIES = (
     "uora-vision", "torch", "timm", "open_clip_torch", "transformers", "trl", "albumentations", "accelerate", "peft",
@@ -50,6 +51,8 @@ def finish(
     *,
     score: str = "accuracy",
     comparison: list[dict[str, Any]] | None = None,
+    labels: Sequence[str] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
     **sections: Any,
 ) -> dict[str, Any]:
     """Write adapter, history, report and metrics; then the checkpoint may go.
@@ -58,12 +61,13 @@ def finish(
         scores: what was measured at the end, and other metrics of the recipe.
         score: the one of them to compare methods by.
         comparison: rows of other methods, as `compared` makes them; this run's own comes last.
+        labels, preprocessing: for the adapter; see `uora.save`.
         sections: parts of `RunReport`: `confusion` and `names`, `samples`, `tables`.
 
     Returns:
         The metrics.
     """
-    save_trained(adapted, folder / "adapter")
+    save_trained(adapted, folder / "adapter", labels, preprocessing)
     metrics = scores | measures(adapted, outcome)
     if comparison is not None:
         comparison = [*comparison, compared(adapted.options.method.value, metrics, score)]
@@ -85,6 +89,7 @@ def finish(
         b=b,
         d=d,
         comparison=comparison,
+        usage=usage(folder / "adapter", preprocessing or {}) if adapted.is_uora else [],
         **sections,
     )
     write_report(report, folder / "report.html")
@@ -158,11 +163,16 @@ def compare(
     return metrics
 
 
-def save_trained(adapted: AdaptedModel, folder: Path) -> None:
+def save_trained(
+    adapted: AdaptedModel,
+    folder: Path,
+    labels: Sequence[str] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+) -> None:
     """UORA and VeRA in the package's form; of the other methods the trained parameters by name, for
     `model.load_state_dict(safetensors.torch.load_file(...), strict=False)` on a model prepared in the same way."""
     if adapted.is_uora:
-        uora.save(adapted.base, folder)
+        uora.save(adapted.base, folder, labels=labels, preprocessing=preprocessing)
         return
     folder.mkdir(parents=True, exist_ok=True)
     content = to_bytes(adapted.trained_tensors(), metadata={"method": adapted.options.method.value})

@@ -8,8 +8,9 @@ import timm
 import timm.data
 from torch import nn
 
+from uora_vision.predict.network import fail_fast_without_network
+
 from ..data.augment import InputFormat
-from ..data.network import fail_fast_without_network
 from ..errors import ModelError
 
 

@@ -10,6 +10,7 @@ from accelerate import PartialState
 from rich.console import Console
 
 import uora_vision as uora
+from uora_vision.predict.tasks import IMAGES
 
 from ..command import cli
 from ..command.display import Display
@@ -18,6 +19,7 @@ from ..data.images import parse_classes
 from ..data.loading import Images
 from ..data.splits import Splits, load_splits
 from ..report.results import finish
+from ..training.about import described
 from ..training.folder import CHECKPOINT, record_config
 from ..training.loop import TrainOptions, train
 from ..training.methods import AdaptedModel
@@ -79,6 +81,7 @@ def train_images(
         for note in splits.notes:
             display.warn(note)
         record_config(folder, config, {"data": splits.digest, "base": base}, options.resume)
+    about = described(folder, IMAGES, f"timm/{options.model}", labels=train_set.names, **tests.prepare.form.config())
     task = Classification(tests, options.batch, options.workers)
     with tensorboard(folder) as log:
         outcome = train(
@@ -90,7 +93,7 @@ def train_images(
     if outcome.stopped:
         raise cli.stopped(console, outcome.stopped, outcome.progress.step, folder)
     measured = "the test images" if not options.validation else "training images that were held out"
-    about = f"{len(train_set):,} images of {len(train_set.names)} classes, measured on {measured}."
+    told = f"{len(train_set):,} images of {len(train_set.names)} classes, measured on {measured}."
     metrics = finish(
         folder,
         adapted,
@@ -105,8 +108,9 @@ def train_images(
         },
         config,
         f"{options.method} on {Path(options.data).name}",
-        f"{options.method} on {Path(options.model).name}, {about}",
+        f"{options.method} on {Path(options.model).name}, {told}",
         comparison=comparison,
+        **about,
         **sections(tests, outcome.evaluation),
     )
     display.say(f"accuracy {metrics['accuracy']:.2%}, loss {metrics['loss']:.3f}. Report: {folder / 'report.html'}")

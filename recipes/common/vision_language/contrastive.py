@@ -12,13 +12,12 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from uora_vision.predict.dual import CHUNK, Dual, Tokens, fill, logits, text_features
+
 from ..data.loading import Images, eval_loader
 from ..errors import RecipeError
 from ..vision.evaluation import Classification, Evaluation
-from .dual import Dual, Tokens, logits
 from .pairs import PairImages
-
-CHUNK = 256
 
 
 def prompts(template: str, names: Sequence[str]) -> list[str]:
@@ -29,15 +28,7 @@ def prompts(template: str, names: Sequence[str]) -> list[str]:
     """
     if template.count("{}") != 1:
         raise RecipeError(f"--template must have one {{}} for the name of the class, got {template!r}")
-    return [template.replace("{}", name.replace("_", " ")) for name in names]
-
-
-@torch.no_grad()
-def text_features(dual: Dual, tokens: Tokens, device: torch.device) -> Tensor:
-    """Features of many texts, (n, width)."""
-    count = len(next(iter(tokens.values())))
-    parts = [{key: value[k : k + CHUNK].to(device) for key, value in tokens.items()} for k in range(0, count, CHUNK)]
-    return torch.cat([dual.encode_text(part) for part in parts])
+    return fill(template, names)
 
 
 def pair_loss(scores: Tensor, same: Tensor, sigmoid: bool) -> Tensor:

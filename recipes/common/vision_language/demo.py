@@ -8,6 +8,8 @@ import open_clip
 import torch
 from open_clip.push_to_hf_hub import save_for_hf
 
+from uora_vision.predict.dual import load_dual
+
 from ..command.choices import Domain, Method
 from ..command.display import Display
 from ..command.options import Defaults, MethodOptions
@@ -18,7 +20,6 @@ from ..language.toy import word_tokenizer
 from ..training.loop import TrainOptions, make_optimizer, train
 from ..vision.demo import FORM
 from .contrastive import Naming, prompts
-from .dual import load_dual
 from .towers import Towers, adapt_towers, plan_towers
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

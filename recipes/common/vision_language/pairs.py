@@ -15,13 +15,15 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from uora_vision.predict.dual import Tokens
+from uora_vision.predict.frames import as_text
+from uora_vision.predict.images import IMAGE_SUFFIXES
+from uora_vision.predict.pixels import inspect, pixels
+
 from ..data.augment import ModelInput
-from ..data.images import IMAGE_SUFFIXES
 from ..data.loading import Key
-from ..data.pixels import inspect, pixels
-from ..data.tables import as_text, load_table, need_columns
+from ..data.tables import load_table, need_columns
 from ..errors import DataError
-from .dual import Tokens
 
 HELD_OUT = 0.1
 """Share of the images to measure on, where the data has no test split and nothing is said."""

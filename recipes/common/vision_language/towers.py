@@ -10,13 +10,17 @@ from typing import Any
 from torch import Tensor, nn
 
 import uora_vision as uora
+from uora_vision.predict.dual import Dual
 
 from ..command.choices import Method, Tower
 from ..command.options import LR, PEFT_LR, Defaults, MethodOptions
 from ..errors import MethodError
 from ..training.methods import AdaptedModel, apply_method
-from .dual import PROJECTIONS, Dual
 
+PROJECTIONS = (
+    "visual.proj", "visual.head.proj.", "text_projection", "text.text_projection", "text.proj.", "visual_projection.",
+    "text_model.head.",
+)  # fmt: skip
 DEFAULTS = {  # the second rate is for a tower that trains in full beside an adapter, and for the logit scale
     Method.uora: Defaults(256, LR, 1e-5),
     Method.vera: Defaults(256, LR, 1e-5),

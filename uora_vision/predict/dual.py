@@ -13,20 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.augment import InputFormat
-from ..data.network import fail_fast_without_network
-from ..errors import ModelError
+from ..errors import ConfigError
+from .images import InputFormat
+from .network import fail_fast_without_network
 
 Tokens = dict[str, Tensor]
 """What a text tower reads, by the name of its argument, each (n, length)."""
+CHUNK = 256
+"""Texts at a time."""
 HIGHEST_SCALE = math.log(100)
 """CLIP was trained with its logit scale below 100."""
 OUTSIDE = ("logit_scale", "logit_bias", "text_decoder.")
 """Of neither tower: the temperature, and CoCa's decoder, which a contrastive loss does not reach."""
-PROJECTIONS = (
-    "visual.proj", "visual.head.proj.", "text_projection", "text.text_projection", "text.proj.", "visual_projection.",
-    "text_model.head.",
-)  # fmt: skip
 
 
 class Dual(nn.Module):
@@ -37,13 +35,21 @@ class Dual(nn.Module):
         tokenize: texts -> what the text tower reads.
         form: what the image tower reads.
         hub: whether it is of transformers.
+        source: by what `load_predictor` finds it: a model, and a tag or file of weights.
     """
 
     def __init__(
-        self, model: nn.Module, tokenize: Callable[[Sequence[str]], Tokens], form: InputFormat, hub: bool
+        self,
+        model: nn.Module,
+        tokenize: Callable[[Sequence[str]], Tokens],
+        form: InputFormat,
+        hub: bool,
+        source: tuple[str, str | None],
     ) -> None:
         super().__init__()
-        self.model, self.tokenize, self.form, self.hub = model, tokenize, form, hub
+        self.model: Any = model
+        self.tokenize, self.form, self.hub = tokenize, form, hub
+        self.source = source
 
     @property
     def sigmoid(self) -> bool:
@@ -79,6 +85,19 @@ class Dual(nn.Module):
         return "image" if name.startswith(("visual.", "vision_model.", "visual_projection.")) else "text"
 
 
+def fill(template: str, names: Sequence[str]) -> list[str]:
+    """The text of each class; an underscore in a name is a space."""
+    return [template.replace("{}", name.replace("_", " ")) for name in names]
+
+
+@torch.no_grad()
+def text_features(dual: Dual, tokens: Tokens, device: torch.device) -> Tensor:
+    """Features of many texts, (n, width)."""
+    count = len(next(iter(tokens.values())))
+    parts = [{key: value[k : k + CHUNK].to(device) for key, value in tokens.items()} for k in range(0, count, CHUNK)]
+    return torch.cat([dual.encode_text(part) for part in parts])
+
+
 def logits(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """How well each image (row) goes with each text (column)."""
     product = scale * image @ text.T
@@ -89,19 +108,24 @@ def load_dual(name: str, pretrained: str | None = None) -> Dual:
     """A pretrained model by name.
 
     Args:
-        name: `hf:NAME` or a folder of transformers; a model of open_clip (`open_clip:` may stand before it),
-            `hf-hub:OWNER/NAME` or `local-dir:FOLDER` of open_clip, or a folder that it wrote.
+        name: `hf:NAME` or `transformers/NAME`, or a folder of transformers; a model of open_clip (`open_clip:` or
+            `open_clip/` may stand before it), `hf-hub:OWNER/NAME` or `local-dir:FOLDER` of open_clip, or a folder that
+            it wrote.
         pretrained: tag or file of the weights, for a model that open_clip names.
 
     Raises:
-        ModelError: unknown name, weights out of reach, or a model of another kind.
+        ConfigError: unknown name, weights out of reach, or a model of another kind.
     """
+    name = name.replace("transformers/", "hf:", 1) if name.startswith("transformers/") else name
+    name = name.removeprefix("open_clip/")
     folder = Path(name.removeprefix("hf:"))
     if folder.is_dir():
         if (folder / "open_clip_config.json").exists():
             return _of_open_clip(f"local-dir:{folder}", None)
         if not (folder / "config.json").exists():
-            raise ModelError(f"{folder} holds neither config.json (transformers) nor open_clip_config.json (open_clip)")
+            raise ConfigError(
+                f"{folder} holds neither config.json (transformers) nor open_clip_config.json (open_clip)"
+            )
         return _of_transformers(str(folder))
     if name.startswith("hf:"):
         return _of_transformers(name.removeprefix("hf:"))
@@ -112,7 +136,7 @@ def _of_open_clip(name: str, pretrained: str | None) -> Dual:
     try:
         import open_clip
     except ImportError as error:
-        raise ModelError(f"{name} needs the package open_clip: pip install open_clip_torch") from error
+        raise ConfigError(f"{name} needs the package open_clip: pip install open_clip_torch") from error
     if not name.startswith(("hf-hub:", "local-dir:")):
         name = name.replace("/", "-")
         _check_weights(name, pretrained, open_clip)
@@ -132,19 +156,19 @@ def _of_open_clip(name: str, pretrained: str | None) -> Dual:
         (size, size) if isinstance(size, int) else tuple(size), tuple(found["mean"]), tuple(found["std"]),
         found["interpolation"], found["resize_mode"] == "squash",
     )  # fmt: skip
-    return Dual(model, lambda texts: {"text": tokenizer(list(texts))}, form, hub=False)
+    return Dual(model, lambda texts: {"text": tokenizer(list(texts))}, form, False, (f"open_clip/{name}", pretrained))
 
 
 def _check_weights(name: str, pretrained: str | None, open_clip: Any) -> None:
-    """Raise a ModelError unless open_clip has a model of that name, with those weights."""
+    """Raise a ConfigError unless open_clip has a model of that name, with those weights."""
     if open_clip.get_model_config(name) is None:
         near = difflib.get_close_matches(name, open_clip.list_models(), 3, 0.4)
         hint = f"did you mean {', '.join(near)}?" if near else "open_clip.list_models() shows all."
-        raise ModelError(f"open_clip has no model {name!r}; {hint} Models of transformers are written hf:NAME.")
+        raise ConfigError(f"open_clip has no model {name!r}; {hint} Models of transformers are written hf:NAME.")
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None or not (pretrained in tags or Path(pretrained).is_file()):
         what = "needs --pretrained" if pretrained is None else f"has no weights {pretrained!r}"
-        raise ModelError(f"{name} {what}; there are {', '.join(tags) or 'none'}, or give a file of weights")
+        raise ConfigError(f"{name} {what}; there are {', '.join(tags) or 'none'}, or give a file of weights")
 
 
 def _of_transformers(name: str) -> Dual:
@@ -155,12 +179,12 @@ def _of_transformers(name: str) -> Dual:
     try:
         config = AutoConfig.from_pretrained(name)
         if config.model_type not in ("clip", "siglip"):
-            raise ModelError(f"{name} is a model of type {config.model_type}; this recipe takes clip and siglip")
+            raise ConfigError(f"{name} is a model of type {config.model_type}; this recipe takes clip and siglip")
         with warnings.catch_warnings():  # of slow processors: only their numbers are read
             warnings.simplefilter("ignore")
             model = AutoModel.from_pretrained(name, dtype=torch.float32)
             tokenizer, processor = AutoTokenizer.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
-    except ModelError:
+    except ConfigError:
         raise
     except Exception as error:  # the hub, safetensors and transformers each raise types of their own
         raise _unreachable(name, error, "FOLDER") from error
@@ -175,12 +199,12 @@ def _of_transformers(name: str) -> Dual:
         (side, side), tuple(processor.image_mean), tuple(processor.image_std),
         {2: "bilinear", 1: "lanczos"}.get(int(processor.resample), "bicubic"), config.model_type == "siglip",
     )  # fmt: skip
-    return Dual(model, tokenize, form, hub=True)
+    return Dual(model, tokenize, form, True, (f"transformers/{name}", None))
 
 
-def _unreachable(name: str, error: Exception, instead: str) -> ModelError:
+def _unreachable(name: str, error: Exception, instead: str) -> ConfigError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return ModelError(
+    return ConfigError(
         f"cannot load {name!r}: {reason} Check the name and the network; without a network, give weights on disk with "
         f"--model {instead}, or try --demo."
     )

@@ -39,10 +39,10 @@ def pixels(item: Item, name: str) -> np.ndarray:
 def inspect(item: Item) -> tuple[str, str | None]:
     """A digest of an image's content, and why it cannot be read; None where it can, to its last pixel."""
     if isinstance(item, np.ndarray):
-        return _digest(np.ascontiguousarray(item)), None
+        return _digest(np.ascontiguousarray(item).data), None
     try:
         if callable(item):
-            return _digest(np.ascontiguousarray(_rgb(item()))), None
+            return _digest(np.ascontiguousarray(_rgb(item())).data), None
         content = item if isinstance(item, bytes) else item.read_bytes()
         with Image.open(io.BytesIO(content)) as image:
             image.draft("RGB", (1, 1))  # a JPEG is read to its end, but not computed in full size
@@ -64,7 +64,7 @@ def _rgb(image: Image.Image) -> np.ndarray:
     return np.asarray(upright.convert("RGB"))
 
 
-def _digest(content: bytes | np.ndarray) -> str:
+def _digest(content: bytes | memoryview) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 

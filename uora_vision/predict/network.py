@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 
-import huggingface_hub.constants
+SECONDS = 2.0
+"""How long a name server may take to answer."""
 
 
 def fail_fast_without_network() -> None:
@@ -15,7 +17,19 @@ def fail_fast_without_network() -> None:
     """
     if any(key.lower() == "https_proxy" for key in os.environ):
         return  # behind a proxy, names need not resolve here
-    try:
-        socket.getaddrinfo("huggingface.co", 443)
-    except OSError:
+    found = threading.Event()
+
+    def look() -> None:
+        try:
+            socket.getaddrinfo("huggingface.co", 443)
+        except OSError:
+            return
+        found.set()
+
+    asking = threading.Thread(target=look, daemon=True)
+    asking.start()
+    asking.join(SECONDS)
+    if not found.is_set():
+        import huggingface_hub.constants
+
         huggingface_hub.constants.HF_HUB_OFFLINE = True
