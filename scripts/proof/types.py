@@ -42,8 +42,11 @@ def build(name: str) -> nn.Module:
     if package == "torchvision":
         takes = inspect.signature(torchvision.models.get_model_builder(own)).parameters
         bare = {"weights_backbone": None} if "weights_backbone" in takes else {}
-        with torch.device("meta"):
-            return torchvision.models.get_model(own, weights=None, **bare)
+        try:
+            with torch.device("meta"):
+                return torchvision.models.get_model(own, weights=None, **bare)
+        except NotImplementedError:  # RegNet computes its widths with tensors
+            return torchvision.models.get_model(own, weights=None, **bare).to("meta")
     if package == "diffusers":
         with torch.device("meta"):
             return _diffusers()[own]()
