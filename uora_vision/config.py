@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -33,7 +34,9 @@ class UoraConfig:
         targets: what to adapt. Terms joined by `+`, or an iterable of terms. A term is a group (`attention`, `mlp`;
             `all` for both; `conv`, convolutions outside of these; `other`, other Linear layers), the shorthand `qv`, a
             role (`q`, `proj`, `attn.q`) or a pattern over paths (`blocks.1?.attn.*`, which ends in the role:
-            `blocks.3.attn.qkv.q`).
+            `blocks.3.attn.qkv.q`). In a model of several towers, `vision:attention+mlp` means those of one tower: what
+            stands before the colon goes for all terms behind it in the same string. A tower's name alone stands for its
+            attention and MLP, `connector` for all that connects towers. See `Plan.towers` for those of a model.
         exclude: terms of the same form, taken away from `targets`.
         blocks: numbers of the blocks to adapt, counted through the whole model; negative from its end. None for all.
         d_init: initial value of d.
@@ -164,7 +167,25 @@ def _terms(name: str, value: str | Iterable[str]) -> tuple[str, ...]:
     parts = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [value]
     if not all(isinstance(part, str) for part in parts):
         raise OptionError(f"{name} takes a string or strings, got {value!r}")
-    terms = [term.strip() for part in parts for term in part.split("+")]
+    terms = [term.strip() for part in parts for term in _in_tower(name, part)]
     if isinstance(value, set | frozenset):
         terms.sort()
+    # Those of one tower come last: joined by `+`, they mean the same.
+    terms.sort(key=lambda term: name != "train" and TOWER.match(term) is not None)
     return tuple(dict.fromkeys(term for term in terms if term))
+
+
+def _in_tower(name: str, text: str) -> list[str]:
+    """The terms of a string, each with the tower that was named last before it."""
+    terms, tower = text.split("+"), ""
+    for i, term in enumerate(terms if name != "train" else ()):
+        if match := TOWER.match(term):
+            tower, term = match[1], match[2].strip()
+            if not term:
+                raise ConfigError(f"{name}={text!r} asks for nothing in {tower!r}; write '{tower}:attention+mlp'")
+        terms[i] = f"{tower}:{term.strip()}" if tower and term.strip() else term
+    return terms
+
+
+TOWER = re.compile(r"\s*([A-Za-z_]\w*)\s*:(.*)$", re.DOTALL)
+"""A term that is asked for in one tower only: its name, and the term."""

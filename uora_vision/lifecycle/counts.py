@@ -9,6 +9,7 @@ from torch import nn
 from ..structure.paths import lies_within
 from ..structure.planning import say_new
 from ..structure.survey import Survey
+from ..structure.towers import Tower, counted, tower_table
 from ..tables import render
 from ..weights.quantised import full_shape
 from .library import active_entry, adapters_in
@@ -26,6 +27,7 @@ class Summary:
         total: parameters of the base.
         new: paths of modules that look new and do not train wholly.
         train: the option of the adapter.
+        towers: what is adapted of each tower of a model that has several; empty for others.
 
     Example:
         >>> import uora_vision as uora
@@ -43,6 +45,7 @@ class Summary:
     total: int
     new: tuple[str, ...] = ()
     train: tuple[str, ...] = ()
+    towers: tuple[Tower, ...] = ()
 
     @property
     def trained(self) -> int:
@@ -59,6 +62,7 @@ class Summary:
             rows,
             ("total", count, "", self.trained, share(self.trained)),
         )
+        table += f"\n{tower_table(self.towers)}" if self.towers else ""
         return f"{table}\n{say_new(self.new, self.train)}" if self.new else table
 
 
@@ -101,4 +105,5 @@ def summary(model: nn.Module) -> Summary:
         total=everything - mine,
         new=tuple(new) if train else (),
         train=train,
+        towers=counted(survey.towers, [(path, sum(p.numel() for p in a.parameters())) for path, a in found.items()]),
     )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..config import TOWER
 from ..errors import ConfigError, StateError, TargetError
 from ..weights.matrix import Form
 from ..weights.quantised import is_quantised
@@ -25,6 +26,7 @@ from .paths import ancestors, joined, lies_within
 from .rules import registered
 from .survey import Survey, held_at
 from .targets import GROUPS, Projection
+from .towers import tower_named
 from .walk import Finding
 
 _DIMENSIONS: dict[Form, tuple[int, int]] = {
@@ -174,7 +176,11 @@ def _check_registered(survey: Survey) -> None:
 
 def _check_paths(survey: Survey, targets: Iterable[str]) -> None:
     """Say of a target that is a path, but of no projection, what is there instead."""
-    for path in targets:
+    for term in targets:
+        match = TOWER.match(term)
+        path = match[2] if match else term
+        if not match and tower_named(path, survey.towers):
+            continue
         held = held_at(survey.model, path)
         there = path in survey.modules or (held is not None and held.key in held.module._parameters)
         if path in GROUPS or path in ("all", "qv") or not there:

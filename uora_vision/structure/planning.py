@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from torch import nn
 
-from ..config import BasePart, Init, Layout, UoraConfig, chosen
+from ..config import TOWER, BasePart, Init, Layout, UoraConfig, chosen
 from ..errors import ConfigError, TargetError
 from ..options import UNSET, hinting
 from ..tables import render, shortened
@@ -26,8 +26,11 @@ from .heads import matching
 from .paths import lies_within
 from .survey import Survey
 from .targets import GROUPS, Projection, Skipped
+from .towers import CONNECTOR, Tower, check_tower, counted, near_towers, tower_named, tower_table
 from .trace import trace
 from .walk import Finding
+
+Found = list[tuple[Finding, Role]]
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,6 +47,7 @@ class Plan:
             what the model does with their output was lost to it.
         trained: paths of the modules and parameters of the base that train wholly, besides norms and biases.
         new: paths of modules that look new and do not train wholly. `train` takes them.
+        towers: what is adapted of each tower of a model that has several; empty for others.
 
     Example:
         >>> import uora_vision as uora
@@ -60,6 +64,7 @@ class Plan:
     unfollowed: tuple[str, ...] = ()
     trained: tuple[str, ...] = ()
     new: tuple[str, ...] = ()
+    towers: tuple[Tower, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -81,6 +86,7 @@ class Plan:
             "unfollowed": list(self.unfollowed),
             "trained": list(self.trained),
             "new": list(self.new),
+            "towers": [asdict(t) for t in self.towers],
         }
 
     def to_json(self) -> str:
@@ -100,6 +106,8 @@ class Plan:
                  for key, n in rows.items() for label, shape, what, why in [key]]  # fmt: skip
         title = f"{len(self.projections)} weights to adapt at rank {rank}: {self.parameters:,} parameters"
         text = render(title, ("role", "count", "out x in", "reached", "rule or reason", "parameters"), table)
+        if self.towers:
+            text += f"\n{tower_table(self.towers)}"
         left = Counter(
             (re.sub(r"(?<![^.])\d+(?![^.])", "*", s.path), f"{s.shape[0]} x {s.shape[1]}", s.reason)
             for s in self.skipped
@@ -187,7 +195,7 @@ def planned(survey: Survey, config: UoraConfig, example_input: Any = None, place
             "transformer of your own see uora_vision.register_rule."
         )
     trained, new = trained_parts(survey, tuple(config.train))
-    asked = _match(found, config.targets) - _match(found, config.exclude)
+    asked = _match(found, config.targets, survey) - _match(found, config.exclude, survey, whole=True)
     asked &= _in_blocks(found, config.blocks)
     if not asked:
         raise TargetError(
@@ -231,7 +239,8 @@ def planned(survey: Survey, config: UoraConfig, example_input: Any = None, place
         hidden = {f.candidate.path for f in ruled if is_quantised(f.candidate.weight)}
         differing = tuple(d for d in differences(ruled, seen) if d.kind != "unused" or d.path not in hidden)
         lost = tuple(f.candidate.path for f in findings if f.candidate.path in adapted and not followed(f, seen))
-    return Plan(config, tuple(projections), tuple(skipped), differing, lost, trained, new)
+    towers = counted(survey.towers, [(p.path, p.parameters(config.rank)) for p in projections])
+    return Plan(config, tuple(projections), tuple(skipped), differing, lost, trained, new, towers)
 
 
 def trained_parts(survey: Survey, train: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -265,18 +274,51 @@ def say_new(new: Sequence[str], train: Sequence[str]) -> str:
     )
 
 
-def _match(found: list[tuple[Finding, Role]], terms: Any) -> set[int]:
+def _match(found: Found, terms: Any, survey: Survey, whole: bool = False) -> set[int]:
+    """Numbers of the roles that some terms ask for.
+
+    Args:
+        whole: whether a tower's name alone stands for all that is in it.
+    """
     asked: set[int] = set()
+    of: dict[str | None, set[int]] = {}
     for term in terms:
-        queries_values = {i for i, (_, role) in enumerate(found) if term == "qv" and role.kind in _QV}
-        parts = ("q", "v") if term == "qv" and not queries_values else (term,)
-        for part in parts:
-            hits = queries_values or {i for i, (finding, role) in enumerate(found) if _is(part, finding, role)}
-            if not hits and part not in GROUPS:
-                raise TargetError(
-                    f"no projection matched {part!r}; this model has: {_inventory(found)}. {_hint(part, found)}"
-                )
-            asked |= hits
+        tower, part = _split(term, found, survey)
+        there = {i for i, (f, _) in enumerate(found) if not tower or survey.tower(f.candidate.path) == tower}
+        hits = _hits(part, found, there, whole or tower == CONNECTOR)
+        of[tower] = of.get(tower, set()) | hits
+        asked |= hits
+    for tower in (name for name, hits in of.items() if name and not hits and not whole):
+        has = _inventory([f for f in found if survey.tower(f[0].candidate.path) == tower])
+        raise TargetError(f"nothing in the tower {tower!r} is asked for; it has: {has}")
+    return asked
+
+
+def _split(term: str, found: Found, survey: Survey) -> tuple[str | None, str | None]:
+    """The tower that a term names, None for the whole model, and what of it, None for its name alone."""
+    if any(_is(term, *one) for one in found):
+        return None, term
+    if match := TOWER.match(term):
+        return check_tower(match[1], survey.towers), match[2]
+    tower = tower_named(term, survey.towers)
+    if tower is None and near_towers(term, survey.towers, 0.75):
+        check_tower(term, survey.towers)
+    return tower, None if tower else term
+
+
+def _hits(term: str | None, found: Found, there: set[int], whole: bool) -> set[int]:
+    """Numbers of the roles among some that a term asks for."""
+    if term is None:
+        return {i for i in there if whole or found[i][1].group in (ATTENTION, MLP)}
+    queries_values = {i for i in there if term == "qv" and found[i][1].kind in _QV}
+    asked: set[int] = set()
+    for part in ("q", "v") if term == "qv" and not queries_values else (term,):
+        hits = queries_values or {i for i in there if _is(part, *found[i])}
+        if not hits and part not in GROUPS:
+            has = [found[i] for i in sorted(there)]
+            where = "this model" if len(there) == len(found) else "that tower"
+            raise TargetError(f"no projection matched {part!r}; {where} has: {_inventory(has)}. {_hint(part, has)}")
+        asked |= hits
     return asked
 
 
@@ -284,7 +326,7 @@ _QV = {f"{ATTENTION}.{name}" for name in ("q", "v", "q_b", "kv_b", "qk", "kv", "
 """Roles of queries and values, and weights with such that are not known to be divided."""
 
 
-def _hint(term: str, found: list[tuple[Finding, Role]]) -> str:
+def _hint(term: str, found: Found) -> str:
     """What to write in place of a term that matches nothing: it may be of another library's kind."""
     pattern = f"*.{term}"
     paths = [
@@ -305,7 +347,7 @@ def _is(term: str, finding: Finding, role: Role) -> bool:
     )
 
 
-def _in_blocks(found: list[tuple[Finding, Role]], blocks: Any) -> set[int]:
+def _in_blocks(found: Found, blocks: Any) -> set[int]:
     if blocks is None:
         return set(range(len(found)))
     total = 1 + max((f.block for f, _ in found if f.block is not None), default=-1)
@@ -315,7 +357,7 @@ def _in_blocks(found: list[tuple[Finding, Role]], blocks: Any) -> set[int]:
     return {i for i, (finding, _) in enumerate(found) if finding.block in wanted}
 
 
-def _inventory(found: list[tuple[Finding, Role]]) -> str:
+def _inventory(found: Found) -> str:
     known = Counter(role.label for _, role in found if role.group not in (CONV, OTHER))
     known.update(role.group for _, role in found if role.group in (CONV, OTHER))
     return ", ".join(f"{label} ({n})" for label, n in known.items())

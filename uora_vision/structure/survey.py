@@ -13,6 +13,7 @@ from .candidates import Candidate, find_candidates
 from .heads import Parts, head_names
 from .hidden import Hidden, find_hidden, plain_copy
 from .paths import joined, submodule
+from .towers import find_towers
 from .walk import Finding, walk
 
 
@@ -117,6 +118,15 @@ class Survey:
     def findings(self) -> dict[str, Finding]:
         """What the rules say of each candidate, by path."""
         return {finding.candidate.path: finding for finding in self._walked[0]}
+
+    @cached_property
+    def towers(self) -> dict[str, tuple[str, str]]:
+        """The tower of each weight that could be adapted; see `find_towers`."""
+        return find_towers(self.modules, (path for path, f in self.shown.findings.items() if f.roles))
+
+    def tower(self, path: str) -> str:
+        """The name of the tower that a weight is in; empty for one in none."""
+        return self.towers.get(path, ("", ""))[0]
 
     @property
     def parts(self) -> Parts:
