@@ -88,8 +88,10 @@ def test_a_wrong_value_is_told_before_anything_heavy() -> None:
 
 
 def test_the_command_uora_imports_nothing_heavy() -> None:
-    words = ["--help", "plan --help", "export --help", "plan --ranc", "plan", "predict --help",
-             "predict a --adapter b --output a.xls", "upgrade no-such-folder", "--version"]  # fmt: skip
+    words = [
+        "--help", "plan --help", "export --help", "plan --ranc", "plan", "plan timm/vit_base_patch16_22", "plan bertt",
+        "predict --help", "predict a --adapter b --output a.xls", "upgrade no-such-folder", "--version",
+    ]  # fmt: skip
     calls = [("uora", *line.split()) for line in words]
     for line, (code, said, imported) in zip(words, answers(calls), strict=True):
         assert (line, code, imported) == (line, 0 if line.startswith("--") or "--help" in line else 2, []), said

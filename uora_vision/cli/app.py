@@ -19,6 +19,8 @@ from ..config import UoraConfig
 from ..errors import ConfigError, FormatError, UoraError
 from ..predict.models import FORMS
 from ..version import __version__ as version
+from .names import FORMS as NAMES
+from .names import resolved
 from .predict import local_folder, predict
 
 if TYPE_CHECKING:
@@ -91,7 +93,7 @@ def _options(
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(help=f"The base: {FORMS}.")],
+    model: Annotated[str, typer.Argument(help=f"The base: {NAMES}.")],
     targets: Annotated[str, typer.Option(help="What to adapt, as for inject.")] = "+".join(UoraConfig().targets),
     exclude: Annotated[str, typer.Option(help="What to leave, as for inject.")] = "",
     rank: Annotated[int, typer.Option(help="Number of directions of every projection.")] = UoraConfig().rank,
@@ -99,12 +101,14 @@ def plan(
     diff: Annotated[bool, typer.Option("--diff", help="Trace a run and compare it with the rules.")] = False,
 ) -> None:
     """What would be adapted in a model, and how large the adapter would be. Builds no weights."""
+    from .models import on_meta
+
+    made, example = on_meta(model)  # a wrong name is answered before anything large is imported
+
     from ..lifecycle.trained_parts import base_parameters
-    from ..predict.models import on_meta
     from ..structure.planning import plan as plan_of
     from ..structure.survey import Survey
 
-    made, example = on_meta(model)
     what = plan_of(made, rank=rank, targets=targets, exclude=exclude or (), example_input=example if diff else None)
     if as_json:
         print(what.to_json())
@@ -228,7 +232,7 @@ def verify(
     else:
         _checked(checks, "A and B come out as where it was trained", lambda: rebuilt(stored, _bank(stored)))
     if model is not None:
-        made, example = with_weights(model, stored, checkpoint)
+        made, example = with_weights("/".join(resolved(model)), stored, checkpoint)
         made_for = "its fingerprint" if stored.identity.fingerprint else "its architecture"
         fitted = _checked(checks, f"fits {model}, by {made_for}", lambda: fit(stored, Base(made)))
         if fitted is not None:
@@ -256,7 +260,7 @@ def _loaded(there: Path, model: str, checkpoint: str | None) -> tuple[nn.Module,
     from ..storage.save_load import load
 
     stored = read_folder(there)
-    made, example = with_weights(model, stored, checkpoint)
+    made, example = with_weights("/".join(resolved(model)), stored, checkpoint)
     return load(made, there), example
 
 
