@@ -36,10 +36,10 @@ def test_a_file_of_the_maths_starts_with_a_legend_of_shapes(path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_code_of_extending_runs() -> None:
-    """All blocks, in a process of their own: they change the library."""
-    text = (ROOT / "docs" / "extending.md").read_text()
+    """All blocks, and that of the page on towers, in a process of their own: they change the library."""
+    text = "\n".join((ROOT / "docs" / page).read_text() for page in ("towers.md", "extending.md"))
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 5
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(blocks)],
         env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +17,7 @@ from conftest import need_timm
 from torch import Tensor, nn
 
 import uora_vision as uora
-from uora_vision.structure import rules
+from uora_vision.structure import rules, shared_rules
 
 
 def meta(name: str, **options: Any) -> nn.Module:
@@ -272,3 +276,54 @@ class TestTrace:
         uora.remove(model)
         uora.inject(model, rank=2, example_input=x)
         assert uora.verify(model, x)["fc1.fc1"] > 0
+
+
+class TestShared:
+    """Rules that an installed package brings, here a distribution in a folder of the path."""
+
+    def install(self, folder: Path, name: str, code: str, value: str = "", monkeypatch: Any = None) -> None:
+        info = folder / f"{name}-1.0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[uora_vision.rules]\nodd = {value or f'{name}_rules:register'}\n")
+        (folder / f"{name}_rules.py").write_text(f"import uora_vision as uora\n\n\ndef register():\n    {code}\n")
+        monkeypatch.syspath_prepend(folder)
+        monkeypatch.setattr(shared_rules, "_loaded", False)
+        monkeypatch.delitem(sys.modules, f"{name}_rules", raising=False)
+
+    def test_a_package_brings_rules_once_and_below_those_of_a_program(
+        self, odd: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        rule = "uora.register_rule('Odd', {'vkq': '%s', 'back': 'proj'})"
+        self.install(tmp_path / "b", "bravo", rule % "bravo", monkeypatch=monkeypatch)
+        self.install(tmp_path / "a", "alpha", rule % "alpha", monkeypatch=monkeypatch)
+        assert not {"alpha_rules", "bravo_rules"} & set(sys.modules)
+        with uora.register_rule(Odd, {"vkq": "mine"}):
+            assert roles(odd) == {"block.vkq": ["attn.mine"], "block.back": ["attn.proj"]}
+        assert roles(odd) == {"block.vkq": ["attn.bravo"], "block.back": ["attn.proj"]}
+        assert {p.rule for p in uora.plan(odd).projections} == {"registered for Odd by bravo"}
+        assert len(rules.registered) == 2
+
+    @pytest.mark.parametrize(
+        ("code", "value", "message"),
+        [
+            ("uora.register_rule('Odd', {'vkq': 'q'}); 1 / 0", "", "raised ZeroDivisionError: division by zero"),
+            ("pass", "bravo_rules:nothing", "bravo_rules:nothing of uora_vision.rules raised AttributeError"),
+            ("pass", "no_such_module:register", "raised ModuleNotFoundError: No module named 'no_such_module'"),
+            ("pass", "bravo_rules", "raised TypeError: 'module' object is not callable"),
+            ("uora.register_rule('Odd', {'vkq': 3})", "", "raised ConfigError: the role of 'vkq'"),
+        ],
+    )
+    def test_a_broken_one_is_named_and_leaves_nothing(
+        self, odd: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, value: str, message: str
+    ) -> None:
+        rule = "uora.register_rule('Odd', {'vkq': 'alpha', 'back': 'proj'})"
+        self.install(tmp_path / "b", "bravo", code, value, monkeypatch)
+        self.install(tmp_path / "a", "alpha", rule, monkeypatch=monkeypatch)
+        with pytest.warns(uora.UoraWarning, match=re.escape(message)) as caught:
+            assert roles(odd) == {"block.vkq": ["attn.alpha"], "block.back": ["attn.proj"]}
+        assert str(caught[0].message).startswith("the package bravo brings rules that cannot be registered")
+        assert len(rules.registered) == 1
+        with warnings.catch_warnings():  # it is said once
+            warnings.simplefilter("error")
+            uora.plan(odd)

@@ -35,7 +35,7 @@ def names(library: str) -> frozenset[str]:
         found = re.findall(r"^@register_model\s*\ndef (\w+)", code, re.MULTILINE)
         return frozenset(found + [name.partition(".")[0] for name in re.findall(r"'([\w.]+)'\s*:", old)])
     code = _texts(root / "models" / "auto" / file for file in ("auto_mappings.py", "configuration_auto.py"))
-    return frozenset(re.findall(r"^\s*\(\"([\w.-]+)\", \"\w+Config\"\)", code, re.MULTILINE))
+    return frozenset(re.findall(r'(?:[({]|^ *)"([\w.-]+)"[,:] "\w+Config"', code, re.MULTILINE))
 
 
 def _texts(paths: Iterable[Path]) -> str:

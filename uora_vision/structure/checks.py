@@ -24,6 +24,7 @@ from .candidates import Candidate, Unit
 from .hidden import leave_out, odd_kind, shown_path
 from .paths import ancestors, joined, lies_within
 from .rules import registered
+from .shared_rules import load_shared_rules
 from .survey import Survey, held_at
 from .targets import GROUPS, Projection
 from .towers import tower_named
@@ -159,6 +160,7 @@ def _overlap(one: Tensor, two: Tensor) -> bool:
 def _check_registered(survey: Survey) -> None:
     """Let every registered rule see all modules that it is for. The walk shows it only those that own a weight which
     can be adapted, so a rule for another kind of weight would be passed over."""
+    load_shared_rules()
     members: dict[str, dict[str, Candidate]] = defaultdict(dict)
     for candidate in survey.candidates.values() if registered else ():
         for above in ancestors(candidate.path):

@@ -14,6 +14,7 @@ from .general import UNKNOWN, claim_rest, heads_within, reason_against, reason_l
 from .heads import Parts, find_parts
 from .paths import lies_within
 from .rules import apply_rules
+from .shared_rules import load_shared_rules
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ def walk(
         candidates: these weights.
         modules: of the model, by path.
     """
+    load_shared_rules()
     decided: dict[str, tuple[Unit, str, tuple[Role, ...]]] = {}
     left = []
     for unit in units(candidates, modules):
