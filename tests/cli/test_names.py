@@ -111,7 +111,7 @@ def test_types_and_folders_ask_nobody(alone: list[str], tmp_path: Path, capsys: 
     found = json.loads(capsys.readouterr().out)
     assert {t["name"]: t["weights"] for t in found["towers"]} == {"vision": 8, "language": 0}
     assert found["config"]["targets"] == ["vision:attention"]
-    assert main(["plan", "bert", "--diff"]) == 0
+    assert main(["plan", "bert"]) == 0
     assert "72 weights to adapt at rank 256: 101,376 parameters" in capsys.readouterr().out
     assert main(["plan", "ViT-B-32", "--targets", "vision:mlp+language:qv"]) == 0
     text = " ".join(capsys.readouterr().out.split())

@@ -39,7 +39,8 @@ def load_shared_rules() -> None:
                     del registered[number]
                 messages.append(
                     f"the package {_package(point)} brings rules that cannot be registered: its entry point "
-                    f"{point.name} = {point.value} of {GROUP} raised {type(error).__name__}: {error}. Its models are planned without"
+                    f"{point.name} = {point.value} of {GROUP} raised {type(error).__name__}: {error}. Its models are "
+                    "planned without them"
                 )
             for number in set(registered) - before:
                 label, rule = registered[number]
