@@ -27,6 +27,9 @@ _BY_WORD = (
     ("norm", r"norm|A_log|\.D$|scale|layer_scale|_hc\b|hc_|static_weight"),
 )
 
+_UNREACHED = r"decoder\.layers\.0\.self_attn\.|vision_\w+\.head\."
+"""DETR's queries start from zeros; models of language take SigLIP's features before its pooling head."""
+
 
 _BETWEEN = r"\d\.(proj_in|proj_out|before_proj|after_proj|context_proj|plucker_proj)$"
 """Square layers of a block that lead from one stream to another."""
@@ -62,6 +65,8 @@ def _reason(path: str, module: nn.Module, p: Any, attending: set[str | None], st
     if isinstance(module, nn.modules.conv._ConvNd) or (p.dim() > 3 or kind.startswith("Parametrization")):
         spatial = (p.dim() > 3 and max(p.shape[2:]) > 1) or (p.dim() == 3 and p.shape[2] > 1) or p.shape[1] == 1
         return "depthwise or spatial kernel" if spatial else "not of attention or MLP: on request"
+    if str(stated).startswith("cannot receive a gradient") and re.search(_UNREACHED, path):
+        return "cannot receive a gradient"
     for reason, words in _BY_WORD:
         if re.search(words, path) or (reason == "router" and "Router" in kind):
             return reason

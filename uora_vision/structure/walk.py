@@ -15,6 +15,7 @@ from .heads import Parts, find_parts
 from .paths import lies_within
 from .rules import apply_rules
 from .shared_rules import load_shared_rules
+from .unused import find_unused
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def walk(
     attending = [path for path, kind in kinds.items() if kind == ATTENTION]
     plain = [new for new in parts.new if not any(lies_within(path, (new,)) for path in attending)]
     claimed = {path: decided[path][2] for path in kinds}
+    unused = find_unused(modules, claimed)
     numbers: dict[str, int] = {}
     findings = []
     for candidate in candidates:
@@ -90,6 +92,8 @@ def walk(
             )  # two layers behind the last block are a head, and no MLP of the base
         elif kinds.get(candidate.path) and heads_within(candidate.path, claimed):
             rule, roles = "head inside of the model", ()
+        elif candidate.path in unused and not rule.startswith("registered"):
+            rule, roles = unused[candidate.path], ()
         projects = block is not None and any(role.group not in (CONV, OTHER) for role in roles)
         number = numbers.setdefault(block, len(numbers)) if projects and block is not None else None
         findings.append(Finding(candidate, roles, rule, number))
