@@ -148,7 +148,7 @@ def test_a_wrong_tower_is_answered_with_those_that_there_are(targets: str, messa
 def test_a_model_that_is_one_tower_says_so() -> None:
     with pytest.raises(uora.TargetError, match=r"no tower 'vision': this model is not made of towers; leave out"):
         uora.plan(small_vit(), targets="vision:attention")
-    assert uora.plan(small_vit()).towers == () and "By tower" not in str(uora.plan(small_vit()))
+    assert uora.plan(small_vit()).towers == () and "Adapted by tower" not in str(uora.plan(small_vit()))
 
 
 def test_plan_and_summary_count_by_tower_also_those_of_which_nothing_trains() -> None:
@@ -160,7 +160,7 @@ def test_plan_and_summary_count_by_tower_also_those_of_which_nothing_trains() ->
     summary = uora.summary(uora.inject(model, rank=4, targets="vision:qv", train=()))
     assert summary.towers == plan.towers
     for text in (str(plan), str(summary)):
-        rows = text[text.index("By tower") :].split("\n")
+        rows = text[text.index("Adapted by tower") :].split("\n")
         assert rows[4].split() == ["vision", "vision_tower", "4", "144"]
         assert rows[6].split() == ["language", "language_model", "0", "0"]
 

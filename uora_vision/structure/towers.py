@@ -182,4 +182,4 @@ def counted(towers: Mapping[str, tuple[str, str]], adapted: Iterable[tuple[str, 
 def tower_table(towers: Iterable[Tower]) -> str:
     """Counts by tower, as a table."""
     rows = [(t.name or "outside of towers", ", ".join(t.modules), t.weights, t.parameters) for t in towers]
-    return render("By tower", ("tower", "modules", "weights", "parameters"), rows)
+    return render("Adapted by tower", ("tower", "modules", "weights", "parameters"), rows)
