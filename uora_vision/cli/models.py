@@ -95,8 +95,8 @@ def _check_cached(library: str, name: str) -> None:
             "which does not answer; give a model whose text tower is open_clip's own, or one of transformers"
         )
     raise ConfigError(
-        f"transformers/{name} is neither a folder nor a model type, and the Hugging Face hub does not answer; give a folder "
-        f"with its config.json, or a type{suggestion(name, ('transformers',))}"
+        f"transformers/{name} is neither a folder nor a model type, and the Hugging Face hub does not answer; give a "
+        f"folder with its config.json, or a type{suggestion(name, ('transformers',))}"
     )
 
 
