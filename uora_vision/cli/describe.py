@@ -33,7 +33,7 @@ def facts(stored: Stored, size: int) -> dict[str, Any]:
         "weights": len(stored.projections),
         "roles": sum(len(p.roles) for p in stored.projections),
         "parameters": len(stored.vector),
-        "base_parameters": {name: t.numel() for name, t in stored.parts.items()},
+        "base_parameters": {name: t.numel() for name, t in sorted(stored.parts.items())},  # files keep no order
         "bytes": size,
         **stored.about,
         "versions": stored.versions,

@@ -29,7 +29,8 @@ def factors(adapter: Adapter, out: int) -> tuple[Tensor, Tensor]:
     if left.shape[1] <= min(out, adapter.width):
         return left, right
     delta = left @ right
-    return (delta, torch.eye(adapter.width).to(delta)) if adapter.width < out else (torch.eye(out).to(delta), delta)
+    one = torch.eye(min(out, adapter.width), device=delta.device, dtype=delta.dtype)
+    return (delta, one) if adapter.width < out else (one, delta)
 
 
 def truncated(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
@@ -50,7 +51,7 @@ def truncated(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, f
 
 def _shared_and_own(left: Tensor, a: tuple[Tensor, ...], shared: Tensor) -> tuple[Tensor, Tensor]:
     """L (out, roles r) and A of every role -> factors in which rows of A that all roles share are there once."""
-    common = torch.zeros(left.shape[0], len(shared)).to(left)
+    common = left.new_zeros(left.shape[0], len(shared))
     columns, rows = [], []
     for part, mine in zip(left.split(len(shared), dim=1), a, strict=True):
         own = (mine != shared).any(dim=1)

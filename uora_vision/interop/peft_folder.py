@@ -146,7 +146,7 @@ def _computes_linear(path: str, modules: Mapping[str, nn.Module]) -> bool:
     if not isinstance(module, nn.Linear) or call_form(module) is not None or is_read(path, dict(modules)):
         return False
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, module.in_features, generator=generator).to(module.weight)
+    x = torch.randn(2, module.in_features, generator=generator, device="cpu").to(module.weight)
     with torch.no_grad():
         return torch.allclose(module(x), nn.functional.linear(x, module.weight, module.bias), rtol=1e-3, atol=1e-5)
 

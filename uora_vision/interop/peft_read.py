@@ -15,6 +15,7 @@ from ..errors import FormatError
 from ..lifecycle.apply import apply_plan, bank_for
 from ..lifecycle.inference_mode import outside_inference_mode
 from ..lifecycle.library import DEFAULT, check_room
+from ..maths.draws import on_cpu
 from ..storage.base import Base
 from ..storage.folder import CONFIG_FILE, TENSOR_FILE
 from ..storage.strict_json import parse
@@ -28,6 +29,7 @@ PREFIX, LAMBDA_B, LAMBDA_D = "base_model.model.", ".vera_lambda_b", ".vera_lambd
 
 
 @outside_inference_mode
+@on_cpu
 def from_peft_vera(
     model: nn.Module, folder: str | os.PathLike[str], *, name: str = DEFAULT, activate: bool = True
 ) -> nn.Module:
@@ -182,7 +184,7 @@ def _matrices(
 
 def _drawn(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
     bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))  # in PEFT's order, for the last bit
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
 
 
 def _parts(source: Path, base: Base, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -264,7 +264,7 @@ def _vera_directions(weights: list[AdaptedWeight]) -> tuple[Tensor, Tensor, list
         parts.append(mine)
     vectors = []
     for mine in parts:
-        d = torch.zeros(n)
+        d = torch.zeros(n, device="cpu", dtype=torch.float32)
         for at, values in mine:
             d[at : at + len(values)] = values.cpu()
         vectors.append(d)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, DeadAdapterError, StateError
-from ..maths.forms import folded
+from ..maths.forms import exact, folded
 from ..structure.checks import check_whole
 from ..structure.example import call, evaluating, float_tensors
 from ..structure.survey import Survey
@@ -302,11 +302,12 @@ def _parts(library: Library, shares: Mapping[str, float]) -> dict[str, Tensor]:
     return parts
 
 
-def _plus(exact: Tensor, adapter: Adapter, share: float) -> Tensor:
+def _plus(weight: Tensor, adapter: Adapter, share: float) -> Tensor:
     """A weight with a share of an adapter's dW added, in the type of the weight."""
     update = adapter.update()
-    update = update._replace(b=share * update.b.to(exact.dtype), d=update.d.to(exact.dtype))
-    return from_matrix(folded(to_matrix(exact, adapter.form), update), adapter.form, exact.shape)
+    update = update._replace(b=share * update.b.to(weight.dtype), d=update.d.to(weight.dtype))
+    with exact(weight):
+        return from_matrix(folded(to_matrix(weight, adapter.form), update), adapter.form, weight.shape)
 
 
 def _rounded(exact: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:

@@ -61,13 +61,13 @@ class Probe(nn.Module):
         super().__init__()
         device = adapter.b.device
         generator = keyed_generator(adapter.bank.config.seed, f"{adapter.origin}/sketch")
-        s = torch.randn(size, len(adapter.b), generator=generator).to(device)
+        s = torch.randn(size, len(adapter.b), generator=generator, device="cpu", dtype=torch.float32).to(device)
         # No parameter: nothing that walks over the model may take it for one.
-        self.__dict__["q"] = torch.zeros(size, adapter.width, device=device, requires_grad=True)
+        self.__dict__["q"] = torch.zeros(size, adapter.width, device=device, dtype=torch.float32, requires_grad=True)
         self.__dict__["adapter"], self.inputs = adapter, inputs
         parts = tuple(part.t() for part in s.split([role.rows for role in adapter.roles], dim=1))
-        ones = torch.ones(len(adapter.roles), size, device=device)
-        self.update = Update(torch.ones(s.shape[1], device=device), ones, adapter.spans, (self.q,), parts)
+        b, d = (self.q.new_ones(shape) for shape in (s.shape[1:], (len(adapter.roles), size)))
+        self.update = Update(b, d, adapter.spans, (self.q,), parts)
 
     def project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self.add_update(x, nn.functional.linear(x, to_matrix(weight, self.adapter.form).to(x.dtype), bias))

@@ -140,7 +140,8 @@ def _backward(survey: Survey, example_input: Any) -> Callable[[], None]:
     outputs = list(float_tensors(call(survey.model, example_input)))
 
     def backward() -> None:
-        loss = sum((t.float() * torch.randn(t.shape, generator=noise).to(t.device)).sum() for t in outputs)
+        parts = [torch.randn(t.shape, generator=noise, device="cpu").to(t.device) for t in outputs]
+        loss = sum((t.float() * part).sum() for t, part in zip(outputs, parts, strict=True))
         if isinstance(loss, Tensor) and loss.requires_grad:
             loss.backward()
 

@@ -57,7 +57,7 @@ def leading_rows(sketch: Tensor, rank: int, generator: Generator) -> Leading:
     rows = rows[:found]
     share = float(values[:found].square().sum() / values.square().sum())
     if found < rank:
-        gauss = torch.randn(rank - found, sketch.shape[1], generator=generator, dtype=torch.float64)
+        gauss = torch.randn(rank - found, sketch.shape[1], generator=generator, dtype=torch.float64, device="cpu")
         for _ in range(2):  # the second projection removes what rounding left of the first
             gauss = gauss - (gauss @ rows.t()) @ rows
         rows = torch.cat([rows, orthonormal_columns(gauss.t()).t()])

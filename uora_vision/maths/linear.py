@@ -132,7 +132,8 @@ def delta_weight(update: Update, dtype: torch.dtype) -> list[Tensor]:
     """dW of each role, (rows, in), computed in `dtype`."""
     update = update.to(dtype)
     parts = formula.lefts(update, dtype).split([span.rows for span in update.spans])
-    return [part @ update.A[k % len(update.A)] for k, part in enumerate(parts)]
+    with exact(update.b):
+        return [part @ update.A[k % len(update.A)] for k, part in enumerate(parts)]
 
 
 class _Project(torch.autograd.Function):

@@ -169,7 +169,7 @@ def _changed(arguments: Any, batch: int, sample: int) -> Any:
             return t
         new = t.detach().clone()
         if t.is_floating_point():
-            noise = torch.randn(t[sample].shape, generator=generator).to(t)
+            noise = torch.randn(t[sample].shape, generator=generator, device="cpu").to(t)
             new[sample] += noise * t.float().std().clamp(min=0.1).to(t)
         else:  # numbers of tokens: others that exist
             new[sample] = torch.where(t[sample] > 0, t[sample] - 1, t[sample] + 1)

@@ -156,7 +156,7 @@ def _redrawn(bank: Bank, states: list[BankState], names: list[tuple[str, str, in
     """The directions (adapters, K) that adapters have redrawn at one role, whether each is one or only fills up, and
     the rows of A and of B there."""
     rank = bank.config.rank
-    masks = torch.zeros(len(states), rank, dtype=torch.bool)
+    masks = torch.zeros(len(states), rank, dtype=torch.bool, device="cpu")
     for mask, state in zip(masks, states, strict=True):
         for matrix, own, _ in names:
             for name in (matrix, own):

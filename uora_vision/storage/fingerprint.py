@@ -98,7 +98,7 @@ def distance(one: tuple[float, ...], two: tuple[float, ...]) -> float:
     """Relative distance of two sketches; infinite for sketches of other sizes."""
     if len(one) != len(two):
         return float("inf")
-    a, b = torch.tensor(one, dtype=torch.float64), torch.tensor(two, dtype=torch.float64)
+    a, b = (torch.tensor(values, dtype=torch.float64, device="cpu") for values in (one, two))
     return float((a - b).norm() / (a.norm() * b.norm()).sqrt().clamp(min=1e-30))
 
 
