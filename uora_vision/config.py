@@ -89,7 +89,7 @@ class UoraConfig:
                 raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
             if value >= end:
                 raise ConfigError(f"{name} must be below {end}, got {value}")
-        if not isinstance(self.d_init, int | float) or not math.isfinite(self.d_init) or self.d_init == 0:
+        if not isinstance(self.d_init, int | float) or not abs(self.d_init) < math.inf or self.d_init == 0:
             raise ConfigError(f"d_init must be finite and not 0 (b would receive no gradient), got {self.d_init!r}")
         if not SMALLEST <= abs(self.d_init) < LARGEST:
             raise ConfigError(f"d_init must be between {SMALLEST} and {LARGEST} in size, got {self.d_init!r}")

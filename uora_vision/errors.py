@@ -30,6 +30,9 @@ class UoraError(Exception):
         rank must be a whole number of at least 1, got 0
     """
 
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
 
 class ConfigError(UoraError, ValueError):
     """An option has a value that cannot be used.
@@ -140,10 +143,19 @@ class FormatError(UoraError, ValueError):
     """
 
 
+def printable(text: str, most: int = 4000) -> str:
+    """A text that may hold strings out of foreign files, for a terminal: control characters and what no encoding has
+    are shown as escapes, and of a very long text the beginning."""
+    shown = text if len(text) <= most else f"{text[:most]}..."
+    if shown.isprintable():
+        return shown
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in shown)
+
+
 def warn(message: str) -> None:
     """Warn by a `UoraWarning` at the line that called this package, however deep in it this is."""
     level, frame = 2, sys._getframe(1)
     ours = (__package__, "contextlib")
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ours:
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, UoraWarning, stacklevel=level)
+    warnings.warn(printable(message), UoraWarning, stacklevel=level)

@@ -18,6 +18,7 @@ import uora_vision as uora
         ("rank", 2**31),
         ("token_sampling", 2**31),
         ("d_init", 1e39),
+        ("d_init", 10**400),
         ("d_init", 2.0**31),
         ("d_init", 1e-50),
     ],
@@ -33,3 +34,11 @@ def test_are_refused_at_inject(name: str, value: Any) -> None:
 def test_what_is_taken_is_saved_and_loaded(name: str, value: Any, tmp_path: Path) -> None:
     uora.save(uora.inject(small_vit(), **{"rank": 4, name: value}), tmp_path)
     assert "default" in uora.adapter_names(uora.load(small_vit(), tmp_path))
+
+
+def test_numbers_that_are_no_float_are_refused() -> None:
+    model = uora.inject(small_vit(), rank=4)
+    with pytest.raises(uora.ConfigError, match="threshold"):
+        uora.Reinitializer(model, threshold=10**400)
+    with pytest.raises(uora.ConfigError, match="share"):
+        uora.merge(model, shares={"default": 10**400})

@@ -120,7 +120,7 @@ def truncate(folder: Path) -> None:
 
 KEY = "base_model.model.blocks.0.mlp.fc1.vera_lambda_"
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no folder": (lambda f: [p.unlink() for p in f.iterdir()], "cannot be read"),
+    "no folder": (lambda f: [p.unlink() for p in f.iterdir()], "does not exist"),
     "lora": (damage(lambda c, t: c.update(peft_type="LORA")), "not a VeRA adapter"),
     "no tensors": (lambda f: (f / "adapter_model.safetensors").unlink(), "does not exist"),
     "truncated": (truncate, "truncated"),

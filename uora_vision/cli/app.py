@@ -11,12 +11,12 @@ import sys
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 from ..config import UoraConfig
-from ..errors import ConfigError, FormatError, UoraError
+from ..errors import ConfigError, FormatError, UoraError, printable
 from ..predict.models import FORMS
 from ..version import __version__ as version
 from .names import FORMS as NAMES
@@ -76,8 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else 0
     except (UoraError, ImportError, OSError) as error:
-        lines = str(error).splitlines()
-        print(f"error: {lines[0] if lines else repr(error)}", file=sys.stderr)
+        lines = printable(str(error)).splitlines()
+        _say(f"error: {lines[0] if lines else repr(error)}", sys.stderr)
         return 2
     return 0
 
@@ -87,7 +87,7 @@ def _options(
     show_version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
 ) -> None:
     if show_version:
-        print(f"uora_vision {version}")
+        _say(f"uora_vision {version}")
         raise typer.Exit
 
 
@@ -111,12 +111,12 @@ def plan(
 
     what = plan_of(made, rank=rank, targets=targets, exclude=exclude or (), example_input=example if diff else None)
     if as_json:
-        print(what.to_json())
+        _say(what.to_json())
         return
-    print(what)
+    _say(what)
     trained = [made.get_parameter(name) for name in base_parameters(Survey(made), what.config.train)]
     vectors, head = 4 * what.parameters, sum(p.numel() * p.element_size() for p in trained)
-    print(f"\nA file of about {_bytes(vectors)}, and {_bytes(head)} for trained parts of the base (its head).")
+    _say(f"\nA file of about {_bytes(vectors)}, and {_bytes(head)} for trained parts of the base (its head).")
 
 
 @app.command()
@@ -133,7 +133,7 @@ def inspect(
     there = local_folder(folder, revision)
     stored = read_folder(there)
     size = sum(p.stat().st_size for p in there.iterdir() if p.is_file())
-    print(json.dumps(facts(stored, size), indent=2) if as_json else describe(stored, size))
+    _say(json.dumps(facts(stored, size), indent=2) if as_json else describe(stored, size))
     if png is not None:
         _needs("matplotlib")
         plot(stored, png)
@@ -165,8 +165,8 @@ def merge_into(
         from safetensors.torch import save_model
 
         save_model(made, str(output / "model.safetensors"))
-    print(report)
-    print(f"wrote {output / 'model.safetensors'}")
+    _say(report)
+    _say(f"wrote {output / 'model.safetensors'}")
 
 
 @app.command()
@@ -197,11 +197,11 @@ def export(
         merge(made)
         error = to_onnx(made, example, output)
         if error is None:
-            print(f"wrote {output}; pip install onnxruntime to have it compared with the model")
+            _say(f"wrote {output}; pip install onnxruntime to have it compared with the model")
         else:
             _verdict([(error < 1e-3, f"wrote {output}: relative difference of outputs in onnxruntime {error:.2g}")])
         return
-    print(to_peft_lora(made, output, rank) if to == Kind.lora else to_peft_vera(made, output))
+    _say(to_peft_lora(made, output, rank) if to == Kind.lora else to_peft_vera(made, output))
 
 
 @app.command()
@@ -250,7 +250,7 @@ def upgrade(folder: Annotated[Path, typer.Argument(help="Folder of an adapter.")
     from ..storage.schema import FORMAT_VERSION
 
     done = upgrade_folder(folder)
-    print(f"{folder} is of format version {FORMAT_VERSION} now" if done else f"{folder} needs no upgrade")
+    _say(f"{folder} is of format version {FORMAT_VERSION} now" if done else f"{folder} needs no upgrade")
 
 
 def _loaded(there: Path, model: str, checkpoint: str | None) -> tuple[nn.Module, Any]:
@@ -293,10 +293,18 @@ def _checked(checks: list[tuple[bool, str]], what: str, check: Callable[[], Any]
     return result
 
 
+def _say(what: object, where: TextIO | None = None) -> None:
+    """Print what may hold strings out of foreign files: as text, without control of the terminal."""
+    stream = where or sys.stdout
+    coding = getattr(stream, "encoding", None) or "utf-8"
+    text = printable(str(what), sys.maxsize)
+    print(text.encode(coding, "backslashreplace").decode(coding), file=stream)
+
+
 def _verdict(checks: list[tuple[bool, str]]) -> None:
     """Print checks, and leave with 1 if one failed."""
     for passed, what in checks:
-        print(f"{'ok    ' if passed else 'FAILED'}  {what}")
+        _say(f"{'ok    ' if passed else 'FAILED'}  {what}")
     if not all(passed for passed, _ in checks):
         raise typer.Exit(1)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError, printable
 from ..storage.stored import Stored
 from ..tables import render, shortened
 
@@ -137,6 +138,7 @@ def plot(stored: Stored, path: Path) -> None:
 
     Raises:
         ImportError: matplotlib is not there.
+        ConfigError: there are no pictures of this ending.
     """
     from matplotlib.figure import Figure
 
@@ -158,5 +160,9 @@ def plot(stored: Stored, path: Path) -> None:
         steps[event.step] += len(event.indices)
     axes[2].bar(list(steps), list(steps.values()), width=max(1.0, max(steps, default=1) / 100))
     axes[2].set(title=f"{sum(steps.values()):,} rows of A and B redrawn", xlabel="step")
-    figure.suptitle(f"{stored.identity.shown}, rank {stored.config.rank}", fontsize=10)
-    figure.savefig(path, dpi=120)
+    title = printable(f"{stored.identity.shown}, rank {stored.config.rank}", 120)
+    figure.suptitle(title, fontsize=10, parse_math=False)
+    try:
+        figure.savefig(path, dpi=120)
+    except ValueError as error:  # of an ending that it has no format for
+        raise ConfigError(f"no picture can be written to {path}: {error}") from error

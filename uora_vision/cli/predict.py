@@ -91,13 +91,13 @@ def local_folder(folder: str, revision: str | None) -> Path:
     Raises:
         ConfigError: there is none.
     """
-    from ..storage.hub import is_repository, local_copy
+    from ..storage.folder import near
+    from ..storage.hub import there
 
-    if is_repository(folder):
-        return local_copy(folder, revision)
-    if not Path(folder).is_dir():
-        raise ConfigError(f"{folder} is no folder, and no name of a hub repository (user/name)")
-    return Path(folder)
+    found = there(folder, revision)
+    if not found.is_dir():
+        raise ConfigError(f"{folder} is no folder, and no name of a hub repository (user/name){near(found)}")
+    return found
 
 
 def _items(inputs: Sequence[str], task: str, columns: Sequence[str]) -> list[Item]:

@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from ..lifecycle.adapter import Adapter
 from ..lifecycle.library import adapters_in, library_of
 from ..lifecycle.trained_parts import STATISTICS, trained_tensors
 from ..storage.base import published_name
-from ..storage.folder import CONFIG_FILE, TENSOR_FILE, write_atomically
+from ..storage.folder import CONFIG_FILE, TENSOR_FILE, folder_path, write_atomically
 from ..structure.candidates import is_read
 from ..structure.checks import check_whole
 from ..structure.row_order import forward_source
@@ -242,12 +241,13 @@ def write(model: nn.Module, folder: str | os.PathLike[str], config: dict[str, An
 
     Raises:
         ExportError: a value is not finite.
+        ConfigError, OptionError: this can be no folder.
         OSError: the folder cannot be written to.
     """
     broken = [name for name, t in tensors.items() if not t.isfinite().all()]
     if broken:
         raise ExportError(f"{broken[0]} holds NaN or infinite values; nothing was written")
-    target = Path(folder)
+    target = folder_path(folder)
     target.mkdir(parents=True, exist_ok=True)
     common = {"base_model_name_or_path": published_name(model), "task_type": None, "inference_mode": True}
     text = json.dumps({**common, **config}, indent=2)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..config import UoraConfig
-from ..errors import FormatError
+from ..errors import ConfigError, FormatError
 from ..lifecycle.apply import apply_plan, bank_for
 from ..lifecycle.inference_mode import outside_inference_mode
 from ..lifecycle.library import DEFAULT, check_room
 from ..maths.draws import on_cpu
 from ..storage.base import Base
-from ..storage.folder import CONFIG_FILE, TENSOR_FILE
+from ..storage.folder import CONFIG_FILE, TENSOR_FILE, content_of, folder_path, tensors_of
 from ..storage.strict_json import parse
 from ..structure.checks import check_whole
 from ..structure.planning import Plan
@@ -51,6 +51,7 @@ def from_peft_vera(
     Raises:
         StateError: the model has an adapter of that name, or is spread over processes.
         FormatError: the folder holds no VeRA adapter, is damaged, or does not fit this model.
+        ConfigError, OptionError: this can be no folder.
 
     Example:
         >>> import tempfile, uora_vision as uora
@@ -65,7 +66,7 @@ def from_peft_vera(
     survey = Survey(model)
     check_room(survey, name)
     check_whole(survey)
-    source = Path(folder)
+    source = folder_path(folder)
     options = _options(source)
     tensors = _tensors(source)
     paths = [key.removeprefix(PREFIX).removesuffix(LAMBDA_B) for key in tensors if key.endswith(LAMBDA_B)]
@@ -75,6 +76,13 @@ def from_peft_vera(
     order = [path for path in survey.shown.candidates if path in set(paths)]
     if missing := sorted(set(paths) - set(order)):
         raise FormatError(f"{source} adapts {missing[0]}, which is no layer of this {type(model).__name__}")
+    try:
+        config = UoraConfig(
+            rank=options["r"], targets=order, layout="slice", init="kaiming", seed=options["projection_prng_key"],
+            d_init=options["d_initial"] or 0.1, dropout=options["vera_dropout"], train=(),
+        )  # fmt: skip
+    except ConfigError as error:
+        raise FormatError(f"{source / CONFIG_FILE} has options that no adapter can have here: {error}") from error
     vectors, projections = [], []
     for path in order:
         b, d = (tensors.pop(f"{PREFIX}{path}{end}", torch.empty(0)).float() for end in (LAMBDA_B, LAMBDA_D))
@@ -91,10 +99,6 @@ def from_peft_vera(
             )
         vectors += [b, d]
     a, bm = _matrices(source, options, tensors, projections)
-    config = UoraConfig(
-        rank=options["r"], targets=order, layout="slice", init="kaiming", seed=options["projection_prng_key"],
-        d_init=options["d_initial"] or 0.1, dropout=options["vera_dropout"], train=(),
-    )  # fmt: skip
     what = Plan(config, tuple(projections), ())
     first = {f"A{a.shape[1]}": a, f"B{bm.shape[1]}": bm}
     parts = _parts(source, base, tensors)
@@ -103,9 +107,10 @@ def from_peft_vera(
 
 
 def _options(source: Path) -> dict[str, Any]:
+    content = content_of(source / CONFIG_FILE)
     try:
-        config = parse((source / CONFIG_FILE).read_bytes())
-    except (OSError, FormatError) as error:
+        config = parse(content)
+    except FormatError as error:
         raise FormatError(f"{source / CONFIG_FILE} cannot be read: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "VERA":
         raise FormatError(f"{source} is not a VeRA adapter of PEFT")
@@ -114,7 +119,7 @@ def _options(source: Path) -> dict[str, Any]:
     for name in ("r", "projection_prng_key"):
         if type(options[name]) is not int or options[name] < (name == "r"):
             raise FormatError(f"{source / CONFIG_FILE}: {name}, the {_MEANING[name]}, must be a whole number")
-    if type(options["d_initial"]) not in (int, float) or not math.isfinite(options["d_initial"]):
+    if type(options["d_initial"]) not in (int, float):
         raise FormatError(f"{source / CONFIG_FILE}: d_initial must be a number")
     if type(options["vera_dropout"]) not in (int, float) or not 0 <= options["vera_dropout"] < 1:
         raise FormatError(f"{source / CONFIG_FILE}: vera_dropout must be in [0, 1)")
@@ -125,18 +130,12 @@ _MEANING = {"r": "rank", "projection_prng_key": "seed"}
 
 
 def _tensors(source: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path = source / TENSOR_FILE
     if not path.exists():
         raise FormatError(
             f"{path} does not exist; adapters in pickled files (.bin) are not read: save them with PEFT again"
         )
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise FormatError(f"{path} is truncated, damaged, or no safetensors file: {error}") from error
+    tensors = tensors_of(path, content_of(path))
     if broken := [name for name, t in tensors.items() if not t.isfinite().all()]:
         raise FormatError(f"{path}: {broken[0]} holds NaN or infinite values")
     return tensors

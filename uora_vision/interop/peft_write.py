@@ -93,7 +93,7 @@ def to_peft_lora(model: nn.Module, folder: str | os.PathLike[str], rank: int | N
 
     Raises:
         StateError: the model is not injected.
-        ConfigError: the rank is not a whole number of at least 1.
+        ConfigError, OptionError: the rank is not a whole number of at least 1, or this can be no folder.
         ExportError: PEFT cannot express the adapter; see `docs/export.md`.
         OSError: the folder cannot be written to.
 
@@ -164,6 +164,7 @@ def to_peft_vera(model: nn.Module, folder: str | os.PathLike[str]) -> ExportRepo
     Raises:
         StateError: the model is not injected.
         ExportError: PEFT cannot express the adapter; see `docs/export.md`.
+        ConfigError, OptionError: this can be no folder.
         OSError: the folder cannot be written to.
 
     Example:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -279,7 +279,7 @@ def _like(weight: Tensor | None, old: Tensor) -> bool:
 def _checked(library: Library, shares: Mapping[str, float], reversible: bool) -> dict[str, float]:
     for name, share in shares.items():
         known_name(library, name)
-        if not isinstance(share, int | float) or not math.isfinite(share):
+        if not isinstance(share, int | float) or not abs(share) <= sys.float_info.max:
             raise ConfigError(f"the share of {name!r} must be a finite number, got {share!r}")
     if not shares or reversible:
         raise ConfigError("shares must name an adapter" if not shares else "a merge of shares cannot be reversible")

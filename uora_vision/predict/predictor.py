@@ -16,7 +16,7 @@ from ..errors import StateError
 from ..lifecycle.library import adapters
 from ..lifecycle.merging import merge as merge_in
 from ..storage.folder import read_folder
-from ..storage.hub import is_repository, local_copy
+from ..storage.hub import is_repository, there
 from ..storage.save_load import load
 from .making import labels_of, make_task, task_of
 from .tasks import Computed, Task, check_classes
@@ -176,7 +176,7 @@ def load_predictor(
     """
     folder, here = Path(adapter), True
     if is_repository(adapter):
-        folder, here = local_copy(os.fspath(adapter), revision), False
+        folder, here = there(adapter, revision), False
     stored = read_folder(folder)
     task, names = task_of(stored), labels_of(stored, classes)
     made, running = make_task(stored, folder if here else None, names, model, checkpoint)

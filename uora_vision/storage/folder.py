@@ -6,6 +6,7 @@ description for people and hubs. So either file may be older than the other, as 
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from ..errors import FormatError
+from ..errors import ConfigError, FormatError, OptionError
 from ..maths.draws import on_cpu
 from . import schema
 from .schema import FORMAT, FORMAT_VERSION, shortened
@@ -46,12 +47,13 @@ def read_folder(folder: str | os.PathLike[str]) -> Stored:
 
     Raises:
         FormatError: a file is missing, damaged, or of another version.
+        ConfigError, OptionError: see `folder_path`.
     """
-    source = Path(folder)
-    content = _content(source / TENSOR_FILE)
+    source = folder_path(folder)
+    content = content_of(source / TENSOR_FILE)
     header, metadata = _header(source / TENSOR_FILE, content)
     if _is_old(metadata):
-        return from_v2(source, _read_json(source / CONFIG_FILE), _tensors(source / TENSOR_FILE, content), metadata)
+        return from_v2(source, _read_json(source / CONFIG_FILE), tensors_of(source / TENSOR_FILE, content), metadata)
     if metadata.get("format") != FORMAT or "config" not in metadata:
         raise FormatError(f"{source / TENSOR_FILE} is not an adapter of uora_vision")
     try:
@@ -61,7 +63,7 @@ def read_folder(folder: str | os.PathLike[str]) -> Stored:
         check_version(source, config)
         if metadata[CHECKSUM] != _checksum(header, metadata, content):
             raise FormatError("its checksum is not that of its content: it was truncated, edited or otherwise changed")
-        adapter = schema.from_config(config, _tensors(source / TENSOR_FILE, content))
+        adapter = schema.from_config(config, tensors_of(source / TENSOR_FILE, content))
     except FormatError as error:
         raise _damaged(source / TENSOR_FILE, error) from error
     _check_copy(source / CONFIG_FILE)
@@ -77,9 +79,10 @@ def write_folder(adapter: Stored, folder: str | os.PathLike[str]) -> Path:
 
     Raises:
         FormatError: the adapter could not be read again.
+        ConfigError, OptionError: see `folder_path`.
         OSError: the folder cannot be written to.
     """
-    target = Path(folder)
+    target = folder_path(folder)
     config, tensors = schema.to_config(adapter), schema.to_tensors(adapter)
     schema.from_config(config, tensors)
     target.mkdir(parents=True, exist_ok=True)
@@ -91,6 +94,27 @@ def write_folder(adapter: Stored, folder: str | os.PathLike[str]) -> Path:
     copy = {**config, CHECKSUM: _config_checksum(config)}
     write_atomically(target / CONFIG_FILE, _lines(copy).encode())
     return target
+
+
+def folder_path(folder: str | os.PathLike[str]) -> Path:
+    """A folder that somebody names.
+
+    Raises:
+        OptionError: it is no path.
+        ConfigError: no folder can be called so.
+    """
+    if not isinstance(folder, str | os.PathLike):
+        raise OptionError(f"a folder is given as a string or a path, got {folder!r:.60}")
+    name = os.fspath(folder)
+    if not isinstance(name, str):
+        raise OptionError(f"a folder is given as a string or a path of strings, got {folder!r:.60}")
+    try:
+        named = bool(name) and b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        named = False
+    if not named:
+        raise ConfigError(f"no folder can be called {name!r:.60}; it is empty, or holds characters that no name has")
+    return Path(folder)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -159,7 +183,7 @@ def _check_copy(path: Path) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        config = parse(_content(path))
+        config = parse(content_of(path))
     except FormatError as error:
         raise _damaged(path, error) from error
     if not isinstance(config, dict):
@@ -168,7 +192,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     return config
 
 
-def _content(path: Path) -> bytes:
+def content_of(path: Path) -> bytes:
+    """What is in a regular file.
+
+    Raises:
+        FormatError: it is none, or cannot be read.
+    """
     try:
         # A pipe would make open() wait for a writer, and a device has no end.
         with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
@@ -198,7 +227,12 @@ def _header(path: Path, content: bytes) -> tuple[dict[str, Any], dict[str, str]]
     return header, metadata
 
 
-def _tensors(path: Path, content: bytes) -> dict[str, Tensor]:
+def tensors_of(path: Path, content: bytes) -> dict[str, Tensor]:
+    """The tensors in the content of a safetensors file.
+
+    Raises:
+        FormatError: it is none.
+    """
     try:
         tensors = from_bytes(content)
     except (SafetensorError, ValueError, TypeError, RuntimeError, KeyError, OverflowError) as error:
@@ -260,8 +294,19 @@ def _sweep(folder: Path) -> None:
                 continue  # another process was faster, or it is not ours to remove
 
 
+def near(folder: Path) -> str:
+    """Of a folder that does not exist, the end of a sentence that names one which does."""
+    try:
+        names = [] if folder.exists() else [p.name for p in folder.parent.iterdir() if p.is_dir()]
+    except OSError:
+        return ""
+    found = difflib.get_close_matches(folder.name, names, 1)
+    return f"; did you mean {folder.parent / found[0]}?" if found else ""
+
+
 def _missing(path: Path) -> FormatError:
-    return FormatError(f"{path} does not exist; an adapter is a folder with {CONFIG_FILE} and {TENSOR_FILE}")
+    what = f"an adapter is a folder with {CONFIG_FILE} and {TENSOR_FILE}"
+    return FormatError(f"{path} does not exist; {what}{near(path.parent)}")
 
 
 def _damaged(path: Path, error: object) -> FormatError:
@@ -279,6 +324,7 @@ def upgrade(folder: str | os.PathLike[str]) -> bool:
 
     Raises:
         FormatError: the adapter cannot be read.
+        ConfigError, OptionError: this can be no folder.
         OSError: the folder cannot be written to.
 
     Example:

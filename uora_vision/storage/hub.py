@@ -17,15 +17,18 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import HubError
+from ..errors import ConfigError, FormatError, HubError
 from ..tables import shortened
-from .folder import CONFIG_FILE, TENSOR_FILE, read_folder, write_folder
+from .folder import CONFIG_FILE, TENSOR_FILE, folder_path, near, read_folder, write_folder
 from .snapshot import collect
 from .stored import Stored
 
 CARD_FILE, METRICS_FILE = "README.md", "metrics.json"
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+
+LONGEST = 96
+"""Characters of the name of a repository."""
 
 
 def push_to_hub(
@@ -58,6 +61,7 @@ def push_to_hub(
     Raises:
         StateError: the model is not injected.
         FormatError: the folder holds no adapter that loads.
+        ConfigError, OptionError: this can be no folder, or no repository.
         HubError: there is no huggingface_hub, no network, or no permission.
 
     Example:
@@ -74,6 +78,8 @@ def push_to_hub(
     else:
         adapter = read_folder(what)
         metrics = metrics if metrics is not None else _metrics_beside(Path(what))
+    if not isinstance(repository, str) or len(repository) > LONGEST or not _REPOSITORY.fullmatch(repository):
+        raise ConfigError(f"a repository of the hub is called user/name, got {repository!r:.120}")
     with _hub(repository) as hub, tempfile.TemporaryDirectory() as folder:
         write_folder(adapter, folder)
         (Path(folder) / CARD_FILE).write_text(card(adapter, repository, data, metrics), encoding="utf-8")
@@ -83,9 +89,31 @@ def push_to_hub(
         return str(commit.commit_url)
 
 
+def there(folder: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """Where an adapter lies that is asked for: the folder, or a copy of the repository of that name. If there is a
+    folder `user` here, it is one in that, unless a revision tells that the hub is meant.
+
+    Raises:
+        FormatError: there is no such folder in the folder `user`.
+        ConfigError, OptionError: see `folder_path`.
+        HubError: see `local_copy`.
+    """
+    path = folder_path(folder)
+    if not is_repository(folder):
+        return path
+    if path.parent.exists() and revision is None:
+        raise FormatError(
+            f"there is no {path}{near(path)}; as there is a folder {path.parent} here, the hub is only asked for a "
+            "repository of this name with a revision, such as main"
+        )
+    return local_copy(os.fspath(folder), revision)
+
+
 def is_repository(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder that `load` is given is the name of a repository: `user/name`, and no folder here."""
-    return isinstance(folder, str) and _REPOSITORY.fullmatch(folder) is not None and not Path(folder).exists()
+    """Whether a folder that `load` is given may be the name of a repository: `user/name`, and no folder here."""
+    if not isinstance(folder, str) or len(folder) > LONGEST:
+        return False
+    return _REPOSITORY.fullmatch(folder) is not None and not Path(folder).exists()
 
 
 def local_copy(repository: str, revision: str | None = None) -> Path:

@@ -28,8 +28,8 @@ from ..structure.survey import Survey
 from ..weights.sharded import writes
 from .base import Base
 from .fit import Fitted, fit
-from .folder import read_folder, write_folder
-from .hub import is_repository, local_copy
+from .folder import folder_path, read_folder, write_folder
+from .hub import there
 from .preprocessing import sections_of
 from .snapshot import collect, rebuilt
 from .stored import SaveBanks, Section, Stored
@@ -69,6 +69,7 @@ def save(
         StateError: the model is not injected.
         OptionError: labels or preprocessing are none.
         FormatError: a trained value is NaN or infinite.
+        ConfigError, OptionError: this can be no folder.
         OSError: the folder cannot be written to.
 
     Example:
@@ -79,11 +80,12 @@ def save(
         ...     sorted(path.name for path in uora.save(model, folder).iterdir())
         ['adapter_config.json', 'adapter_model.safetensors']
     """
-    survey, about = Survey(model), sections_of(labels, preprocessing)
+    survey, target, about = Survey(model), folder_path(folder), sections_of(labels, preprocessing)
     adapter = collect(survey, save_banks=save_banks)
     adapter = replace(adapter, sections=adapter.sections | {name: Section(value) for name, value in about.items()})
     parameters = [held.tensor for held in survey.parameters.values()]
-    target = write_folder(adapter, folder) if writes(parameters) else Path(folder)
+    if writes(parameters):
+        write_folder(adapter, target)
     active_entry(model).about |= about
     return target
 
@@ -104,7 +106,8 @@ def load(
 
     Args:
         model: a plain base, or one with adapters of other names.
-        folder: that `save` wrote; or a repository on the Hugging Face hub, `user/name`.
+        folder: that `save` wrote; or a repository on the Hugging Face hub, `user/name`, if there is no folder `user`
+            here.
         name: of the adapter in the model.
         activate: whether the model computes with it from now on.
         base: what was found out about the model, to load many adapters fast: make `Base(model)` once.
@@ -117,6 +120,7 @@ def load(
     Raises:
         StateError: the model has an adapter of that name, is spread over processes, or `base` is of another one.
         FormatError: a file is missing, damaged, of a newer version, or does not fit this model.
+        ConfigError, OptionError: this can be no folder.
         HubError: the repository cannot be had.
 
     Example:
@@ -137,8 +141,7 @@ def load(
         check_whole(survey)
     elif activate:
         check_switch(Survey(model), library)
-    if is_repository(folder):
-        folder = local_copy(os.fspath(folder), revision)
+    folder = there(folder, revision)
     stored = read_folder(folder)
     base = base or Base(survey)
     try:

@@ -10,13 +10,16 @@ from .schema import shortened
 
 
 def parse(text: str | bytes) -> Any:
-    """JSON, strictly: UTF-8, no key twice, no NaN.
+    """JSON, strictly: UTF-8, no key twice, no NaN, no half of a surrogate pair.
 
     Raises:
         FormatError: it is not that.
     """
     try:
-        return json.loads(text, object_pairs_hook=_no_key_twice, parse_constant=_no_constant)
+        found = json.loads(text, object_pairs_hook=_no_key_twice, parse_constant=_no_constant)
+        if (b"\\u" if isinstance(text, bytes) else "\\u") in text:  # type: ignore[operator]
+            json.dumps(found, ensure_ascii=False).encode()  # a half of a surrogate pair is no character
+        return found
     except RecursionError as error:
         raise FormatError("its JSON is nested too deeply") from error
     except FormatError:
