@@ -119,6 +119,7 @@ def truncate(folder: Path) -> None:
 
 
 KEY = "base_model.model.blocks.0.mlp.fc1.vera_lambda_"
+HEAD = "base_model.model.head.weight"
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no folder": (lambda f: [p.unlink() for p in f.iterdir()], "does not exist"),
     "lora": (damage(lambda c, t: c.update(peft_type="LORA")), "not a VeRA adapter"),
@@ -132,6 +133,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "other head": (damage(lambda c, t: t.update({"base_model.model.head.weight": torch.ones(3, 3)})), "head.weight"),
     "rank": (damage(lambda c, t: c.update(r="6")), "rank"),
     "no rank": (damage(lambda c, t: c.update(r=None)), "rank"),
+    "seed": (damage(lambda c, t: c.update(projection_prng_key=2**64)), "seed must be below"),
+    "start of d": (damage(lambda c, t: c.update(d_initial=1e308)), "d_init must be between"),
+    "start of d in digits": (damage(lambda c, t: c.update(d_initial=10**400)), "d_init must be between"),
+    "dropout": (damage(lambda c, t: c.update(vera_dropout=1)), "vera_dropout"),
+    "A of no dimensions": (damage(lambda c, t: t.update({"base_model.vera_A": torch.tensor(1.0)})), "do not serve"),
+    "b of whole numbers": (damage(lambda c, t: t.update({KEY + "b": t[KEY + "b"].int()})), "not of floats"),
+    "b too large": (damage(lambda c, t: t.update({KEY + "b": t[KEY + "b"].double() + 1e300})), "too large for"),
+    "head of complex numbers": (damage(lambda c, t: t.update({HEAD: t[HEAD].cfloat()})), "complex64"),
+    "head too large": (damage(lambda c, t: t.update({HEAD: t[HEAD].double() + 1e300})), "too large for"),
     "not finite": (damage(lambda c, t: t[KEY + "b"].fill_(torch.nan)), "NaN"),
 }  # fmt: skip
 

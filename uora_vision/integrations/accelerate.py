@@ -13,7 +13,7 @@ from ..errors import FormatError, StateError
 from ..lifecycle.reinit import AlphaSchedule, Reinitializer, Scope, ThresholdSchedule
 from ..maths.redraw_log import Interpolation
 from ..options import UNSET, given, hinting
-from .state import after_step, changing_state, injected_in, innermost, load_changing_state
+from .state import after_step, changing_state, injected_in, innermost, load_changing_state, read_saved
 
 MODEL_FILE = "uora_model.pt"
 
@@ -141,7 +141,7 @@ def prepare_reinitializer(
             return
         if not path.is_file():
             raise FormatError(f"{path} does not exist; the checkpoint was written without prepare_reinitializer()")
-        load_changing_state(whole(models, i), torch.load(path, map_location="cpu", weights_only=True))
+        load_changing_state(whole(models, i), read_saved(path))
         del models[i]
 
     accelerator.register_save_state_pre_hook(save_changing)

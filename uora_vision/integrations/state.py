@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,19 +89,37 @@ def load_changing_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Inverse of `changing_state`.
 
     Raises:
-        FormatError: the model has other trained parameters.
+        FormatError: the model has other trained parameters, or the state is not whole.
     """
 
-    def shapes(of: dict[str, Tensor]) -> dict[str, Any]:
-        return {n: t.shape for n, t in of.items() if not n.endswith("_extra_state")}  # which grows with its content
+    def kind(name: str, t: Any) -> object:
+        if not isinstance(t, Tensor):
+            return type(t)
+        # An extra state grows with its content.
+        return t.is_floating_point(), t.dim() if name.endswith("_extra_state") else t.shape
 
-    state = dict(state)
-    take_rows(model, state)
-    wanted, found = shapes({n: t for n, t in changing_state(model).items() if ROWS not in n}), shapes(state)
+    if not isinstance(state, dict):
+        raise FormatError(f"the checkpoint holds a {type(state).__name__} in place of trained tensors by name")
+    both = changing_state(model), state
+    wanted, found = ({n: kind(n, t) for n, t in of.items() if ROWS not in n} for of in both)
     if wanted != found:
         odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         raise FormatError(f"the checkpoint is of another model or method: {odd[0]} differs, and {len(odd) - 1} more")
+    state = dict(state)
+    take_rows(model, state)
     model.load_state_dict(state, strict=False)
+
+
+def read_saved(path: Path) -> Any:
+    """What torch.save wrote of tensors and plain values.
+
+    Raises:
+        FormatError: it is damaged, or something else.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever reading a zip, a pickle or a tensor gives
+        raise FormatError(f"{path} is damaged, or was not written by torch.save: {type(error).__name__}") from error
 
 
 def keep_missing_base(model: nn.Module) -> RemovableHandle:

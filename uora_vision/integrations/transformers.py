@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..errors import ConfigError, StateError
+from ..errors import ConfigError, FormatError, StateError
 from ..lifecycle.informing import inform as inform_adapter
 from ..lifecycle.library import bank_of
 from ..lifecycle.optimizers import check_optimizer
@@ -19,7 +19,7 @@ from ..maths.redraw_log import Interpolation
 from ..options import UNSET, given, hinting
 from ..storage.folder import TENSOR_FILE
 from ..storage.save_load import save
-from .state import after_step, injected_in, innermost, restore, trained_d
+from .state import after_step, injected_in, innermost, read_saved, restore, trained_d
 
 REINIT_FILE = "uora_reinit.pt"
 ADAPTER_FOLDER = "uora_adapter"
@@ -135,7 +135,9 @@ class UoraCallback(TrainerCallback):
         folders = [*map(Path, first), *_folders(args, step)]
         for path in (folder / REINIT_FILE for folder in folders):
             if path.is_file():
-                saved = torch.load(path, map_location="cpu", weights_only=True)
+                saved = read_saved(path)
+                if not isinstance(saved, dict) or not isinstance(saved.get("d"), torch.Tensor) or "reinit" not in saved:
+                    raise FormatError(f"{path} lacks d or reinit; it is not what UoraCallback writes")
                 if torch.equal(saved["d"], trained_d(model)):
                     self.reinit.load_state_dict(saved["reinit"])
                     return

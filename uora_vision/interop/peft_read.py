@@ -17,6 +17,7 @@ from ..lifecycle.inference_mode import outside_inference_mode
 from ..lifecycle.library import DEFAULT, check_room
 from ..maths.draws import on_cpu
 from ..storage.base import Base
+from ..storage.fit import as_held, converted
 from ..storage.folder import CONFIG_FILE, TENSOR_FILE, content_of, folder_path, tensors_of
 from ..storage.strict_json import parse
 from ..structure.checks import check_whole
@@ -85,7 +86,7 @@ def from_peft_vera(
         raise FormatError(f"{source / CONFIG_FILE} has options that no adapter can have here: {error}") from error
     vectors, projections = [], []
     for path in order:
-        b, d = (tensors.pop(f"{PREFIX}{path}{end}", torch.empty(0)).float() for end in (LAMBDA_B, LAMBDA_D))
+        b, d = (_floats(source, f"{PREFIX}{path}{end}", tensors) for end in (LAMBDA_B, LAMBDA_D))
         projections.append(_projection(base, path))
         out = projections[-1].shape[0]
         if b.shape != (out,) or d.shape != (options["r"],):
@@ -166,19 +167,28 @@ def _matrices(
     """A (r, in) and B (r, out) of the largest widths, float32."""
     out, width = (max(p.shape[i] for p in projections) for i in (0, 1))
     rank = options["r"]
-    a, b = tensors.pop("base_model.vera_A", None), tensors.pop("base_model.vera_B", None)
-    if a is None or b is None:
+    a, b = (_floats(source, f"base_model.vera_{side}", tensors) for side in "AB")
+    if a.numel() == 0 or b.numel() == 0:
         if options["save_projection"]:
             raise FormatError(f"{source / TENSOR_FILE} lacks vera_A and vera_B, which its configuration promises")
         # As PEFT 0.21.2 draws them: tuners/vera/model.py, _kaiming_init.
         generator = torch.Generator().manual_seed(options["projection_prng_key"])
         a, b = _drawn((rank, width), generator), _drawn((out, rank), generator)
-    if a.shape[0] != rank or b.shape[1] != rank or a.shape[1] < width or len(b) < out:
+    fit = a.dim() == b.dim() == 2 and a.shape[0] == b.shape[1] == rank
+    if not fit or a.shape[1] < width or len(b) < out:
         raise FormatError(
             f"{source}: vera_A of {tuple(a.shape)} and vera_B of {tuple(b.shape)} do not serve rank {rank} and layers "
             f"of up to {out} x {width}"
         )
-    return a[:, :width].float().contiguous(), b[:out].t().float().contiguous()
+    return a[:, :width].contiguous(), b[:out].t().contiguous()
+
+
+def _floats(source: Path, name: str, tensors: dict[str, Tensor]) -> Tensor:
+    """A tensor of the file in float32, which is not in `tensors` any more; an empty one if there is none."""
+    t = tensors.pop(name, torch.empty(0))
+    if not t.is_floating_point():
+        raise FormatError(f"{source}: {name} is of {t.dtype}, not of floats")
+    return converted(f"{source}: {name}", t, torch.float32)
 
 
 def _drawn(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
@@ -195,6 +205,5 @@ def _parts(source: Path, base: Base, tensors: dict[str, Tensor]) -> dict[str, Te
         if held is None or held.shape != value.shape:
             here = "does not have it" if held is None else f"has it in shape {tuple(held.shape)}"
             raise FormatError(f"{source} holds {name} of shape {tuple(value.shape)}; this model {here}")
-        copy = value.to(device=held.device, dtype=held.dtype, copy=True)
-        parts[name] = nn.Parameter(copy) if isinstance(held, nn.Parameter) else copy
+        parts[name] = as_held(f"{source}: {name}", value, held)
     return parts

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, DeadAdapterError, OptionError, StateError, warn
+from ..errors import ConfigError, DeadAdapterError, FormatError, OptionError, StateError, warn
 from ..maths.bank import Bank
 from ..maths.draws import keyed_generator
 from ..maths.informed import OVERSAMPLING, ROW_TYPES, Leading, RowType, leading_rows, round_rows
@@ -133,8 +133,17 @@ def informed_rows(model: nn.Module) -> dict[str, Any]:
 
 
 def put_informed_rows(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Inverse of `informed_rows`, for a fresh adapter of the same options."""
+    """Inverse of `informed_rows`, for a fresh adapter of the same options.
+
+    Raises:
+        FormatError: these are no rows of this adapter.
+    """
     bank, names, rows = bank_of(model), state.get("names", {}), state.get("rows", {})
+    widths = {adapter.origin: adapter.width for adapter in active_entry(model).modules or ()}
+    for origin, name in names.items():
+        t, wanted = rows.get(name), (bank.config.rank, widths.get(origin))
+        if not isinstance(t, Tensor) or t.dtype != torch.float32 or t.shape != wanted or not t.isfinite().all():
+            raise FormatError(f"the informed rows {name} of {origin} in this state are none of this adapter")
     if names != bank.widths.informed or any(not torch.equal(bank._first[name], t) for name, t in rows.items()):
         drawn = {n: t for n, t in bank._first.items() if bank.given and n not in bank.widths.informed.values()}
         replace_bank(model, bank_like(bank, Widths(bank.widths.A, bank.widths.B, names), drawn | rows))

@@ -17,15 +17,16 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, FormatError, StateError
+from ..errors import ConfigError, StateError
 from ..maths.bank import Bank
 from ..maths.draws import on_cpu
-from ..maths.redraw_log import Interpolation, pack_log, unpack_log
+from ..maths.redraw_log import Interpolation, pack_log
 from ..options import hinting
 from ..weights.sharded import clear, joined
 from .adapter import Adapter, own_matrices
 from .library import active_entry, adapters, bank_of
 from .optimizers import DecayWatch, check_optimizer, warn_of_decay
+from .reinit_state import read_state
 
 if TYPE_CHECKING:
     import numpy as np
@@ -297,21 +298,14 @@ class Reinitializer:
         """Restore a state, and rebuild the banks from its log.
 
         Raises:
-            FormatError: the state belongs to another model.
+            FormatError: the state belongs to another model, or is damaged; nothing of it was taken.
         """
-        if state["layers"] != self.layers or state["counts"].shape != self._counts.shape:
-            raise FormatError("this reinitialisation state belongs to a model with other adapters or another rank")
-        if state["banks"] != self._bank_options():
-            raise FormatError(
-                f"this reinitialisation state belongs to banks with {state['banks']}, this model has "
-                f"{self._bank_options()}; inject with the options of the run that is continued"
-            )
-        self.bank.replay(unpack_log(state["log"], state["matrices"]), own_matrices(self._adapters.values()))
+        found = read_state(state, self.layers, self.bank.config.rank, self._bank_options())
+        self.bank.replay(found.log, own_matrices(self._adapters.values()))
         for adapter in self._adapters.values():
             adapter.take_own()
-        self.steps = state["steps"]
-        self._counts = state["counts"].clone().to(self._device)
-        self._history = [state["history"].clone()] if len(state["history"]) else []
+        self.steps, self._counts = found.steps, found.counts.to(self._device)
+        self._history = [found.history] if len(found.history) else []
 
     def _bank_options(self) -> dict[str, Any]:
         config = self.bank.config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import FormatError, StateError, warn
@@ -69,6 +70,31 @@ def fit(stored: Stored, base: Base, check_base: bool = True) -> Fitted:
             )
         _check_weights(stored, base, tuple(path for path, name in paths.items() if name not in trained))
     return Fitted(projections, names)
+
+
+def as_held(name: str, saved: Tensor, held: Tensor) -> Tensor:
+    """A saved tensor as the model has to hold it in the place of another: of its type, on its device, a parameter where
+    that is one.
+
+    Raises:
+        FormatError: it is of another kind of numbers, or holds values that are infinite there.
+    """
+    if held.is_floating_point() != saved.is_floating_point() or held.is_complex() != saved.is_complex():
+        raise FormatError(f"{name} is of {saved.dtype}, in this model of {held.dtype}")
+    copy = converted(name, saved, held.dtype, held.device)
+    return nn.Parameter(copy) if isinstance(held, nn.Parameter) else copy
+
+
+def converted(name: str, t: Tensor, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """A copy of another type.
+
+    Raises:
+        FormatError: it holds values that are infinite there.
+    """
+    out = t.to(device=device, dtype=dtype, copy=True)
+    if out.is_floating_point() and not out.isfinite().all():
+        raise FormatError(f"{name} holds {float(t.abs().max()):.3g}, which is too large for {dtype} of this model")
+    return out
 
 
 def _check_size(stored: Stored, base: Base) -> None:

@@ -27,7 +27,7 @@ from ..structure.planning import Plan
 from ..structure.survey import Survey
 from ..weights.sharded import writes
 from .base import Base
-from .fit import Fitted, fit
+from .fit import Fitted, as_held, converted, fit
 from .folder import folder_path, read_folder, write_folder
 from .hub import there
 from .preprocessing import sections_of
@@ -147,7 +147,7 @@ def load(
     try:
         fitted = fit(stored, base, check_base)
         what = Plan(stored.config, fitted.projections, ())
-        parts, vector = _parts(stored, fitted, base), _converted("vectors", stored.vector, torch.float32)
+        parts, vector = _parts(stored, fitted, base), converted("vectors", stored.vector, torch.float32)
         bank, state = _banks(stored, model, what)
     except FormatError as error:
         raise FormatError(f"{os.fspath(folder)}: {error}") from error
@@ -177,25 +177,7 @@ OTHER_THREADS = (2, 4, 8, 16, 32, 64)
 """Numbers of threads in which the matrices of an older file may have been drawn."""
 
 
-def _converted(name: str, t: Tensor, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """A copy of another type.
-
-    Raises:
-        FormatError: it holds values that are infinite there.
-    """
-    out = t.to(device=device, dtype=dtype, copy=True)
-    if out.is_floating_point() and not out.isfinite().all():
-        raise FormatError(f"{name} holds {float(t.abs().max()):.3g}, which is too large for {dtype} of this model")
-    return out
-
-
 def _parts(stored: Stored, fitted: Fitted, base: Base) -> dict[str, Tensor]:
     """The trained parts of the base, as the model has to hold them."""
-    parts: dict[str, Tensor] = {}
-    for saved, value in stored.parts.items():
-        held = base.held[fitted.names[saved]].tensor
-        if held.is_floating_point() != value.is_floating_point():
-            raise FormatError(f"{saved} is of {value.dtype}, in this model of {held.dtype}")
-        copy = _converted(saved, value, held.dtype, held.device)
-        parts[fitted.names[saved]] = nn.Parameter(copy) if isinstance(held, nn.Parameter) else copy
-    return parts
+    names = fitted.names
+    return {names[saved]: as_held(saved, t, base.held[names[saved]].tensor) for saved, t in stored.parts.items()}

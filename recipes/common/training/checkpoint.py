@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,11 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
         os.close(folder)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, fields: Iterable[str] = ()) -> dict[str, Any]:
     """Read what `write_checkpoint` wrote.
+
+    Args:
+        fields: that it must have.
 
     Raises:
         CheckpointError: there is no file, or it is damaged, or something else.
@@ -64,8 +68,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if hashlib.sha256(whole).digest() != end[len(END) :]:
         raise CheckpointError(f"{path} is damaged: its content is not what was written; delete it and start again")
     state = torch.load(io.BytesIO(whole), map_location="cpu", weights_only=True)
-    if state["version"] != VERSION:
-        raise CheckpointError(f"{path} has version {state['version']}, this recipe reads version {VERSION}")
+    if state.get("version") != VERSION:
+        raise CheckpointError(f"{path} has version {state.get('version')}, this recipe reads version {VERSION}")
+    if lacking := [name for name in fields if name not in state]:
+        raise CheckpointError(f"{path} lacks {', '.join(lacking)}: it is not of this recipe; start again")
     return state
 
 

@@ -361,7 +361,7 @@ class Run:
     def load(self) -> None:
         """Take up the run where the checkpoint left it."""
         assert self.path is not None
-        state = checkpoint.read_checkpoint(self.path)
+        state = checkpoint.read_checkpoint(self.path, FIELDS)
         if state["total"] != self.total:
             raise CheckpointError(
                 f"the checkpoint is of a run of {state['total']} steps, this one has {self.total}: the data changed"
@@ -379,6 +379,10 @@ class Run:
             self.reinit.load_state_dict(state["reinitializer"])
         self.progress = Progress(**state["progress"])
         checkpoint.set_random_state(state["random"][self.accelerator.process_index])
+
+
+FIELDS = ("total", "informed", "model", "optimizer", "scheduler", "scaler", "reinitializer", "random", "progress")
+"""Of a checkpoint."""
 
 
 def make_optimizer(adapted: AdaptedModel, name: str = "adamw") -> torch.optim.Optimizer:
