@@ -137,16 +137,51 @@ class TestBase:
         uora.save(trained(), tmp_path)
         assert read_folder(tmp_path).identity.name == "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 
-    def test_a_folder_of_the_writers_machine_is_not_told(self, tmp_path: Path) -> None:
+    def test_a_folder_of_the_writers_machine_is_not_told(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         from transformers import ViTConfig, ViTModel
 
         model = ViTModel(ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
+        model.layernorm.weight.data[0] = 0.5
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "google" / "vit").mkdir(parents=True)
         for name, kept in (
             ("/home/me/models/vit", "vit"),
+            ("/home/me/models/vit/", "vit"),
+            ("google/vit", "vit"),
+            ("/home/me/models/v\x1b[31mit", None),
             ("google/vit-base-patch16-224", "google/vit-base-patch16-224"),
         ):
             model.config._name_or_path = name
             assert Base(model).name == kept
+
+    def test_weights_of_elsewhere_have_no_published_name(self, tmp_path: Path) -> None:
+        made = timm.create_model("test_vit")
+        assert Base(made).name is None and Base(made).architecture == "test_vit"
+        made.norm.weight.data[0] = 0.5  # as after training
+        assert Base(made).name == "timm/test_vit.r160_in1k"
+        timm.models.save_for_hf(made, tmp_path / "mine")
+        assert Base(timm.create_model(f"local-dir:{tmp_path / 'mine'}", pretrained=True)).name == "mine"
+        torch.save(made.state_dict(), tmp_path / "weights.pth")
+        overlay = {"file": str(tmp_path / "weights.pth")}
+        other = timm.create_model("test_vit", pretrained=True, pretrained_cfg_overlay=overlay)
+        assert Base(other).name == "weights.pth"
+        other.pretrained_cfg = {**made.pretrained_cfg, "source": "hf-hub", "hf_hub_id": "someone/flowers"}
+        assert Base(other).name == "someone/flowers"
+        other.pretrained_cfg = {**made.pretrained_cfg, "state_dict": made.state_dict()}
+        assert Base(other).name is None
+
+    def test_a_model_made_from_the_configuration_alone_has_no_published_name(self) -> None:
+        from transformers import LlamaConfig, LlamaModel
+
+        model = LlamaModel(LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+                                       vocab_size=9, name_or_path="someone/llama"))  # fmt: skip
+        assert Base(model).name is None
+        uora.inject(model, rank=2, train="norm")
+        model.norm.weight.data[0] = 0.5
+        assert Base(model).name is None
+        uora.remove(model)
+        model.norm.weight.data[0] = 0.5
+        assert Base(model).name == "someone/llama"
 
     def test_many_adapters_cost_one_look_at_the_base(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         uora.save(trained(train=()), tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -203,6 +204,64 @@ def test_buffers_that_moved_are_saved_and_others_are_not(tmp_path: Path) -> None
     for name, value in (("still", 0), ("moved", 1)):
         put_back(model, read_folder(tmp_path / name))
         assert (model.center == value).all()
+
+
+class Queued(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("queue", torch.arange(2**20 + 7, dtype=torch.float32).clone())
+        self.register_buffer("table", torch.ones(2**21, dtype=torch.bool))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + self.queue[-1]
+
+
+@pytest.mark.parametrize("how", ["one number", "rows change places", "another tensor"])
+def test_large_buffers_that_moved_are_saved_too(how: str, tmp_path: Path) -> None:
+    model = uora.inject(Queued(), rank=4, targets="all")
+    uora.save(model, tmp_path / "still")
+    model.queue, model.table = model.queue.clone(), model.table.clone()  # as .to() makes them
+    if how == "one number":
+        model.queue[-1] += 1
+    elif how == "rows change places":
+        model.queue[-2:] = model.queue[-2:].flip(0)
+    else:
+        model.queue = model.queue * 2
+    want = out(model)
+    uora.save(model, tmp_path / "moved")
+    assert {"queue", "table"} & read_folder(tmp_path / "still").parts.keys() == set()
+    assert {"queue", "table"} & read_folder(tmp_path / "moved").parts.keys() == {"queue"}
+    again = uora.load(Queued(), tmp_path / "moved")
+    assert torch.equal(out(again), want) and torch.equal(again.queue, model.queue)
+    with pytest.raises(uora.FormatError, match="queue has moved since"):
+        put_back(model, read_folder(tmp_path / "still"))
+    put_back(uora.inject(Queued(), rank=4, targets="all"), read_folder(tmp_path / "moved"))
+
+
+def test_large_buffers_that_were_cast_are_told(tmp_path: Path) -> None:
+    model = uora.inject(Queued(), rank=4, targets="all").double()
+    with pytest.warns(uora.UoraWarning, match=r"1 large buffers of the base \(queue\)"):
+        uora.save(model, tmp_path)
+
+
+@pytest.mark.parametrize("idle", ["no b", "no d", "one d", "a head", "statistics"])
+def test_an_adapter_that_changes_nothing_is_told(idle: str, tmp_path: Path) -> None:
+    model = made(train="head")
+    for adapter in uora.adapters(model).values():
+        (adapter.d if idle == "no d" else adapter.b).data.zero_()
+    if idle == "one d":
+        next(iter(uora.adapters(model).values())).b.data[3] = 0.1
+    elif idle == "a head":
+        model.head.bias.data[0] += 1
+    elif idle == "statistics":
+        model.norm.running_mean += 1
+    uora.save(model, tmp_path)
+    before, after = Net(), Net()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        uora.load(after, tmp_path)
+    assert torch.equal(out(before), out(after)) == bool(told) == (idle in ("no b", "no d"))
+    assert all("changes no output" in str(one.message) for one in told)
 
 
 def test_weights_that_were_unfrozen_by_hand_come_back(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from ..weights.kinds import check_module, is_adapted
 from ..weights.sharded import is_sharded
 from .adapter import CHILD, Adapter, child, own_matrices
 from .banks import check_redraws, house, housed, take_redraws
+from .base_buffers import BaseBuffers
 from .entry import Entry, holders, replace_tensor
 from .fusing import allow_fusing, forbid_fusing
 from .inference_mode import outside_inference_mode
@@ -114,10 +115,6 @@ DEFAULT = "default"
 """Name of an adapter that was given none."""
 
 
-LARGEST_BUFFER = 2**20
-"""Numbers in a buffer above which it counts as a table that training does not move."""
-
-
 class Library:
     """All adapters of a model.
 
@@ -130,12 +127,7 @@ class Library:
         self.active: str | None = None
         self.base_parts: dict[str, Tensor] = {}
         """The base's own values of the parts that some adapter trains."""
-        self.buffers = {
-            name: held.tensor.detach().clone()
-            for name, held in survey.buffers.items()
-            if held.key not in held.module._non_persistent_buffers_set and held.tensor.numel() <= LARGEST_BUFFER
-        }
-        """The base's own buffers, by which those that moved in training are known."""
+        self.buffers = BaseBuffers(survey)
         self.flags = {name: held.tensor.requires_grad for name, held in survey.parameters.items()}
         self.unsent: set[str] = set()
         self.hooks: tuple[Any, ...] = ()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import get_args
 
-import torch
 from torch import Tensor
 
 from ..config import BasePart
@@ -27,15 +26,7 @@ def trained_tensors(survey: Survey) -> dict[str, Tensor]:
 
 def moved_buffers(survey: Survey) -> dict[str, Tensor]:
     """Buffers of the base, by name, that are part of its state dict and are not as they were without adapters."""
-    kept = library_of(survey.model).buffers
-    found = {name: held.tensor for name, held in survey.buffers.items() if name in kept}
-    return {name: t for name, t in found.items() if not _equal(t, kept[name])}
-
-
-def _equal(one: Tensor, two: Tensor) -> bool:
-    if one.shape != two.shape or one.is_meta or two.is_meta:
-        return one.shape == two.shape
-    return torch.equal(one, two.to(one))
+    return library_of(survey.model).buffers.moved(survey)
 
 
 def base_parameters(survey: Survey, parts: Iterable[str]) -> list[str]:

@@ -6,10 +6,11 @@ import os
 from functools import cached_property
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import FormatError
 from ..lifecycle.adapter import Adapter
+from ..lifecycle.library import LIBRARY
 from ..maths.bank import Bank
 from ..private import name_or_path
 from ..structure.candidates import Candidate
@@ -18,7 +19,7 @@ from ..structure.paths import joined, lies_within
 from ..structure.survey import Held, Survey
 from ..structure.targets import Projection
 from ..structure.walk import Finding
-from ..weights.sharded import class_name
+from ..weights.sharded import class_name, whole
 from .fingerprint import Weight, sketch_of, weights_digest
 from .stored import Identity, Stored, StoredProjection
 
@@ -37,7 +38,7 @@ class Base:
 
     Example:
         >>> import tempfile, uora_vision as uora
-        >>> from torch import nn
+        >>> from torch import Tensor, nn
         >>> model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = uora.save(uora.inject(model, rank=4), folder)
@@ -128,16 +129,42 @@ class Base:
 
 
 def published_name(model: nn.Module) -> str | None:
-    """The name of a model's weights: of timm with its tag, of transformers as on the hub; None if it does not tell."""
+    """The name of a model's weights: of timm with its tag, of a repository on the hub, or the last part of the path of
+    the folder or file that they came from. None if the model does not tell, or if they were never trained."""
+    if _as_initialised(model):
+        return None
     found: Any = getattr(model, "pretrained_cfg", None)
     if isinstance(found, dict):
-        architecture, tag = found.get("architecture"), found.get("tag")
+        architecture, tag, file = found.get("architecture"), found.get("tag"), found.get("file")
+        if file or found.get("state_dict"):
+            return _last_part(file) if isinstance(file, str | os.PathLike) else None
+        if found.get("source") == "hf-hub" and isinstance(found.get("hf_hub_id"), str):
+            return str(found["hf_hub_id"])
         if isinstance(architecture, str):
             return f"timm/{architecture}.{tag}" if tag else f"timm/{architecture}"
     name = name_or_path(model)
-    if name is None:
-        return None
-    return os.path.basename(name.rstrip("/")) if os.path.isabs(name) else name
+    return _last_part(name) if name is not None and (os.path.isabs(name) or os.path.isdir(name)) else name
+
+
+def _last_part(path: str | os.PathLike[str]) -> str | None:
+    name = os.path.basename(os.path.abspath(path))
+    return name if name.isprintable() else None
+
+
+def _as_initialised(model: nn.Module) -> bool:
+    """Whether the norms of the base are all as they start, which no training leaves them: it was made without its
+    pretrained weights, whatever its configuration names."""
+    library = model.__dict__.get(LIBRARY)
+    own = library.base_parts if library else {}  # of what the adapter trains
+    norms = [(path, m) for path, m in model.named_modules() if "norm" in type(m).__name__.lower()]
+    found = [(n, own.get(joined(path, n), p)) for path, m in norms for n, p in m._parameters.items() if p is not None]
+    if not found or any(p.is_meta for _, p in found):
+        return False
+    return all(_is_constant(p, (0.0,) if name == "bias" else (0.0, 1.0)) for name, p in found)
+
+
+def _is_constant(t: Tensor, values: tuple[float, ...]) -> bool:
+    return any(bool((whole(t) == value).all()) for value in values)
 
 
 def _projections_of(stored: Stored, base: Base) -> tuple[Projection, ...]:

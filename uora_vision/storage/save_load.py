@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import FormatError, StateError
+from ..errors import FormatError, StateError, warn
 from ..lifecycle.apply import apply_plan, bank_for
 from ..lifecycle.inference_mode import outside_inference_mode
 from ..lifecycle.library import DEFAULT, active_entry, check_room, check_switch
@@ -123,6 +123,10 @@ def load(
         ConfigError, OptionError: this can be no folder.
         HubError: the repository cannot be had.
 
+    Warns:
+        UoraWarning: the model computes with this adapter what it computes without it, as with one that was saved before
+            training. That is no error, since training can go on from it.
+
     Example:
         >>> import tempfile, uora_vision as uora
         >>> from torch import nn
@@ -151,7 +155,13 @@ def load(
         bank, state = _banks(stored, model, what)
     except FormatError as error:
         raise FormatError(f"{os.fspath(folder)}: {error}") from error
+    idle = _changes_nothing(stored, parts, base)
     apply_plan(survey, what, name, vector, parts, state, activate, bank).about |= stored.about
+    if idle:
+        warn(
+            f"this adapter changes no output: in {os.fspath(folder)} every b or d is 0, as right after inject(), and "
+            "what was trained of the base is as in this model. Was it saved before training?"
+        )
     return model
 
 
@@ -175,6 +185,16 @@ def _banks(stored: Stored, model: nn.Module, what: Plan) -> tuple[Bank, BankStat
 
 OTHER_THREADS = (2, 4, 8, 16, 32, 64)
 """Numbers of threads in which the matrices of an older file may have been drawn."""
+
+
+def _changes_nothing(stored: Stored, parts: dict[str, Tensor], base: Base) -> bool:
+    """Whether a model computes with a saved adapter what it computes without it."""
+    for p, (b, d) in zip(stored.projections, stored.vectors, strict=True):
+        rows = b.split([role.rows for role in p.roles])
+        if any(part.any() and directions.any() for part, directions in zip(rows, d, strict=True)):
+            return False
+    held = ((base.held[name].tensor, t) for name, t in parts.items())
+    return all(here.shape == t.shape and torch.equal(here, t) for here, t in held)
 
 
 def _parts(stored: Stored, fitted: Fitted, base: Base) -> dict[str, Tensor]:

@@ -116,8 +116,15 @@ def put_back(model: nn.Module, stored: Stored) -> None:
     there = {p.path: (p.width, p.roles) for p in stored.projections}
     shapes, wanted = ({name: t.shape for name, t in tensors.items()} for tensors in (held, stored.parts))
     still = library_of(model).buffers  # which of these moved is no part of what adapter it is
-    shapes, wanted = ({n: shape for n, shape in of.items() if n not in still or n.endswith(STATISTICS)}
+    names = still.copies.keys() | still.sums.keys()
+    shapes, wanted = ({n: shape for n, shape in of.items() if n not in names or n.endswith(STATISTICS)}
                       for of in (shapes, wanted))  # fmt: skip
+    back = moved_buffers(survey).keys() - stored.parts.keys()
+    if gone := sorted(back - still.copies.keys()):
+        raise FormatError(
+            f"{gone[0]} has moved since inject(), the adapter does not have it, and of so large a buffer no copy is "
+            "kept: put the adapter into a fresh base"
+        )
     odd = _differing(here, there) + _differing(shapes, wanted)
     if odd or bank.config != stored.config:
         raise FormatError(
@@ -136,8 +143,8 @@ def put_back(model: nn.Module, stored: Stored) -> None:
         for path, adapter in found.items():
             adapter.b.copy_(vectors[path][0])
             adapter.d.copy_(vectors[path][1])
-        for name in moved_buffers(survey).keys() - stored.parts.keys():
-            survey.buffers[name].tensor.copy_(still[name])
+        for name in back:
+            survey.buffers[name].tensor.copy_(still.copies[name])
         for name, value in stored.parts.items():
             survey.tensors[name].tensor.copy_(value)
     for adapter in found.values():

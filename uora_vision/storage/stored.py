@@ -61,7 +61,8 @@ class Identity:
     Args:
         class_name: of the model.
         architecture: its name in timm, if it is timm's.
-        name: under which its weights were published, such as `timm/vit_base_patch16_224.augreg_in21k`.
+        name: under which its weights were published, such as `timm/vit_base_patch16_224.augreg_in21k`, or the last part
+            of the folder that they came from; None for weights that were never trained.
         parameter_tensors: how many parameters it has besides its head.
         fingerprint: of the adapted weights, see `fingerprint.py`; None if they were quantised or in float16.
         sketch: some of their values in bfloat16, (n,), by which a quantised copy is known; None if unknown.
