@@ -182,6 +182,29 @@ class TestStateDicts:
             model.load_state_dict(other.state_dict())
         assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
+    @pytest.mark.parametrize("informed", [False, True])
+    def test_matrices_that_a_file_gave_are_those_that_the_seed_draws(self, informed: bool, tmp_path: Path) -> None:
+        drawn = uora.inject(Net(), rank=4, targets="all")
+        if informed:
+            uora.inform(drawn, [X], lambda model, x: model(x).square().mean())
+        uora.save(drawn, tmp_path / "drawn")
+        wake(drawn, 1)
+        uora.save(redraw(drawn), tmp_path / "given", save_banks="all")
+        given, want = uora.load(Net(), tmp_path / "given"), out(drawn)
+        assert given.uora.given
+        for source in (given, drawn):
+            for target in ("given", "drawn"):
+                model = wake(uora.load(Net(), tmp_path / target), 7)
+                model.load_state_dict(source.state_dict())
+                assert torch.equal(out(model), want)
+        for other in (uora.inject(Net(), rank=4, targets="all", seed=5), made() if informed else None):
+            if other is not None:
+                with pytest.raises(uora.StateError, match="drawn with"):
+                    other.load_state_dict(given.state_dict())
+        given.uora._first["B24"] += 1  # as matrices of another origin
+        with pytest.raises(uora.StateError, match="drawn with"):
+            given.load_state_dict(drawn.state_dict())
+
     def test_other_layers_are_refused(self) -> None:
         class Wrapped(nn.Module):
             def __init__(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import warn
+from ..errors import ConfigError, warn
 from ..maths.bank import Bank
 from ..maths.draws import on_cpu
 from ..maths.forms import WIDE
@@ -132,10 +132,20 @@ def bank_for(
     Args:
         first: matrices by name to use in place of those that are drawn from the seed.
         informed: see `Widths`; `first` has these matrices.
+
+    Raises:
+        ConfigError: they would be far larger than the model.
     """
     first = first or {}
     widths = Widths.of(((p.shape[1], p.roles) for p in what.projections), informed)
     given = bool(first.keys() - set(widths.informed.values()))
+    rank, wanted = what.config.rank, what.config.rank * sum(widths.matrices(what.config.layout).values())
+    held = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
+    if wanted > room(held):
+        raise ConfigError(
+            f"rank {rank:,} is too large for this model: A and B would be {wanted:,} numbers, and the whole model has "
+            f"{held:,}"
+        )
     library = model.__dict__.get(LIBRARY)
     for entry in library.entries.values() if library else ():
         bank = entry.bank
@@ -147,6 +157,15 @@ def bank_for(
     bank = Bank(what.config, widths, device=weight.device, dtype=dtype, first=first)
     bank.__dict__[REDUCED] = Reduced()
     return bank
+
+
+def room(numbers: int) -> int:
+    """How many numbers A and B can have in a model of so many: more are of a rank that was meant for another model, or
+    mistyped, and could take all memory."""
+    return max(LEAST_ROOM, ROOM * numbers)
+
+
+ROOM, LEAST_ROOM = 4, 2**22
 
 
 def _copy(t: Tensor, trains: bool = False) -> Tensor:

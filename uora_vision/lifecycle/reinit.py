@@ -349,6 +349,8 @@ class Reinitializer:
             if (
                 not isinstance(alphas, Tensor)
                 or alphas.shape != indices.shape
+                or alphas.is_complex()
+                or alphas.is_meta
                 or not ((alphas >= 0) & (alphas <= 1)).all()
             ):
                 raise ConfigError(

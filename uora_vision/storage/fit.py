@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FormatError, StateError, warn
+from ..lifecycle.apply import room
 from ..lifecycle.library import LIBRARY
 from ..structure.paths import lies_within, submodule
 from ..structure.targets import Projection
@@ -107,15 +108,11 @@ def _check_size(stored: Stored, base: Base) -> None:
         )
     held = sum(h.tensor.numel() for h in base.held.values())
     wanted = stored.config.rank * sum(stored.matrices.values())
-    if wanted > max(LEAST_ROOM, ROOM * held):
+    if wanted > room(held):
         raise FormatError(
             f"A and B of this adapter are {wanted:,} numbers at rank {stored.config.rank:,}; the whole model has "
             f"{held:,}, so it is not for this model"
         )
-
-
-ROOM, LEAST_ROOM = 4, 2**22
-"""How many times the numbers of the model A and B can have, and how many in any model."""
 
 
 def _names(stored: Stored, base: Base) -> dict[str, str]:
@@ -135,9 +132,11 @@ def _names(stored: Stored, base: Base) -> dict[str, str]:
         best = [other for other, length in same.items() if length == longest and other not in taken]
         if longest < 2 or len(best) != 1:
             here = f"has shape {tuple(base.held[name].tensor.shape)}" if name in base.held else "does not exist"
+            head = lies_within(name, base.survey.heads) or name not in base.held
+            same_as = "number of classes (num_classes=...)" if head else "sizes (img_size=... of the inputs, say)"
             raise FormatError(
                 f"the adapter holds a trained {name} of shape {tuple(t.shape)}, which in this model {here}. Create the "
-                "model with the same number of classes (num_classes=...)."
+                f"model with the same {same_as}."
             )
         names[name] = best[0]
         taken.add(best[0])
