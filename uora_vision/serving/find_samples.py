@@ -192,6 +192,8 @@ def check_batch(arguments: Any, batch: int) -> None:
     lengths: list[int] = []
     tree_map_only(Tensor, lambda t: lengths.append(t.shape[0]) if t.dim() else None, arguments)
     if lengths and batch not in lengths:
+        beams = lengths[0] % batch == 0
         raise StateError(
             f"{batch} adapters were named, one for each sample, but the model is called with {lengths[0]} samples"
+            + (". A beam search runs each sample num_beams times: name each so often" if beams else "")
         )

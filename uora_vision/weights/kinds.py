@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from ..errors import OptionError
+from ..errors import OptionError, StateError
 from .matrix import Form
 from .quantised import is_quantised_linear
 
@@ -45,9 +46,20 @@ def check_module(model: object) -> None:
 
 
 def raw(module: Any, name: str) -> Any:
-    """A parameter of a module as it is stored. Replicas of DataParallel keep theirs among the plain attributes."""
+    """A parameter of a module as it is stored. Replicas of DataParallel keep theirs among the plain attributes.
+
+    Raises:
+        StateError: it is computed by a parametrization.
+    """
     parameters = module._parameters
-    return parameters[name] if name in parameters else module.__dict__[name]
+    if name in parameters:
+        return parameters[name]
+    if name not in module.__dict__ and is_parametrized(module, name):
+        raise StateError(
+            f"the {name} of an adapted {base_class(module).__name__} was parametrized after inject(). Undo that with "
+            f"parametrize.remove_parametrizations(module, {name!r}); or parametrize a layer that is not adapted."
+        )
+    return module.__dict__[name]
 
 
 def call_form(module: nn.Module) -> Form | None:
