@@ -24,6 +24,16 @@ def gradients(model: nn.Module, x: Tensor, seed: int = 0) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+def assert_all_train(model: nn.Module, output: Tensor) -> None:
+    output.sum().backward()
+    adapters = uora.adapters(model)
+    assert adapters and all(a.b.grad is not None and a.b.grad.any() for a in adapters.values())
+
+
+def assert_same(first: Tensor, second: Tensor) -> None:
+    torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-5)
+
+
 def assert_equal(one: dict[str, Tensor], two: dict[str, Tensor], **tolerance: float) -> None:
     assert one.keys() == two.keys() and len(one) > 10
     for name, grad in one.items():

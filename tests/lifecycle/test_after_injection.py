@@ -16,20 +16,11 @@ from accelerate.hooks import remove_hook_from_module
 from conftest import SMALL, outputs, small_vit, wake
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
+from training import assert_all_train, assert_same
 
 import uora_vision as uora
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-
-
-def assert_all_train(model: nn.Module, output: Tensor) -> None:
-    output.sum().backward()
-    adapters = uora.adapters(model)
-    assert adapters and all(a.b.grad is not None and a.b.grad.any() for a in adapters.values())
-
-
-def assert_same(first: Tensor, second: Tensor) -> None:
-    torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-5)
 
 
 def two(make: Callable[[], nn.Module] = small_vit) -> nn.Module:

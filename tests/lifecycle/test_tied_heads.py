@@ -10,19 +10,9 @@ import torch
 import transformers
 from conftest import wake
 from torch import Tensor, nn
+from training import assert_all_train, assert_same
 
 import uora_vision as uora
-
-
-def assert_all_train(model: nn.Module, output: Tensor) -> None:
-    output.sum().backward()
-    adapters = uora.adapters(model)
-    assert adapters and all(a.b.grad is not None and a.b.grad.any() for a in adapters.values())
-
-
-def assert_same(first: Tensor, second: Tensor) -> None:
-    torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-5)
-
 
 T: Any = transformers
 SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
