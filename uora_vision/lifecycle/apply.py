@@ -51,6 +51,7 @@ def apply_plan(
 
     Raises:
         StateError: the model was made inside torch.inference_mode.
+        ConfigError: without a bank: A and B would be far larger than the model.
     """
     model, config = survey.model, what.config
     check_normal(survey)
@@ -65,7 +66,10 @@ def apply_plan(
             f"{len(coarse)} weights ({coarse[0]}, ...) are read by the model itself and stored in a half type: small "
             "updates to them are rounded away. Keep the base in float32 and use torch.autocast."
         )
-    entry = Entry(config, placement, bank or bank_for(model, what), {}, state or BankState(), vector)
+    if bank is None:
+        _check_rank(survey, what)
+        bank = bank_for(model, what)
+    entry = Entry(config, placement, bank, {}, state or BankState(), vector)
     if activate:
         entry.materialise()
     first = not library.entries
@@ -132,20 +136,10 @@ def bank_for(
     Args:
         first: matrices by name to use in place of those that are drawn from the seed.
         informed: see `Widths`; `first` has these matrices.
-
-    Raises:
-        ConfigError: they would be far larger than the model.
     """
     first = first or {}
     widths = Widths.of(((p.shape[1], p.roles) for p in what.projections), informed)
     given = bool(first.keys() - set(widths.informed.values()))
-    rank, wanted = what.config.rank, what.config.rank * sum(widths.matrices(what.config.layout).values())
-    held = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
-    if wanted > room(held):
-        raise ConfigError(
-            f"rank {rank:,} is too large for this model: A and B would be {wanted:,} numbers, and the whole model has "
-            f"{held:,}"
-        )
     library = model.__dict__.get(LIBRARY)
     for entry in library.entries.values() if library else ():
         bank = entry.bank
@@ -157,6 +151,16 @@ def bank_for(
     bank = Bank(what.config, widths, device=weight.device, dtype=dtype, first=first)
     bank.__dict__[REDUCED] = Reduced()
     return bank
+
+
+def _check_rank(survey: Survey, what: Plan) -> None:
+    widths = Widths.of((p.shape[1], p.roles) for p in what.projections).matrices(what.config.layout)
+    wanted, held = what.config.rank * sum(widths.values()), sum(h.tensor.numel() for h in survey.tensors.values())
+    if wanted > room(held):
+        raise ConfigError(
+            f"rank {what.config.rank:,} is too large for this model: A and B would be {wanted:,} numbers, and the "
+            f"whole model has {held:,}"
+        )
 
 
 def room(numbers: int) -> int:
