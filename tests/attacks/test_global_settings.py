@@ -112,6 +112,7 @@ def _exchanged(setting: Setting, folder: Path) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("what", [_adapted, _redrawn, _exchanged])
+@pytest.mark.slow
 def test_another_default_device_or_type_changes_nothing(
     what: Callable[[Setting, Path], list[Tensor]], tmp_path: Path
 ) -> None:

@@ -88,6 +88,7 @@ def _hostile(saved: Path) -> Path:
     return write_folder(replace(stored, identity=identity, versions={HOSTILE: HOSTILE}), saved)
 
 
+@pytest.mark.slow
 def test_texts_of_a_foreign_file_do_not_reach_the_terminal(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

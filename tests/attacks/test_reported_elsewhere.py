@@ -39,6 +39,7 @@ def moved(model: Any) -> Any:
     return model
 
 
+@pytest.mark.slow
 def test_beam_search_over_a_mixed_batch() -> None:
     """https://github.com/huggingface/peft/pull/2287"""
     model, names = llama(), ["a", "b", None]
@@ -130,6 +131,7 @@ def test_what_is_frozen_stays_frozen_when_adapters_are_switched() -> None:
     assert not any(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_adapters_of_a_compiled_model_are_switched_loaded_and_merged(tmp_path: Path) -> None:
     """https://github.com/huggingface/diffusers/issues/9279, https://github.com/huggingface/diffusers/issues/11408"""
     model, wanted = small_vit(), {}
@@ -148,6 +150,7 @@ def test_adapters_of_a_compiled_model_are_switched_loaded_and_merged(tmp_path: P
         torch.testing.assert_close(compiled(IMAGES[..., :32, :32]), wanted["b"], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_torch_jit_trace() -> None:
     """https://github.com/huggingface/peft/issues/1419"""
     model = wake(uora.inject(small_vit(), rank=4))

@@ -13,7 +13,7 @@ import torch
 from common.errors import CheckpointError
 from common.training.checkpoint import read_checkpoint, write_checkpoint
 from damage import JUNK, drop, places, put
-from redrawn import Net, made, out
+from redrawn import Net, X, made, out
 from torch import nn
 
 import uora_vision as uora
@@ -30,6 +30,7 @@ def redrawn(scope: Any) -> tuple[nn.Module, uora.Reinitializer]:
 
 
 @pytest.mark.parametrize("scope", ["shared", "layer"])
+@pytest.mark.slow
 def test_of_a_reinitializer(scope: Any) -> None:
     state = redrawn(scope)[1].state_dict()
     model = uora.inject(Net(), rank=4, targets="all")
@@ -76,6 +77,21 @@ def test_of_what_trains() -> None:
         with pytest.raises(uora.FormatError):
             load_changing_state(model, one)
     assert torch.equal(out(model), want)
+
+
+def test_of_informed_rows() -> None:
+    model = uora.inject(Net(), rank=4, targets="all")
+    uora.inform(model, [X], lambda model, x: model(x).square().mean())
+    state, fresh = changing_state(model), uora.inject(Net(), rank=4, targets="all")
+    name = next(name for name in state if ".rows/" in name)
+    for value in (None, state[name][:2], state[name][:, :3], state[name].double(), state[name] * torch.inf):
+        with pytest.raises(uora.FormatError, match="none of this adapter"):
+            load_changing_state(fresh, {**state, name: value})
+    other = name.replace("blocks", "others")
+    with pytest.raises(uora.FormatError, match="none of this adapter"):
+        load_changing_state(fresh, {n if n != name else other: t for n, t in state.items()})
+    load_changing_state(fresh, state)
+    assert torch.equal(out(fresh), out(model))
 
 
 def test_of_a_recipe(tmp_path: Path) -> None:

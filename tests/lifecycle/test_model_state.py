@@ -182,6 +182,7 @@ class TestStateDicts:
             model.load_state_dict(other.state_dict())
         assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("informed", [False, True])
     def test_matrices_that_a_file_gave_are_those_that_the_seed_draws(self, informed: bool, tmp_path: Path) -> None:
         drawn = uora.inject(Net(), rank=4, targets="all")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from conftest import small_vit, trained
 from torch import Tensor, nn

@@ -217,6 +217,7 @@ class Queued(Net):
 
 
 @pytest.mark.parametrize("how", ["one number", "rows change places", "another tensor"])
+@pytest.mark.slow
 def test_large_buffers_that_moved_are_saved_too(how: str, tmp_path: Path) -> None:
     model = uora.inject(Queued(), rank=4, targets="all")
     uora.save(model, tmp_path / "still")
