@@ -17,7 +17,7 @@ import torch.distributed as dist
 WORLD, LIMIT = 2, 60
 
 
-def in_two_processes(folder: Path, work: Callable[..., Any], **options: Any) -> list[Any]:
+def in_two_processes(folder: Path, work: Callable[..., Any], /, **options: Any) -> list[Any]:
     """What `work(rank, world, **options)` returned in each of two processes.
 
     Args:

@@ -322,8 +322,9 @@ class TestVerify:
         assert asked == [("someone/adapter", "v1"), ("someone/adapter", None)]
 
     def test_a_mistyped_folder_may_be_a_repository(
-        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
+        monkeypatch.chdir(tmp_path)  # where there is no folder `runs`
         monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         fails(["verify", "runs/adaptr"], "runs/adaptr is n", capsys)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .images import InputFormat
-from .network import fail_fast_without_network
+from .network import failing_fast
 
 Tokens = dict[str, Tensor]
 """What a text tower reads, by the name of its argument, each (n, length)."""
@@ -140,12 +140,11 @@ def _of_open_clip(name: str, pretrained: str | None) -> Dual:
     if not name.startswith(("hf-hub:", "local-dir:")):
         name = name.replace("/", "-")
         _check_weights(name, pretrained, open_clip)
-    if not name.startswith("local-dir:"):
-        fail_fast_without_network()
     try:
         logging.disable(logging.ERROR)  # it logs what it then raises
-        model = open_clip.create_model(name, pretrained=pretrained, require_pretrained=True)
-        tokenizer = open_clip.get_tokenizer(name)
+        with failing_fast(not name.startswith("local-dir:")):
+            model = open_clip.create_model(name, pretrained=pretrained, require_pretrained=True)
+            tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # the hub, safetensors and open_clip each raise types of their own
         raise _unreachable(name, error, "local-dir:FOLDER, or --pretrained FILE") from error
     finally:
@@ -174,14 +173,12 @@ def _check_weights(name: str, pretrained: str | None, open_clip: Any) -> None:
 def _of_transformers(name: str) -> Dual:
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
-    if not Path(name).is_dir():
-        fail_fast_without_network()
     try:
-        config = AutoConfig.from_pretrained(name)
-        if config.model_type not in ("clip", "siglip"):
-            raise ConfigError(f"{name} is a model of type {config.model_type}; this recipe takes clip and siglip")
-        with warnings.catch_warnings():  # of slow processors: only their numbers are read
-            warnings.simplefilter("ignore")
+        with failing_fast(not Path(name).is_dir()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of slow processors: only their numbers are read
+            config = AutoConfig.from_pretrained(name)
+            if config.model_type not in ("clip", "siglip"):
+                raise ConfigError(f"{name} is a model of type {config.model_type}; this recipe takes clip and siglip")
             model = AutoModel.from_pretrained(name, dtype=torch.float32)
             tokenizer, processor = AutoTokenizer.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
     except ConfigError:

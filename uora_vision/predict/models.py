@@ -52,11 +52,9 @@ def with_weights(spec: str, stored: Stored, checkpoint: str | None = None) -> tu
     """
     import torch
 
-    from .network import fail_fast_without_network
+    from .network import failing_fast
 
-    if not Path(_parts(spec)[1]).is_dir():
-        fail_fast_without_network()
-    with torch.random.fork_rng(devices=[]):
+    with failing_fast(not Path(_parts(spec)[1]).is_dir()), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, example = _create(spec, stored, checkpoint, True)
     return model.eval(), example

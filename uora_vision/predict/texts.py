@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, DataError
-from .network import fail_fast_without_network
+from .network import failing_fast
 from .tasks import Computed, head_inputs
 
 DEFAULT_NEW = 128
@@ -25,10 +25,9 @@ def load_tokenizer(name: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    if not Path(name).is_dir():
-        fail_fast_without_network()
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name)
+        with failing_fast(not Path(name).is_dir()):
+            tokenizer: Any = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers and the hub's client each raise types of their own
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ConfigError(f"no tokenizer {name!r}: {reason}; --model gives a base on disk") from error

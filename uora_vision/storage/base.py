@@ -72,7 +72,7 @@ class Base:
     @cached_property
     def name(self) -> str | None:
         """Under which the weights were published, where the model tells it."""
-        return published_name(self.model)
+        return published_name(self.survey)
 
     @cached_property
     def parameter_tensors(self) -> int:
@@ -128,10 +128,12 @@ class Base:
         return [Weight(self.survey.modules[candidate.module_path], candidate.tensor) for candidate in candidates]
 
 
-def published_name(model: nn.Module) -> str | None:
+def published_name(of: nn.Module | Survey) -> str | None:
     """The name of a model's weights: of timm with its tag, of a repository on the hub, or the last part of the path of
     the folder or file that they came from. None if the model does not tell, or if they were never trained."""
-    if _as_initialised(model):
+    survey = Survey.of(of)
+    model = survey.model
+    if _as_initialised(survey):
         return None
     found: Any = getattr(model, "pretrained_cfg", None)
     if isinstance(found, dict):
@@ -151,12 +153,12 @@ def _last_part(path: str | os.PathLike[str]) -> str | None:
     return name if name.isprintable() else None
 
 
-def _as_initialised(model: nn.Module) -> bool:
+def _as_initialised(survey: Survey) -> bool:
     """Whether the norms of the base are all as they start, which no training leaves them: it was made without its
     pretrained weights, whatever its configuration names."""
-    library = model.__dict__.get(LIBRARY)
+    library = survey.model.__dict__.get(LIBRARY)
     own = library.base_parts if library else {}  # of what the adapter trains
-    norms = [(path, m) for path, m in model.named_modules() if "norm" in type(m).__name__.lower()]
+    norms = [(path, m) for path, m in survey.modules.items() if "norm" in type(m).__name__.lower()]
     found = [(n, own.get(joined(path, n), p)) for path, m in norms for n, p in m._parameters.items() if p is not None]
     if not found or any(p.is_meta for _, p in found):
         return False

@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 from uora_vision.predict.images import IMAGE_SUFFIXES, visible
-from uora_vision.predict.network import fail_fast_without_network
+from uora_vision.predict.network import failing_fast
 from uora_vision.predict.pixels import Item, pixels
 
 from ..errors import DataError
@@ -231,10 +231,10 @@ def _timm(name: str, split: str) -> ImageSet:
 
     found, reasons, root = None, [], Path.home() / ".cache" / "uora_vision"
     root.mkdir(parents=True, exist_ok=True)
-    fail_fast_without_network()
     for part in SPLITS[split]:
         try:
-            found = timm.data.create_dataset(name, root=str(root), split=part, download=True, input_img_mode="")
+            with failing_fast():
+                found = timm.data.create_dataset(name, root=str(root), split=part, download=True, input_img_mode="")
             break
         except Exception as error:  # each kind of data set raises types of its own
             reasons.append((str(error).strip().splitlines() or [type(error).__name__])[0])
@@ -264,10 +264,9 @@ def _first(examples: Any, index: int) -> Image.Image:
 def _hub(name: str, split: str) -> ImageSet:
     import datasets
 
-    if not Path(name).exists():
-        fail_fast_without_network()
     try:
-        found = datasets.load_dataset(name)
+        with failing_fast(not Path(name).exists()):
+            found = datasets.load_dataset(name)
     except Exception as error:  # the hub's client raises many types of its own
         raise DataError(
             f"no data set {name!r}: {str(error).splitlines()[0]}. Check the name and the network; without a network, "

@@ -12,7 +12,7 @@ from datasets import Dataset, load_dataset
 from torch.utils.data import DataLoader
 
 from uora_vision.predict.frames import SUFFIXES, read_frame
-from uora_vision.predict.network import fail_fast_without_network
+from uora_vision.predict.network import failing_fast
 
 from ..errors import DataError
 
@@ -41,9 +41,9 @@ def load_table(source: str, split: str, *, config: str | None = None, names: Seq
         return read_table(path, names)
     if path.suffix.lower() in SUFFIXES or (path.parent != Path() and path.parent.is_dir()):
         raise DataError(f"{source} does not exist")
-    fail_fast_without_network()
     try:
-        found: Any = load_dataset(source, config)
+        with failing_fast():
+            found: Any = load_dataset(source, config)
     except Exception as error:  # the hub's client raises many types of its own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(

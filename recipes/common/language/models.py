@@ -8,7 +8,7 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from uora_vision.predict.network import fail_fast_without_network
+from uora_vision.predict.network import failing_fast
 
 from ..errors import DataError, ModelError
 
@@ -69,10 +69,9 @@ def longest(model: PreTrainedModel, asked: int | None, default: int) -> int:
 
 def _load(auto: Any, name: str, **options: Any) -> Any:
     folder = Path(name)
-    if not folder.is_dir():
-        fail_fast_without_network()
     try:
-        return auto.from_pretrained(name, **options)
+        with failing_fast(not folder.is_dir()):
+            return auto.from_pretrained(name, **options)
     except Exception as error:  # transformers and the hub's client each raise types of their own
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else ""

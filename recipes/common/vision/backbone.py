@@ -8,7 +8,7 @@ import timm
 import timm.data
 from torch import nn
 
-from uora_vision.predict.network import fail_fast_without_network
+from uora_vision.predict.network import failing_fast
 
 from ..data.augment import InputFormat
 from ..errors import ModelError
@@ -30,11 +30,10 @@ def create_backbone(name: str, classes: int, keep_head: bool = False, img_size: 
         near = difflib.get_close_matches(name, timm.list_models(), 3)
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() shows all."
         raise ModelError(f"no timm model is called {name!r}; {hint}")
-    if not name.startswith("local-dir:"):
-        fail_fast_without_network()
     options = {} if keep_head else {"num_classes": classes}
     try:
-        model = _create(name, options, img_size)
+        with failing_fast(not name.startswith("local-dir:")):
+            model = _create(name, options, img_size)
     except Exception as error:  # the hub, safetensors and timm each raise types of their own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         advice = (
