@@ -14,6 +14,7 @@ import json
 import random
 import resource
 import struct
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -26,6 +27,10 @@ JUNK: tuple[Any, ...] = (
     "9" * 400, [], [[]], [0], [-1], [10**9], ["x", "x"], {}, {"": {}}, {"A16:0": [0]}, {"A16:0": [-1]},
 )  # fmt: skip
 Place = tuple[Any, ...]
+ABOUT = {
+    "task": "image-classification", "model": "timm/vit_tiny_patch16_224", "input_size": [3, 32, 32], "mean": [0.5] * 3,
+    "std": [0.5] * 3, "interpolation": "bicubic", "crop_pct": 0.9,
+}  # fmt: skip
 
 
 class Sample(NamedTuple):
@@ -62,7 +67,7 @@ def main(
             if kind in ("header", "bytes"):
                 content = (in_header if kind == "header" else in_bytes)(sample.content, rng)
                 _, metadata = folder._header(folder.Path("case"), content)
-                tensors, config = folder._tensors(folder.Path("case"), content), parse(metadata.get("config", "{}"))
+                tensors, config = folder.tensors_of(folder.Path("case"), content), parse(metadata.get("config", "{}"))
             else:
                 config, tensors = copy.deepcopy(sample.config), dict(sample.tensors)
                 (in_description if kind == "description" else in_tensors)(config, tensors, rng)
@@ -88,14 +93,14 @@ def main(
 
 
 def samples() -> tuple[list[Sample], Any]:
-    """Adapters with redraws of both kinds and with informed rows, and a model that all of them fit."""
+    """Adapters with redraws of both kinds, with informed rows and with what predicting needs, and a model for all."""
     import torch
     from safetensors.torch import save as to_bytes
     from torch import nn
 
     import uora_vision as uora
     from uora_vision.storage import schema
-    from uora_vision.storage.snapshot import collect
+    from uora_vision.storage.folder import read_folder
 
     def made() -> nn.Module:
         torch.manual_seed(0)
@@ -112,7 +117,10 @@ def samples() -> tuple[list[Sample], Any]:
             nn.init.normal_(adapter.d)
         if kind in ("shared", "layer"):
             uora.Reinitializer(model, threshold=0.3, scope=kind).step()  # type: ignore[arg-type]
-        stored = collect(model, save_banks="changed" if kind == "layer" else None)
+        about = {} if kind == "shared" else {"labels": ["a", "b", "c"], "preprocessing": ABOUT}
+        with tempfile.TemporaryDirectory() as place:
+            uora.save(model, place, save_banks="changed" if kind == "layer" else None, **about)  # type: ignore[arg-type]
+            stored = read_folder(place)
         config, tensors = schema.to_config(stored), schema.to_tensors(stored)
         metadata = {"format": schema.FORMAT, "config": json.dumps(config)}
         whole.append(Sample(config, tensors, to_bytes(tensors, metadata)))
