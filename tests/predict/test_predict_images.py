@@ -109,7 +109,7 @@ def test_the_result_has_a_row_for_each_image(
 
 def test_images_are_prepared_by_timm_unless_it_says_otherwise(made: Run, tmp_path: Path) -> None:
     base = timm.create_model(f"local-dir:{made.base}", pretrained=True).eval()
-    config = timm.data.resolve_model_data_config(base)
+    config = timm.data.resolve_model_data_config(base) | {"input_size": (3, *base.patch_embed.img_size)}
     assert config["crop_pct"] < 1 and config["interpolation"] == "bicubic"
     uora.inject(base, rank=4)
     for preprocessing in ({}, dict(config)):  # one that says nothing has what the model has

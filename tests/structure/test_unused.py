@@ -25,7 +25,8 @@ POOLED: dict[str, dict[str, Any]] = {
     "deepseek_vl": {"vision_config": SIGLIP, "text_config": {**TEXT, "model_type": "llama"}, "image_token_id": 59},
     "modernvbert": {"vision_config": SIGLIP, "text_config": {**TOKENS, **BLOCKS, "model_type": "modernbert"},
                     "image_token_id": 59, "pixel_shuffle_factor": 2},
-    "llava": {**MODELS["llava"], "vision_config": SIGLIP, "vision_feature_select_strategy": "full"},
+    "llava": {**MODELS["llava"], "vision_config": SIGLIP, "vision_feature_select_strategy": "full",
+              "vision_feature_layer": -1},
     "siglip": {"vision_config": IMAGES, "text_config": {**TOKENS, **BLOCKS}},
 }  # fmt: skip
 FROM_ZEROS = ("detr", "conditional_detr", "table-transformer", "dab-detr")

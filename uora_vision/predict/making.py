@@ -103,7 +103,10 @@ def make_task(
             )
         from timm.data import resolve_model_data_config
 
-        config = resolve_model_data_config(made) | config
+        known = resolve_model_data_config(made)
+        if (size := getattr(getattr(made, "patch_embed", None), "img_size", None)) is not None:
+            known["input_size"] = (known["input_size"][0], *size)  # older ones tell that of the pretrained weights
+        config = known | config
     return made, ImageClassification(made, config)
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +15,8 @@ from ..errors import DataError, FormatError, StateError
 from ..structure.heads import head_names
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from .dual import Dual
 
 IMAGES, CLIP = "image-classification", "zero-shot-image-classification"
@@ -127,6 +128,8 @@ def image_of(item: Any) -> np.ndarray:
     Raises:
         DataError: it is none of them, or cannot be read.
     """
+    import numpy as np
+
     from .pixels import pixels
 
     if isinstance(item, str):
