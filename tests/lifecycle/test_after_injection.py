@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import accelerate
 import pytest
@@ -239,46 +237,6 @@ def test_a_name_that_is_deleted_and_loaded_again_is_routed_anew(tmp_path: Path) 
     assert not torch.allclose(new[1], old[1], atol=1e-3)
 
 
-class TestThreads:
-    def in_a_thread(self, do: Callable[[], Any]) -> Any:
-        got: list[Any] = []
-
-        def run() -> None:
-            try:
-                got.append(do())
-            except Exception as error:
-                got.append(error)
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        thread.join()
-        return got[0]
-
-    def test_the_thread_that_switches_is_the_only_one(self) -> None:
-        model = two()
-        uora.activate(model, "b")
-        want = outputs(model, X)
-
-        def opened(context: Any) -> None:
-            with context:
-                model(X)
-
-        for change in (
-            lambda: uora.activate(model, "a"), lambda: opened(uora.disabled(model)),
-            lambda: opened(uora.route(model, ["a", "b"])), lambda: uora.delete(model, "a"),
-        ):  # fmt: skip
-            error = self.in_a_thread(change)
-            assert isinstance(error, uora.StateError) and "another thread" in str(error), error
-        assert torch.equal(self.in_a_thread(lambda: outputs(model, X)), want)  # to compute is free
-        assert torch.equal(outputs(model, X), want)
-
-    def test_a_thread_that_has_ended_leaves_the_model_to_others(self) -> None:
-        model = two()
-        self.in_a_thread(lambda: uora.activate(model, "a"))
-        uora.activate(model, "b")
-        assert uora.active_adapter(model) == "b"
-
-
 def test_two_adapters_in_one_loss_with_checkpointing_are_refused_not_mixed_up() -> None:
     model = small_vit()
     model.set_grad_checkpointing(True)
@@ -295,36 +253,3 @@ def test_two_adapters_in_one_loss_with_checkpointing_are_refused_not_mixed_up() 
         uora.activate(model, name)
         model(X).square().sum().backward()
         assert all(a.b.grad is not None and a.b.grad.any() for a in uora.adapters(model).values())
-
-
-class TestInferenceMode:
-    """What is made inside of it can be trained outside."""
-
-    def test_at_injection(self) -> None:
-        model = small_vit()
-        with torch.inference_mode():
-            wake(uora.inject(model, rank=4))
-            model(X)
-        assert_all_train(model, model(X))
-
-    @pytest.mark.parametrize("first", ["load", "activate"])
-    def test_at_load_and_first_activation(self, first: str, tmp_path: Path) -> None:
-        saved = wake(uora.inject(small_vit(), rank=4))
-        uora.save(saved, tmp_path)
-        model = small_vit()
-        if first == "activate":
-            uora.load(model, tmp_path, name="x", activate=False)
-        with torch.inference_mode():
-            uora.load(model, tmp_path, name="x") if first == "load" else uora.activate(model, "x")
-            model(X)
-        assert_same(outputs(model, X), outputs(saved, X))
-        assert_all_train(model, model(X))
-        uora.Reinitializer(model, threshold=0.5).step()
-        with torch.no_grad():
-            next(iter(uora.adapters(model).values())).b.add_(1.0)
-
-    def test_a_model_that_was_made_inside_is_refused_by_name(self) -> None:
-        with torch.inference_mode():
-            model = small_vit()
-        with pytest.raises(uora.StateError, match=r"was made inside torch\.inference_mode"):
-            uora.inject(model, rank=4)
