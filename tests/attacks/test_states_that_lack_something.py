@@ -17,7 +17,14 @@ from redrawn import Net, X, made, out
 from torch import nn
 
 import uora_vision as uora
-from uora_vision.integrations.state import changing_state, load_changing_state, read_saved
+from uora_vision.integrations.state import (
+    changing_state,
+    frozen_names,
+    keep_missing_base,
+    load_changing_state,
+    read_saved,
+    rows_of,
+)  # fmt: skip
 
 
 def redrawn(scope: Any) -> tuple[nn.Module, uora.Reinitializer]:
@@ -92,6 +99,33 @@ def test_of_informed_rows() -> None:
         load_changing_state(fresh, {n if n != name else other: t for n, t in state.items()})
     load_changing_state(fresh, state)
     assert torch.equal(out(fresh), out(model))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_of_a_checkpoint_of_lightning(strict: bool) -> None:
+    trained = uora.inject(Net(), rank=4, targets="all")
+    uora.inform(trained, [X], lambda model, x: model(x).square().mean())
+    for adapter in uora.adapters(trained).values():
+        adapter.d.data[:, 1] = 0
+    uora.Reinitializer(trained).step()
+    frozen = frozen_names(trained)
+    state = {f"net.{n}": t for n, t in trained.state_dict().items() if n not in frozen}
+    state |= {f"net.{n}": t for n, t in rows_of(trained).items()}
+    wrapper = nn.ModuleDict({"net": uora.inject(Net(), rank=4, targets="all")})
+    keep_missing_base(wrapper["net"])
+    want, own = out(wrapper["net"]), wrapper["net"].state_dict()
+    others: list[Callable[[torch.Tensor], Any]] = [lambda t: None, lambda t: t[..., None]]
+    for name in state:
+        damaged = [{**state, name: f(state[name])} for f in others]
+        if strict and ".rows/" not in name:
+            damaged.append({n: t for n, t in state.items() if n != name})
+        for one in damaged:
+            with pytest.raises(uora.FormatError):
+                wrapper.load_state_dict(one, strict=strict)
+    assert torch.equal(out(wrapper["net"]), want) and not rows_of(wrapper)
+    assert all(torch.equal(t, own[n]) for n, t in wrapper["net"].state_dict().items())
+    wrapper.load_state_dict(state, strict=strict)
+    assert torch.equal(out(wrapper["net"]), out(trained))
 
 
 def test_of_a_recipe(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import FormatError, StateError
 from ..lifecycle.adapter import CHILD
+from ..lifecycle.banks import check_redraws
 from ..lifecycle.informing import informed_rows, put_informed_rows
-from ..lifecycle.library import adapters
+from ..lifecycle.library import adapters, library_of
 from ..maths.bank import Bank
 from ..private import run_first
 from ..storage.folder import read_folder
@@ -70,15 +72,20 @@ def rows_of(module: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def take_rows(module: nn.Module, state: dict[str, Any], prefix: str = "") -> None:
-    """Give the injected models in a module the informed rows of a state, which then holds them no more."""
-    for path, model in _injected(module):
-        begin = prefix + joined(path, ROWS)
-        found = {name.removeprefix(begin): state.pop(name) for name in list(state) if name.startswith(begin)}
-        if found:
-            names = dict(name.rsplit("/", 1) for name in found)
-            rows = {name.rpartition("/")[2]: tensor for name, tensor in found.items()}
-            put_informed_rows(model, {"names": names, "rows": rows})
+@contextmanager
+def _with_rows(module: nn.Module, state: dict[str, Any], prefix: str = "") -> Iterator[None]:
+    """Give the injected models in a module the informed rows of a state, which then holds them no more; if what is done
+    inside fails, they have their own again."""
+    with ExitStack() as stack:
+        for path, model in _injected(module):
+            stack.enter_context(library_of(model).undo(model))
+            begin = prefix + joined(path, ROWS)
+            found = {name.removeprefix(begin): state.pop(name) for name in list(state) if name.startswith(begin)}
+            if found:
+                names = dict(name.rsplit("/", 1) for name in found)
+                rows = {name.rpartition("/")[2]: tensor for name, tensor in found.items()}
+                put_informed_rows(model, {"names": names, "rows": rows})
+        yield
 
 
 def _injected(module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -92,22 +99,16 @@ def load_changing_state(model: nn.Module, state: dict[str, Tensor]) -> None:
         FormatError: the model has other trained parameters, or the state is not whole.
     """
 
-    def kind(name: str, t: Any) -> object:
-        if not isinstance(t, Tensor):
-            return type(t)
-        # An extra state grows with its content.
-        return t.is_floating_point(), t.dim() if name.endswith("_extra_state") else t.shape
-
     if not isinstance(state, dict):
         raise FormatError(f"the checkpoint holds a {type(state).__name__} in place of trained tensors by name")
     both = changing_state(model), state
-    wanted, found = ({n: kind(n, t) for n, t in of.items() if ROWS not in n} for of in both)
+    wanted, found = ({n: _kind(n, t) for n, t in of.items() if ROWS not in n} for of in both)
     if wanted != found:
         odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         raise FormatError(f"the checkpoint is of another model or method: {odd[0]} differs, and {len(odd) - 1} more")
     state = dict(state)
-    take_rows(model, state)
-    model.load_state_dict(state, strict=False)
+    with _with_rows(model, state):
+        model.load_state_dict(state, strict=False)
 
 
 def read_saved(path: Path) -> Any:
@@ -123,12 +124,21 @@ def read_saved(path: Path) -> Any:
 
 
 def keep_missing_base(model: nn.Module) -> RemovableHandle:
-    """Let load_state_dict, a strict one too, take informed rows, and leave frozen weights that the state lacks."""
+    """Let load_state_dict, a strict one too, take informed rows, and leave frozen weights that the state lacks.
 
-    def fill(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        take_rows(module, state, prefix)
-        held = module.state_dict()
-        for name in frozen_names(module):
+    Its FormatError for a state of another model comes before anything of the model is changed.
+    """
+
+    def fill(module: nn.Module, state: dict[str, Any], prefix: str, _: Any, strict: bool, *__: Any) -> None:
+        held, frozen = module.state_dict(), frozen_names(module)
+        for name in held:
+            if prefix + name in state and _kind(name, state[prefix + name]) != _kind(name, held[name]):
+                raise FormatError(f"the checkpoint is of another model or method: {prefix}{name} differs")
+            if strict and prefix + name not in state and name not in frozen:
+                raise FormatError(f"the checkpoint is of another model or method: it has no {prefix}{name}")
+        with _with_rows(module, state, prefix):
+            check_redraws(module, state, prefix)
+        for name in frozen:
             state.setdefault(prefix + name, held[name])
 
     return run_first(model.register_load_state_dict_pre_hook(fill))  # before redraws are looked at
@@ -179,6 +189,14 @@ def after_step(optimizer: Any, call: Callable[[], Any]) -> Callable[[], None]:
             handle.remove()
 
     return end
+
+
+def _kind(name: str, t: Any) -> object:
+    """What two states of one model have in common."""
+    if not isinstance(t, Tensor):
+        return type(t)
+    # An extra state grows with its content.
+    return t.is_floating_point(), t.dim() if name.endswith("_extra_state") else t.shape
 
 
 def _dots(name: str) -> list[int]:
