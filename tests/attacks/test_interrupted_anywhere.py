@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import CodeType
 from typing import Any
 
 import pytest
@@ -72,42 +76,58 @@ def state(model: nn.Module) -> tuple[Any, Tensor]:
         return says(model), model(X)
 
 
+Line = tuple[CodeType, int]
+
+
+@contextmanager
+def on_every_line(see: Callable[[Line], None], where: Callable[[CodeType], bool]) -> Iterator[None]:
+    """In the block, `see` is called before each line that is run of code for which `where` holds."""
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        if event == "line":
+            see((frame.f_code, frame.f_lineno))
+        return trace if event != "call" or where(frame.f_code) else None
+
+    old = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(old)
+
+
+def moments(act: Callable[[nn.Module], Any], model: nn.Module) -> list[tuple[Line, int]]:
+    """Every fourth of the library's lines that the operation runs, with the first time or the last that it is run."""
+    seen = Counter[Line]()
+    with on_every_line(lambda line: seen.update([line]), lambda code: "uora_vision" in code.co_filename):
+        act(model)
+    return [(line, seen[line] if number % 2 else 1) for number, line in enumerate(list(seen)[::4])]
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.slow
 def test_all_or_nothing(name: str) -> None:
-    act = OPERATIONS[name]
-    before = state(make())
-    model = make()
+    act, start = OPERATIONS[name], make()
+    before = state(start)
+    model = copy.deepcopy(start)
     act(model)
     after = state(model)
-    line = 0
-    while True:
-        line += 7  # every seventh, and each operation has hundreds
-        model, seen = make(), 0
+    stopped = 0
+    for line, times in moments(act, copy.deepcopy(start)):
+        model, left = copy.deepcopy(start), times
 
-        def trace(frame: Any, event: str, _: Any, line: int = line) -> Any:
-            nonlocal seen
-            if "uora_vision" not in frame.f_code.co_filename:
-                return None
-            if event == "line":
-                seen += 1
-                if seen == line:
-                    raise KeyboardInterrupt
-            return trace
+        def stop(found: Line, line: Line = line) -> None:
+            nonlocal left
+            left -= found == line
+            if not left:
+                raise KeyboardInterrupt
 
-        old = sys.gettrace()
-        sys.settrace(trace)
-        try:
+        with suppress(KeyboardInterrupt), on_every_line(stop, lambda code, line=line: code is line[0]):
             act(model)
-        except KeyboardInterrupt:
-            sys.settrace(old)
-        else:
-            break
-        finally:
-            sys.settrace(old)
+        stopped += not left
         found = state(model)
         assert any(found[0] == s[0] and torch.allclose(found[1], s[1], atol=1e-5) for s in (before, after)), (
             line,
             found[0],
         )
-    assert line > 7
+    assert stopped > 4
