@@ -12,7 +12,9 @@ from projections import FEW, MANY, Case, assert_agree, case, measured, reference
 from torch import Tensor
 from torch.nn.functional import linear
 
+from uora_vision.maths.forms import fold_form, reuses
 from uora_vision.maths.linear import delta, delta_weight, project
+from uora_vision.weights.matrix import FORMS, Form, to_matrix
 
 SPANS = {
     "one": (((0, 48),), 48),
@@ -258,6 +260,23 @@ def test_the_branch_alone_and_the_change_of_weight_agree(spans: str, per_role: b
     torch.testing.assert_close(delta(x, c.update, 48), x @ dense.t())
     rows = dense[[row for span in c.spans for row in span.indices()]]
     torch.testing.assert_close(torch.cat(delta_weight(c.update, torch.float64)), rows)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_folded_weights_of_every_form_lie_in_memory_as_the_weight_does(form: Form) -> None:
+    c = case(((0, 24), (24, 24)))
+    dense = reference_weight(c, torch.zeros_like(c.weight), c.b, c.d)
+    shape = {"matrix": (48, 20), "transposed": (20, 48), "kernel": (48, 5, 2, 2), "stack": (2, 24, 20)}
+    weight = torch.randn(shape.get(form, (2, 20, 24)), dtype=torch.float64)
+    whole = fold_form(weight, form, c.update)
+    torch.testing.assert_close(to_matrix(whole - weight, form), dense)
+    assert form == "transposed" or whole.stride() == weight.stride()
+
+
+def test_the_backward_reuses_a_rounded_sum_and_a_left_factor_smaller_than_the_output() -> None:
+    wide, half, rows = torch.zeros(48, 20), torch.zeros(48, 20).bfloat16(), torch.zeros(MANY, 20)
+    assert reuses(rows.bfloat16(), wide) and not reuses(rows, wide)
+    assert reuses(rows[:48].bfloat16(), half) and not reuses(rows[:47].bfloat16(), half)
 
 
 def test_frozen_inputs_get_no_gradient() -> None:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import uora_vision as uora
 from uora_vision.maths.linear import add_update, project
+from uora_vision.maths.token_sampling import depending
 
 FORMS: dict[str, tuple[int, dict[str, Any]]] = {
     "folded": (203, {}),
@@ -151,6 +152,15 @@ def test_compiled_the_backward_takes_the_tokens_that_the_forward_drew(images: Te
 
     draws = [draw(compiled) for _ in range(200)]
     assert_mean(draws, draw(model.eval()))
+
+
+def test_under_a_compiler_d_depends_on_the_draw_and_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    d, rows = torch.randn(2, 3), torch.tensor([0, 1, 5])
+    assert depending(d, rows) is d
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert depending(d, None) is d
+    assert torch.equal(depending(d, rows), d) and torch.equal(depending(d, rows[:1]), d)
+    assert depending(d, rows - 1).isnan().all()
 
 
 def test_saved_and_loaded(tmp_path: Any) -> None:
