@@ -12,8 +12,9 @@ from projections import FEW, MANY, Case, assert_agree, case, measured, reference
 from torch import Tensor
 from torch.nn.functional import linear
 
+from uora_vision.maths.convolution import Geometry, convolve
 from uora_vision.maths.forms import fold_form, reuses
-from uora_vision.maths.linear import delta, delta_weight, project
+from uora_vision.maths.linear import add_update, delta, delta_weight, fold, project
 from uora_vision.weights.matrix import FORMS, Form, to_matrix
 
 SPANS = {
@@ -277,6 +278,19 @@ def test_the_backward_reuses_a_rounded_sum_and_a_left_factor_smaller_than_the_ou
     wide, half, rows = torch.zeros(48, 20), torch.zeros(48, 20).bfloat16(), torch.zeros(MANY, 20)
     assert reuses(rows.bfloat16(), wide) and not reuses(rows, wide)
     assert reuses(rows[:48].bfloat16(), half) and not reuses(rows[:47].bfloat16(), half)
+
+
+def test_second_derivatives_are_refused() -> None:
+    c = case(((0, 48),))
+    c.b.requires_grad_()
+    x, y = torch.randn(FEW, 20, dtype=torch.float64), torch.randn(FEW, 48, dtype=torch.float64)
+    kernel, plane = c.weight.view(48, 5, 2, 2), Geometry((1, 1), (0, 0), (1, 1), 1)
+    images = torch.randn(2, 5, 3, 3, dtype=torch.float64)
+    for out in (c.call(x), add_update(x, y, c.update), fold(c.weight, "matrix", c.update),
+                convolve(images, kernel, None, plane, c.update)):  # fmt: skip
+        (grad,) = torch.autograd.grad(out.square().sum(), c.b, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()
 
 
 def test_frozen_inputs_get_no_gradient() -> None:
