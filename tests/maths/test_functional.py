@@ -14,6 +14,7 @@ from torch.nn.functional import linear
 
 from uora_vision.maths.convolution import Geometry, convolve
 from uora_vision.maths.forms import fold_form, reuses
+from uora_vision.maths.formula import vector_gradients
 from uora_vision.maths.linear import add_update, delta, delta_weight, fold, project
 from uora_vision.weights.matrix import FORMS, Form, to_matrix
 
@@ -84,6 +85,8 @@ def layouts(draw: st.DrawFn) -> tuple[tuple[tuple[int, ...], ...], int]:
     seed=st.integers(0, 10**6),
 )
 @example((((0, 16), (16, 16), (32, 16)), 48), 2, 2, 1, (True, True, False, False), 0)  # an A each, one B, one token
+@example(SPANS["one"], 20, 8, 3, (False, True, True, True), 0)  # fewer tokens than the rank: no L
+@example(SPANS["equal"], 20, 8, 3, (False, True, True, True), 0)
 def test_output_and_gradients_follow_the_formula(
     layout: tuple[tuple[tuple[int, ...], ...], int],
     width: int,
@@ -278,6 +281,13 @@ def test_the_backward_reuses_a_rounded_sum_and_a_left_factor_smaller_than_the_ou
     wide, half, rows = torch.zeros(48, 20), torch.zeros(48, 20).bfloat16(), torch.zeros(MANY, 20)
     assert reuses(rows.bfloat16(), wide) and not reuses(rows, wide)
     assert reuses(rows[:48].bfloat16(), half) and not reuses(rows[:47].bfloat16(), half)
+
+
+@pytest.mark.parametrize("spans", ["one", "equal", "unequal"])
+def test_gradients_of_the_vectors_are_of_their_type(spans: str) -> None:
+    c = case(*SPANS[spans], base=torch.float64, vectors=torch.float32, shared_b=spans != "unequal")
+    p = torch.randn(48, 4, dtype=torch.float64)
+    assert {grad.dtype for grad in vector_gradients(p, c.update)} == {torch.float32}
 
 
 def test_second_derivatives_are_refused() -> None:
