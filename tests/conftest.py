@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -76,7 +77,28 @@ def trained(
     interpolation: Any = "linear",
     **options: Any,
 ) -> nn.Module:
-    """A model as after training: other b, d and head than at the start, and some firings."""
+    """A model as after training: other b, d and head than at the start, and some firings.
+
+    Firings take long: of one that was made before, in the same state of the generator, it is a copy.
+    """
+    if scope is None:
+        return _trained(make, None, steps, interpolation, options)
+    key = (make, scope, steps, repr((interpolation, options)), torch.get_rng_state().numpy().tobytes())
+    if " at 0x" in key[3]:  # the address of an object tells nothing of it
+        return _trained(make, scope, steps, interpolation, options)
+    if key not in _MADE:
+        _MADE[key] = _trained(make, scope, steps, interpolation, options), torch.get_rng_state()
+    model, after = _MADE[key]
+    torch.set_rng_state(after)
+    return copy.deepcopy(model)
+
+
+_MADE: dict[tuple[Any, ...], tuple[nn.Module, Tensor]] = {}
+
+
+def _trained(
+    make: Callable[[], nn.Module], scope: str | None, steps: int, interpolation: Any, options: dict[str, Any]
+) -> nn.Module:
     model = wake(uora.inject(make(), **{"rank": 8, **options}))
     with torch.no_grad():
         model.head.weight.normal_(), model.head.bias.normal_()

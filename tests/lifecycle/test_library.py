@@ -47,11 +47,17 @@ def alone(name: str, seed: int, images: Tensor) -> Tensor:
     return add(small_vit(), name, seed)(images)
 
 
-@pytest.fixture
-def many(vit: nn.Module) -> nn.Module:
+@pytest.fixture(scope="module")
+def seven() -> nn.Module:
+    model = small_vit()
     for seed, name in enumerate(KINDS):
-        add(vit, name, seed)
-    return vit
+        add(model, name, seed)
+    return model
+
+
+@pytest.fixture
+def many(seven: nn.Module) -> nn.Module:
+    return copy.deepcopy(seven)
 
 
 class TestSwitching:

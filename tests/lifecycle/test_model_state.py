@@ -52,6 +52,9 @@ AVERAGES: dict[str, Callable[[nn.Module], Any]] = {
     "AveragedModel, one": lambda m: AveragedModel(m, avg_fn=get_ema_avg_fn(0.999), use_buffers=True),
 }
 
+TURNS = [(how, SCOPES[number % 3]) for number, how in enumerate(AVERAGES)]
+"""What an average does is nothing that hangs on the scope of a redraw."""
+
 
 def inner(average: Any) -> nn.Module:
     return average.ema if isinstance(average, timm.utils.ModelEma) else average.module
@@ -62,8 +65,7 @@ def update(average: Any, model: nn.Module) -> None:
 
 
 class TestAverages:
-    @pytest.mark.parametrize("scope", SCOPES)
-    @pytest.mark.parametrize("how", AVERAGES)
+    @pytest.mark.parametrize(("how", "scope"), TURNS)
     def test_an_average_has_the_mean_vectors_and_the_matrices_of_its_model(self, how: str, scope: str) -> None:
         model = made()
         average = AVERAGES[how](model)
@@ -81,8 +83,7 @@ class TestAverages:
                 torch.testing.assert_close(got(x).float(), expected(got, model), atol=1e-5, rtol=1e-5)
         assert inner(average).uora.log and inner(average).uora.digest == model.uora.digest
 
-    @pytest.mark.parametrize("scope", SCOPES)
-    @pytest.mark.parametrize("how", AVERAGES)
+    @pytest.mark.parametrize(("how", "scope"), TURNS)
     def test_a_saved_average_is_the_average_also_of_a_model_that_is_gone(
         self, how: str, scope: str, tmp_path: Path
     ) -> None:

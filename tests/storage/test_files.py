@@ -43,6 +43,15 @@ def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+OPTIONS: list[dict[str, Any]] = [{}, {"layout": "slice", "seed": 5}, {"init": "kaiming", "exclude": "k"}]
+PAIRED = [
+    (scope, banks, OPTIONS[(i + j) % 3])
+    for i, scope in enumerate((None, "shared", "quorum", "layer"))
+    for j, banks in enumerate((None, "changed", "all"))
+]
+"""Every two of the three together."""
+
+
 class TestRoundTrip:
     @pytest.mark.slow  # it imports torch and timm again
     def test_a_fresh_process_computes_the_same_to_the_bit(self, images: Tensor, tmp_path: Path) -> None:
@@ -64,9 +73,7 @@ class TestRoundTrip:
         for folder, model in models.items():
             assert torch.equal(torch.load(folder / "y.pt"), model(images)), folder.name
 
-    @pytest.mark.parametrize("scope", [None, "shared", "quorum", "layer"])
-    @pytest.mark.parametrize("save_banks", [None, "changed", "all"])
-    @pytest.mark.parametrize("options", [{}, {"layout": "slice", "seed": 5}, {"init": "kaiming", "exclude": "k"}])
+    @pytest.mark.parametrize(("scope", "save_banks", "options"), PAIRED)
     def test_outputs_head_options_and_log_come_back(
         self, images: Tensor, tmp_path: Path, scope: str | None, save_banks: Any, options: dict[str, Any]
     ) -> None:
