@@ -58,7 +58,9 @@ def test_trainer_redraws_once_per_optimizer_step(whole_bert: Any) -> None:
     assert reinit.firings > 20
 
 
-@pytest.mark.parametrize("base", [transformers.Trainer, adapter_only(transformers.Trainer)])
+@pytest.mark.parametrize(
+    "base", [pytest.param(transformers.Trainer, marks=pytest.mark.slow), adapter_only(transformers.Trainer)]
+)
 def test_trainer_resumes_to_the_bit(base: Any, whole_bert: Any, tmp_path: Path) -> None:
     first, reinit = train_bert(tmp_path, base, stop=2)
     assert reinit.steps == 2 and reinit.firings > 0
@@ -178,6 +180,7 @@ def train_llama(folder: Path, stop: int | None = None, resume: bool = False) -> 
     return trainer, callback.reinit
 
 
+@pytest.mark.slow
 def test_trl(tmp_path: Path) -> None:
     whole, expected = train_llama(tmp_path / "whole")
     assert expected.steps == 4 and expected.firings > 20
@@ -190,6 +193,7 @@ def test_trl(tmp_path: Path) -> None:
     same(resumed.model, whole.model)
 
 
+@pytest.mark.slow
 def test_an_informed_adapter_trains_and_is_resumed_with_its_rows(tmp_path: Path) -> None:
     def train(base: Any, resume: Any = None) -> Any:
         model, callback = uora.inject(uora.remove(bert()), rank=4), UoraCallback(inform=2, **REDRAW)
