@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -30,6 +30,13 @@ def need_timm(name: str) -> None:
         return
     if Version(timm.__version__) < Version("1.0.31") and not timm.is_model(name.removeprefix("timm/")):
         pytest.skip(f"timm {timm.__version__} has no {name}")
+
+
+def mostly_slow(names: Iterable[str], *quick: str) -> list[Any]:
+    """Parameters of a test, of which only some are among the quick tests."""
+    names = list(names)
+    assert set(quick) <= set(names)
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def small_vit(seed: int = 0, **options: Any) -> nn.Module:

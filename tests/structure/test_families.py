@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import wake
+from conftest import mostly_slow, wake
 from families import FAMILIES, small
 from torch import Tensor, nn
 
 import uora_vision as uora
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", mostly_slow(FAMILIES, "vit_base_patch16_224", "beit_base_patch16_224", "eva02_tiny_patch14_224",
+                        "swinv2_tiny_window8_256", "davit_tiny", "maxvit_rmlp_pico_rw_256", "convnext_tiny")
+)  # fmt: skip
 def test_inject_verify_merge(name: str) -> None:
     model, x = small(name)
     keys, classes = list(model.state_dict()), [type(m) for m in model.modules()]

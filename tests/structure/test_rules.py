@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import need_timm
+from conftest import mostly_slow, need_timm
 from torch import Tensor, nn
 
 import uora_vision as uora
@@ -32,6 +32,13 @@ def roles(model: nn.Module, **options: Any) -> dict[str, list[str]]:
 
 def reasons(model: nn.Module) -> dict[str, str]:
     return {s.path: s.reason for s in uora.plan(model).skipped}
+
+
+CONVOLUTIONAL = [
+    "resnet50", "seresnet50", "tresnet_m", "vgg11", "efficientnet_b0", "mobilenetv3_small_100", "skresnet18",
+    "resnest14d", "resnest50d_4s2x40d", "ese_vovnet19b_dw", "ghostnet_100", "gcresnet50t", "regnety_002",
+    "convmixer_768_32",
+]  # fmt: skip
 
 
 class TestTraps:
@@ -62,12 +69,7 @@ class TestTraps:
         assert {s.path: s.reason for s in plan.skipped}[path] == reason
         assert not [p.path for p in plan.projections if alike.fullmatch(p.path)]  # in any block
 
-    @pytest.mark.parametrize(
-        "name",
-        ["resnet50", "seresnet50", "tresnet_m", "vgg11", "efficientnet_b0", "mobilenetv3_small_100", "skresnet18",
-         "resnest14d", "resnest50d_4s2x40d", "ese_vovnet19b_dw", "ghostnet_100", "gcresnet50t", "regnety_002",
-         "convmixer_768_32"],
-    )  # fmt: skip
+    @pytest.mark.parametrize("name", mostly_slow(CONVOLUTIONAL, "resnet50", "skresnet18", "gcresnet50t", "regnety_002"))
     def test_convolutional_networks_say_so_and_what_to_do(self, name: str) -> None:
         # Older versions of timm cannot make a RegNet on meta.
         model = timm.create_model(name) if name.startswith("regnet") else meta(name)

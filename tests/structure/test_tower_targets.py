@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import small_vit, wake
+from conftest import mostly_slow, small_vit, wake
 from multimodal import BUILT_BY_HAND, MODELS, multimodal
 from torch import nn
 
@@ -50,7 +50,9 @@ def paths(plan: uora.Plan) -> set[str]:
     return {p.path for p in plan.projections}
 
 
-@pytest.mark.parametrize("name", [*MODELS, *BUILT_BY_HAND])
+@pytest.mark.parametrize(
+    "name", mostly_slow([*MODELS, *BUILT_BY_HAND], "qwen3_vl", "blip-2", "whisper", "sam2", "open_clip CLIP")
+)
 def test_each_tower_can_be_asked_for_by_name_and_comes_back_from_a_file(name: str, tmp_path: Path) -> None:
     model = multimodal(name)
     whole = uora.plan(model, rank=4, train=())
