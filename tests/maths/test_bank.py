@@ -110,6 +110,16 @@ class TestServes:
             assert not any(slices.serves(slices.config, widths(*two)) for two in ((other, {32}), ({32}, other)))
 
 
+def test_matrices_that_were_given_are_known_by_their_numbers() -> None:
+    drawn = bank()
+    first = dict(drawn._first)
+    same, other = (Bank(drawn.config, drawn.widths, first={n: t * k for n, t in first.items()}) for k in (1, 2))
+    assert drawn.has_given(same.chosen) and same.has_given(same.chosen) and other.has_given(other.chosen)
+    assert same.has_given(None) and not other.has_given(None) and not drawn.has_given(None)
+    assert not other.has_given(same.chosen)
+    assert not any(one.has_given(found) for one in (drawn, same) for found in (other.chosen, "0" * 64))
+
+
 class TestLaw:
     def test_haar_entries_have_the_moments_of_a_uniform_unit_vector(self) -> None:
         n = 24
