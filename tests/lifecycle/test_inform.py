@@ -20,7 +20,7 @@ from unchanged import assert_same, snapshot
 import uora_vision as uora
 from uora_vision.integrations.state import restore
 from uora_vision.lifecycle.informing import informed_rows, put_informed_rows
-from uora_vision.maths.informed import leading_rows, narrowest, pack_rows, round_rows, unpack_rows
+from uora_vision.maths.informed import leading_rows, narrowest, pack, pack_rows, round_rows, unpack, unpack_rows
 from uora_vision.storage.folder import TENSOR_FILE
 from uora_vision.structure.survey import Survey
 from uora_vision.weights.matrix import take, to_matrix
@@ -144,6 +144,23 @@ class TestRounding:
         assert {narrowest(a) for a in rows(informed()).values()} == {"int8"}
         assert {narrowest(a) for a in rows(informed(store="float16")).values()} == {"float16"}
         assert {narrowest(a) for a in rows(informed(store="float32")).values()} == {"float32"}
+
+
+def test_packed_rows_of_other_shapes_are_refused() -> None:
+    whole = {name: round_rows(torch.randn(3, width), "int8") for name, width in (("A4", 4), ("A5", 5))}
+    packed, widths = pack(whole), {"A4": 4, "A5": 5}
+    values, exponents = packed["values"], packed["exponents"]
+    assert all(torch.equal(t, whole[name]) for name, t in unpack(packed, widths, 3).items())
+    for wrong in (values[:-1], torch.cat([values, values[:1]]), values[None]):
+        with pytest.raises(uora.FormatError, match="values for 3 rows of 9"):
+            unpack({**packed, "values": wrong}, widths, 3)
+    for wrong in (exponents[:-1], torch.cat([exponents, exponents]), exponents.float()):
+        with pytest.raises(uora.FormatError, match="for 6 rows"):
+            unpack({**packed, "exponents": wrong}, widths, 3)
+    for several in ({"values": values}, {"exponents": exponents}, {**packed, "more": values},
+                    {**packed, "values": values.float()}, {"values": values.double()}):  # fmt: skip
+        with pytest.raises(uora.FormatError):
+            unpack(several, widths, 3)
 
 
 def test_leading_rows_are_those_of_the_whole_matrix() -> None:

@@ -47,8 +47,14 @@ ODD_NAMES = [
 
 
 def junk_for(value: Any) -> list[Any]:
-    """What a field is replaced by. Odd names in the place of a name only: elsewhere one text is as wrong as another."""
-    return [*JUNK, *(ODD_NAMES if isinstance(value, str) or value is None else ODD_NAMES[:1])]
+    """What a field is replaced by: all of its own kind, and one of any other kind, as wrong as the next."""
+    kind, others = kind_of(value), {kind_of(junk): junk for junk in JUNK}
+    own = [junk for junk in (*JUNK, *ODD_NAMES) if kind_of(junk) is kind or (value is None and type(junk) is str)]
+    return [*own, *(junk for other, junk in others.items() if other is not kind)]
+
+
+def kind_of(value: Any) -> type:
+    return int if type(value) is float else type(value)
 
 
 def named(place: Place) -> str:
