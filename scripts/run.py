@@ -15,7 +15,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ["-m", "pytest", "-n", "auto", "--dist", "loadfile"]
+TESTS = ["-m", "pytest", "-n", "auto", "--dist", "worksteal"]
 JOBS = {"demo": ["recipes/vit_cifar100.py", "--demo"], "test": TESTS, "lowest": [*TESTS, "-m", "not slow"]}
 
 

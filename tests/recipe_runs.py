@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from common.command import cli
+from common.command.choices import Method
 from common.errors import RecipeError
+from common.report import figures
 from safetensors.torch import load_file
 
 import uora_vision as uora
@@ -19,13 +21,19 @@ import uora_vision as uora
 Call = Callable[..., tuple[int, str]]
 
 
-def run(recipe: ModuleType, words: Iterable[object], patch: pytest.MonkeyPatch) -> int:
-    """Run a recipe; gives the exit code."""
+def run(recipe: ModuleType, words: Iterable[object], patch: pytest.MonkeyPatch, pictures: bool = False) -> int:
+    """Run a recipe; gives the exit code. The pictures of its report would take longer than a small run itself."""
     patch.setattr(sys, "argv", [f"{recipe.__name__}.py", *map(str, words)])
+    if not pictures:
+        without_pictures(patch)
     try:
         return cli.main(recipe.run, cli.parse(recipe.Options, recipe.__doc__))
     except SystemExit as end:
         return int(end.code or 0)
+
+
+def without_pictures(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(figures.Figure, "savefig", lambda *_, **__: None)
 
 
 def caller(recipe: ModuleType, patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], **given: object) -> Call:
@@ -46,6 +54,12 @@ def trained(folder: Path) -> dict[str, torch.Tensor]:
     """What the run in a folder has trained, by name."""
     (file,) = (folder / "adapter").glob("*.safetensors")
     return load_file(file)
+
+
+def shorten_the_demo(patch: pytest.MonkeyPatch, place: ModuleType, *methods: Method, rows: str = "ROWS") -> set[str]:
+    """Let a demo try some methods only; `.ci/run` runs the demos whole. Gives their names."""
+    patch.setattr(place, rows, {method: getattr(place, rows)[method] for method in methods})
+    return {method.value for method in methods}
 
 
 CHOSEN = ("--rank", 3, "--targets", "attention", "--seed", 5, "--token-sampling", 2, "--reinit", "layer", "--threshold",

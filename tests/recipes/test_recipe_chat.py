@@ -16,6 +16,7 @@ from common.command.choices import Method
 from common.language import chat
 from common.language.dialogues import prompt_ids
 from llm_runs import loaded, pretrained, questions
+from recipe_runs import without_pictures
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +39,9 @@ def talks(backbone: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) 
             method=Method(method), rank=8, lr=lr, data=str(data), model=str(backbone), validation=0.25, samples=0,
             epochs=4, batch=12, quiet=True, eval_every=4, output=folder / "out",
         )  # fmt: skip
-        llm_instruct.run(options)
+        with pytest.MonkeyPatch.context() as patch:
+            without_pictures(patch)
+            llm_instruct.run(options)
         adapted, tokenizer, off = llm_instruct.restore(options, folder / "out")
         found[method] = chat.Talk(adapted.base, tokenizer, off, 6, 64)
     return found

@@ -13,7 +13,14 @@ import pytest
 import torch
 from common.command.choices import Method
 from common.language import toy, toy_restaurants
-from recipe_runs import Call, assert_it_redraws_by_uora_alone, assert_the_options_reach_uora, caller, trained
+from recipe_runs import (
+    Call,
+    assert_it_redraws_by_uora_alone,
+    assert_the_options_reach_uora,
+    caller,
+    shorten_the_demo,
+    trained,
+)
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import uora_vision as uora
@@ -253,9 +260,9 @@ def test_without_network_it_says_what_to_do(recipe: Call, monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
-def test_the_demo_compares_all_methods(recipe: Call, tmp_path: Path) -> None:
+def test_the_demo_compares_methods(recipe: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    methods = shorten_the_demo(monkeypatch, toy_restaurants, Method.bitfit, Method.uora)
     assert recipe("--demo", "--quiet", "--output", tmp_path / "out")[0] == 0
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     scores = {row["method"]: row["bleu"] for row in metrics["comparison"]}
-    assert scores.keys() == {method.value for method in without_linear()}
-    assert min(scores["uora"], scores["lora"], scores["full"]) > scores["bitfit"]
+    assert scores.keys() == methods and scores["uora"] > scores["bitfit"]

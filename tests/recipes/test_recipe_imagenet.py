@@ -13,11 +13,18 @@ import numpy as np
 import pytest
 import timm
 import torch
-from common.command.choices import Augment
+from common.command.choices import Augment, Method
 from common.data.augment import InputFormat, ModelInput
 from common.data.images import load_images
 from PIL import Image
-from recipe_runs import Call, assert_it_redraws_by_uora_alone, assert_the_options_reach_uora, run, trained
+from recipe_runs import (
+    Call,
+    assert_it_redraws_by_uora_alone,
+    assert_the_options_reach_uora,
+    run,
+    shorten_the_demo,
+    trained,
+)
 
 import uora_vision as uora
 
@@ -170,8 +177,9 @@ def test_data_of_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_the_demo_compares_the_methods(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_demo_learns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    methods = shorten_the_demo(monkeypatch, imagenet_subset, Method.uora)
     assert run(imagenet_subset, ("--demo", "--quiet", "--output", tmp_path), monkeypatch) == 0
     rows = {row["method"]: row["accuracy"] for row in json.loads((tmp_path / "metrics.json").read_text())["comparison"]}
-    assert rows.keys() == {"linear", "bitfit", "lora", "vera", "uora", "full"}
-    assert rows["uora"] > rows["linear"] + 0.05 and (tmp_path / "adapter").is_dir()
+    assert rows.keys() == methods
+    assert rows["uora"] > 0.5 and (tmp_path / "adapter").is_dir()
