@@ -53,9 +53,12 @@ def refused(model: nn.Module, method: str) -> list[str]:
     return out
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize(("method", "export"), [("LoRA", to_peft_lora), ("VeRA", to_peft_vera)])
-def test_the_same_function_or_a_refusal(name: str, method: str, export: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "method"), [*((name, "LoRA") for name in CASES), *((name, "VeRA") for name in CASES if "/" in name)]
+)
+def test_the_same_function_or_a_refusal(name: str, method: str, tmp_path: Path) -> None:
+    """In VeRA those that hold their projections in ways of their own; the others are held as these are."""
+    export = to_peft_lora if method == "LoRA" else to_peft_vera
     plain, example = made(name)
     plain.eval()
     model = uora.inject(copy.deepcopy(plain), rank=4)
