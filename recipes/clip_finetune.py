@@ -76,10 +76,11 @@ from common.report.results import compare, finish
 from common.training.about import described
 from common.training.digests import digest_of
 from common.training.folder import CHECKPOINT, prepare_folder, record_config, write_json
-from common.training.loop import TrainOptions, make_optimizer, train
+from common.training.loop import make_optimizer, train
 from common.training.machine import make_accelerator
 from common.training.methods import AdaptedModel
-from common.training.tensorboard import tensorboard
+from common.training.parts import TrainOptions
+from common.training.tracking import tracking
 from common.vision.evaluation import sections
 from common.vision_language.contrastive import Matching, Naming, prompts, zero_shot
 from common.vision_language.pairs import PairImages, Pairs, load_pairs
@@ -179,7 +180,7 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
     accelerator = make_accelerator(options.precision)
     before = measure(work, dual, accelerator, options)
     display.say("before: " + told(before))
-    with tensorboard(folder) as log:
+    with tracking(folder, options.trackers, config) as log:
         outcome = train(
             adapted, optimizer, reinit, work.train, work.task, TrainOptions.of(options), display=display, log=log,
             checkpoint_path=folder / CHECKPOINT, resume=options.resume,
@@ -226,7 +227,10 @@ def adapt(dual: Dual, chosen: MethodOptions, towers: Towers) -> AdaptedModel:
     uora.inject(
         dual.model, rank=chosen.rank, targets=plan.targets, seed=chosen.seed, token_sampling=chosen.token_sampling
     )
-    groups = uora.param_groups(dual.model, lr=chosen.lr, head_lr=chosen.head_lr, weight_decay=chosen.weight_decay)
+    groups = uora.param_groups(
+        dual.model, lr=chosen.lr, head_lr=chosen.head_lr, weight_decay=chosen.weight_decay,
+        layer_decay=chosen.layer_decay,
+    )  # fmt: skip
     return with_whole_parts(dual, chosen, plan, groups)
 
 

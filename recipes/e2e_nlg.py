@@ -155,7 +155,10 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
         uora.inject(
             model, rank=chosen.rank, targets=chosen.targets, seed=chosen.seed, token_sampling=chosen.token_sampling
         )
-        groups = uora.param_groups(model, lr=chosen.lr, head_lr=chosen.head_lr, weight_decay=chosen.weight_decay)
+        groups = uora.param_groups(
+            model, lr=chosen.lr, head_lr=chosen.head_lr, weight_decay=chosen.weight_decay,
+            layer_decay=chosen.layer_decay,
+        )  # fmt: skip
         adapted = AdaptedModel(model, model, groups, chosen)
     else:
         adapted = apply_method(model, chosen)
@@ -196,7 +199,7 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
             processing_class=tokenizer, **parts,
         )  # fmt: skip
 
-    outcome = fit(adapted, optimizer, reinit, options, folder, make, lambda m: {"loss": m["loss"]}, display)
+    outcome = fit(adapted, optimizer, reinit, options, folder, make, lambda m: {"loss": m["loss"]}, ("loss",), display)
     if outcome.stopped:
         if main_process:
             raise cli.stopped(console, outcome.stopped, outcome.progress.step, folder)

@@ -150,7 +150,10 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
         uora.inject(
             model, rank=chosen.rank, targets=chosen.targets, seed=chosen.seed, token_sampling=chosen.token_sampling
         )
-        groups = uora.param_groups(model, lr=chosen.lr, head_lr=chosen.head_lr, weight_decay=chosen.weight_decay)
+        groups = uora.param_groups(
+            model, lr=chosen.lr, head_lr=chosen.head_lr, weight_decay=chosen.weight_decay,
+            layer_decay=chosen.layer_decay,
+        )  # fmt: skip
         adapted = AdaptedModel(model, model, groups, chosen)
     else:
         adapted = apply_method(model, chosen)
@@ -192,7 +195,7 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
     def scores(found: dict[str, float]) -> dict[str, float]:
         return {key: found[key] for key in (*names, "loss")}
 
-    outcome = fit(adapted, optimizer, reinit, options, folder, make, scores, display)
+    outcome = fit(adapted, optimizer, reinit, options, folder, make, scores, (*names, "loss"), display)
     if not main_process:
         return None
     if outcome.stopped:

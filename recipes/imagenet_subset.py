@@ -96,13 +96,13 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
 
     # The model, and how an image gets into it: photos by a random part in training, and by their centre in tests.
     torch.manual_seed(options.seed)
-    model = create_backbone(options.model, len(train_set.names), options.keep_head, options.img_size)
+    model = create_backbone(options.model, len(train_set.names), options.keep_head, options.img_size, options.drop_path)
     base = digest_of(model)
     photos = max(train_set.read(0).shape) > SMALL
     form = dataclasses.replace(input_format(model), crop=crop_share(model) if photos else 1.0)
     augment = options.augment or (Augment.resized if photos else Augment.flip)
     whole = DomainShift(Domain.none)
-    data = Images(train_set, whole, ModelInput(form, augment), options.seed)
+    data = Images(train_set, whole, ModelInput(form, augment, options.aa, options.reprob), options.seed)
     tests = Images(test_set, whole, ModelInput(form))
 
     # What of it trains: by UORA, or by a method to compare it with.
@@ -110,7 +110,10 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
         uora.inject(
             model, rank=chosen.rank, targets=chosen.targets, seed=chosen.seed, token_sampling=chosen.token_sampling
         )
-        groups = uora.param_groups(model, lr=chosen.lr, head_lr=chosen.head_lr, weight_decay=chosen.weight_decay)
+        groups = uora.param_groups(
+            model, lr=chosen.lr, head_lr=chosen.head_lr, weight_decay=chosen.weight_decay,
+            layer_decay=chosen.layer_decay,
+        )  # fmt: skip
         adapted = AdaptedModel(model, model, groups, chosen)
     else:
         adapted = apply_method(model, chosen)

@@ -141,7 +141,10 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
         uora.inject(
             model, rank=chosen.rank, targets=chosen.targets, seed=chosen.seed, token_sampling=chosen.token_sampling
         )
-        groups = uora.param_groups(model, lr=chosen.lr, head_lr=chosen.head_lr, weight_decay=chosen.weight_decay)
+        groups = uora.param_groups(
+            model, lr=chosen.lr, head_lr=chosen.head_lr, weight_decay=chosen.weight_decay,
+            layer_decay=chosen.layer_decay,
+        )  # fmt: skip
         adapted = AdaptedModel(model, model, groups, chosen)
     else:
         adapted = apply_method(model, chosen)
@@ -200,7 +203,7 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
     def scores(found: dict[str, float]) -> dict[str, float]:
         return {"loss": found["loss"], "perplexity": perplexity(found["loss"])}
 
-    outcome = fit(adapted, optimizer, reinit, options, folder, make, scores, display)
+    outcome = fit(adapted, optimizer, reinit, options, folder, make, scores, ("loss", "perplexity"), display)
     if not main_process:
         return None
     if outcome.stopped:

@@ -64,10 +64,10 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
 
     # The model, and how an image gets into it.
     torch.manual_seed(options.seed)
-    model = create_backbone(options.model, len(train_set.names), options.keep_head)
+    model = create_backbone(options.model, len(train_set.names), options.keep_head, drop_path=options.drop_path)
     base = digest_of(model)
     form, shift = input_format(model), DomainShift(options.domain)
-    data = Images(train_set, shift, ModelInput(form, options.augment), options.seed)
+    data = Images(train_set, shift, ModelInput(form, options.augment, options.aa, options.reprob), options.seed)
     tests = Images(test_set, shift, ModelInput(form))
 
     # What of it trains: by UORA, or by a method to compare it with.
@@ -75,7 +75,10 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
         uora.inject(
             model, rank=chosen.rank, targets=chosen.targets, seed=chosen.seed, token_sampling=chosen.token_sampling
         )
-        groups = uora.param_groups(model, lr=chosen.lr, head_lr=chosen.head_lr, weight_decay=chosen.weight_decay)
+        groups = uora.param_groups(
+            model, lr=chosen.lr, head_lr=chosen.head_lr, weight_decay=chosen.weight_decay,
+            layer_decay=chosen.layer_decay,
+        )  # fmt: skip
         adapted = AdaptedModel(model, model, groups, chosen)
     else:
         adapted = apply_method(model, chosen)

@@ -80,7 +80,7 @@ def param_groups(
     if not 0 < layer_decay <= 1:
         raise ConfigError(f"layer_decay must be in (0, 1], got {layer_decay!r}")
     config, survey = active_entry(model).config, Survey(model)
-    share = (lambda _: 1.0) if layer_decay == 1 else _shares(survey, layer_decay)
+    share = (lambda _: 1.0) if layer_decay == 1 else layer_shares(survey, layer_decay)
     d_init = abs(config.d_init) / D_INIT
     rates: dict[float, list[nn.Parameter]] = {}
     for path, adapter in adapters_in(survey).items():
@@ -108,7 +108,7 @@ def param_groups(
     ]
 
 
-def _shares(survey: Survey, decay: float) -> Callable[[str], float]:
+def layer_shares(survey: Survey, decay: float) -> Callable[[str], float]:
     """The share of its rate that a weight or parameter keeps, by its path."""
     held: dict[int, list[set[str]]] = {}
     for path, finding in survey.findings.items():

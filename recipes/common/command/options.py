@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,8 +13,18 @@ from typer import Option
 from ..errors import RecipeError
 from .choices import Method, Scope
 
-FREE = {"output", "resume", "workers", "checkpoint_every", "max_steps", "max_seconds", "quiet", "demo"}
+FREE = {"output", "resume", "workers", "checkpoint_every", "max_steps", "max_seconds", "track", "quiet", "demo"}
 """Options that may change when a run is resumed: they do not change what it computes."""
+
+TRACKERS = {"tensorboard": "tensorboard", "csv": None, "wandb": "wandb", "mlflow": "mlflow"}
+"""Where the numbers of a run can go, and the package that this needs."""
+
+NUMBER = r"\d+(\.\d+)?"
+POLICY = (
+    rf"(v0|v0r|original|originalr|3a)(-mstd{NUMBER})?|rand(-([mn]\d+|mmax\d+|inc[01]|(p|mstd){NUMBER}))*|"
+    rf"augmix(-([mw]\d+|d-?\d+|b[01]|(a|mstd){NUMBER}))*"
+)
+"""Automatic augmentation, in the words of timm."""
 
 LR = 0.05
 """Rate of UORA and our VeRA, in the scale of `uora.param_groups`: one for all models, ranks and tasks."""
@@ -44,6 +55,7 @@ class MethodOptions:
         seed: of the adapter's random matrices.
         scope, threshold, relative, alpha, every: of UORA's reinitialisation; see `uora.Reinitializer`.
         token_sampling: see `uora.UoraConfig`; for UORA and its VeRA.
+        layer_decay: factor of the rates from each block to the one below it; the head has its own.
     """
 
     method: Method = Method.uora
@@ -59,6 +71,7 @@ class MethodOptions:
     alpha: float = 0.5
     every: int = 1
     token_sampling: int = 1
+    layer_decay: float = 1.0
 
     @property
     def redraws(self) -> bool:
@@ -72,7 +85,23 @@ class MethodOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodChoice:
+class Choice:
+    """Options that are checked while the command line is read."""
+
+    def __post_init__(self) -> None:
+        """Each class looks at its own fields, and calls this of the others.
+
+        Raises:
+            RecipeError: one of them cannot be used.
+        """
+
+    def _need(self, name: str, right: bool, expected: str) -> None:
+        if not right:
+            raise RecipeError(f"--{name.replace('_', '-')} must be {expected}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodChoice(Choice):
     """What trains."""
 
     method: Annotated[Method, Option(help="what to train")] = Method.uora
@@ -89,7 +118,12 @@ class MethodChoice:
     alpha: Annotated[float, Option(min=0, max=1, help="uora: share of the old direction that stays")] = 0.5
     every: Annotated[int, Option(min=1, help="uora: redraw at every n-th step below the threshold")] = 1
     token_sampling: Annotated[int, Option(min=1, help="uora, vera: gradients from one token of every n")] = 1
+    layer_decay: Annotated[float, Option(help="factor of the rates from each block to the one below it")] = 1.0
     seed: Annotated[int, Option(min=0, help="of everything random")] = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._need("layer_decay", 0 < self.layer_decay <= 1, "above 0 and at most 1")
 
     def method_options(self, defaults: dict[Method, Defaults]) -> MethodOptions:
         """With the method's own rank and rates where none were asked for."""
@@ -108,11 +142,12 @@ class MethodChoice:
             alpha=self.alpha,
             every=self.every,
             token_sampling=self.token_sampling,
+            layer_decay=self.layer_decay,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainChoice:
+class TrainChoice(Choice):
     """For how long, and in what steps."""
 
     epochs: Annotated[int, Option(min=1)] = 10
@@ -123,10 +158,18 @@ class TrainChoice:
     precision: Annotated[Literal["no", "bf16", "fp16"], Option(help="of the products")] = "no"
     workers: Annotated[int, Option(min=0, help="processes that read data")] = 0
     eval_every: Annotated[int, Option(min=1, help="epochs between evaluations")] = 1
+    accumulate: Annotated[int, Option(min=1, help="compute a batch in so many parts, which needs less memory")] = 1
+    best: Annotated[str | None, Option(help="keep the evaluation that is best by this measure: accuracy, loss")] = None
+    patience: Annotated[int | None, Option(min=1, help="stop after so many evaluations without a better --best")] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.patience is not None and self.best is None:
+            raise RecipeError("--patience needs --best, the measure that is to get better: --best accuracy")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunChoice:
+class RunChoice(Choice):
     """Where to, and when to stop."""
 
     output: Annotated[Path | None, Option(help="folder for the results; by default a new one in runs/")] = None
@@ -134,10 +177,27 @@ class RunChoice:
     resume: Annotated[bool, Option("--resume", help="go on with the run in --output")] = False
     max_steps: Annotated[int | None, Option(min=1, help="stop there, with a checkpoint")] = None
     max_seconds: Annotated[float | None, Option(min=0, help="stop then, with a checkpoint")] = None
+    track: Annotated[
+        str, Option(help=f"where the numbers of every step go, with commas: {', '.join(TRACKERS)}; or none")
+    ] = "tensorboard"
     quiet: Annotated[bool, Option("--quiet", help="print nothing but errors")] = False
 
     def __post_init__(self) -> None:
-        _ = self.cadence  # a mistake in it is told while the command line is read
+        super().__post_init__()
+        _ = self.cadence
+        for name in self.trackers:
+            if name not in TRACKERS:
+                raise RecipeError(f"--track knows {', '.join(TRACKERS)} and none, got {name!r}")
+            package = TRACKERS[name]
+            if package is not None and find_spec(package) is None:
+                raise RecipeError(f"--track {name} needs the package {package}: pip install {package}")
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Names of the trackers, each once."""
+        if self.track == "none":
+            return ()
+        return tuple(dict.fromkeys(name.strip() for name in self.track.split(",")))
 
     @property
     def cadence(self) -> tuple[int, float]:
@@ -176,3 +236,24 @@ class ImageChoice(RunChoice, TrainChoice, MethodChoice):
         float, Option(min=0, max=0.9, help="evaluate on this share of the training images, held out")
     ] = 0
     keep_head: Annotated[bool, Option("--keep-head", help="train on from the model's own head")] = False
+    mixup: Annotated[float, Option(help="mix images and their labels: alpha of the shares; 0 for not")] = 0.0
+    cutmix: Annotated[float, Option(help="paste parts of images into others: alpha of their areas; 0 for not")] = 0.0
+    smoothing: Annotated[float, Option(help="share of a label that is spread over all classes")] = 0.0
+    aa: Annotated[str | None, Option(help="AutoAugment, RandAugment or AugMix as timm has it: rand-m9-mstd0.5")] = None
+    reprob: Annotated[float, Option(help="share of the training images of which a part is erased")] = 0.0
+    drop_path: Annotated[float, Option(help="rate at which blocks are skipped, in the last one; 0 in the first")] = 0.0
+    ema: Annotated[float | None, Option(help="measure and keep an average of the weights, of this decay: 0.999")] = None
+    find_lr: Annotated[bool, Option("--find-lr", help="try rates before training, and suggest one in the report")] = (
+        False
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("mixup", "cutmix"):
+            self._need(name, 0 <= getattr(self, name) <= 100, "from 0 to 100")
+        for name in ("smoothing", "drop_path"):
+            self._need(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
+        self._need("reprob", 0 <= self.reprob <= 1, "from 0 to 1")
+        self._need("ema", self.ema is None or 0 < self.ema < 1, "between 0 and 1, such as 0.999")
+        told = "as timm writes it: rand-m9-mstd0.5-inc1, v0, original, augmix-m3-w3"
+        self._need("aa", self.aa is None or re.fullmatch(POLICY, self.aa) is not None, told)

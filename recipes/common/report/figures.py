@@ -116,6 +116,21 @@ def curves(history: Sequence[Mapping[str, Any]], keys: Mapping[str, str], label:
     return figure
 
 
+@_drawn
+def rates(values: Sequence[float], losses: Sequence[float], chosen: float | None) -> Figure:
+    """The loss against the learning rate, on a log axis, with a line where one was chosen."""
+    figure = Figure(figsize=(3.9, 2.9))
+    axes = figure.subplots()
+    axes.plot(values, losses, color=BLUE, linewidth=1.8)
+    if chosen is not None:
+        axes.axvline(chosen, color=ORANGE, linewidth=1.4, linestyle="--", label=f"{chosen:g}")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
+    axes.set_xscale("log")
+    axes.set(xlabel="learning rate (log axis)", ylabel="loss")
+    axes.grid(axis="y")
+    return figure
+
+
 def split_name(layer: str) -> tuple[str, str]:
     """`blocks.0.attn.q` as its block and its role: `("blocks.0", "attn.q")`."""
     match = re.fullmatch(r"(.*\d)\.(\D.*)", layer)

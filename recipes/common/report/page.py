@@ -82,6 +82,7 @@ class RunReport:
         score: the metric by which methods are compared, in the place of `accuracy`.
         tables: more tables, such as what a model wrote before and after.
         usage: how to use what was trained: pairs of a sentence and lines of code.
+        pictures: more pictures beside the learning curves.
     """
 
     title: str
@@ -102,6 +103,7 @@ class RunReport:
     score: str = "accuracy"
     tables: list[Sheet] = field(default_factory=list)
     usage: list[tuple[str, str]] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def render(report: RunReport) -> str:
         report=report,
         tiles=_tiles(report),
         compared=_compared(report),
-        curves=_curves(report),
+        curves=[*_curves(report), *report.pictures],
         adapted=len(report.d) > 0 or len(report.firings) > 0,
         smallest=_smallest(report.d),
         redrawn=_redrawn(report),

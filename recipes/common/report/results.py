@@ -19,10 +19,12 @@ import uora_vision as uora
 from ..command.choices import Method
 from ..command.display import Display
 from ..command.options import Defaults
+from ..training.find_rate import Sweep
 from ..training.folder import CHECKPOINT, CHECKPOINTS, METRICS, write_json
-from ..training.loop import Outcome
 from ..training.methods import AdaptedModel
+from ..training.parts import Outcome
 from .page import RunReport, show, write_report
+from .sweep import picture
 from .usage import usage
 
 LIBRARIES = (
@@ -51,6 +53,7 @@ def finish(
     *,
     score: str = "accuracy",
     comparison: list[dict[str, Any]] | None = None,
+    sweep: Sweep | None = None,
     labels: Sequence[str] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
     **sections: Any,
@@ -61,6 +64,7 @@ def finish(
         scores: what was measured at the end, and other metrics of the recipe.
         score: the one of them to compare methods by.
         comparison: rows of other methods, as `compared` makes them; this run's own comes last.
+        sweep: over learning rates, where one was made.
         labels, preprocessing: for the adapter; see `uora.save`.
         sections: parts of `RunReport`: `confusion` and `names`, `samples`, `tables`.
 
@@ -69,6 +73,8 @@ def finish(
     """
     save_trained(adapted, folder / "adapter", labels, preprocessing)
     metrics = scores | measures(adapted, outcome)
+    if sweep is not None:
+        metrics |= {"suggested_lr": sweep.suggested, "suggested_head_lr": sweep.head_suggested}
     if comparison is not None:
         comparison = [*comparison, compared(adapted.options.method.value, metrics, score)]
     metrics["adapter_folder_bytes"] = sum(file.stat().st_size for file in (folder / "adapter").iterdir())
@@ -89,6 +95,7 @@ def finish(
         b=b,
         d=d,
         comparison=comparison,
+        pictures=[] if sweep is None else [picture(sweep)],
         usage=usage(folder / "adapter", preprocessing or {}) if adapted.is_uora else [],
         **sections,
     )
@@ -115,6 +122,7 @@ def measures(adapted: AdaptedModel, outcome: Outcome) -> dict[str, Any]:
         "steps": outcome.progress.step,
         "epochs": len(outcome.progress.history),
         "device": outcome.device,
+        **({} if outcome.kept_epoch is None else {"kept_epoch": outcome.kept_epoch}),
     }
 
 

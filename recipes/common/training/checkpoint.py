@@ -24,7 +24,7 @@ __all__ = [
     "changing_state", "load_changing_state", "random_state", "read_checkpoint", "set_random_state", "write_checkpoint",
 ]  # fmt: skip
 
-VERSION = 2
+VERSION = 3
 END = b"uora-vision sha256 "
 """Stands before the digest of all bytes above it, with which a file ends."""
 

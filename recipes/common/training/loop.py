@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import difflib
 import math
-import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import timm.optim
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, send_to_device
+from accelerate.utils import broadcast_object_list, find_batch_size, gather_object, send_to_device, slice_tensors
 from timm.scheduler import CosineLRScheduler
-from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 import uora_vision as uora
 from uora_vision.lifecycle.informing import informed_rows, put_informed_rows
@@ -26,112 +26,11 @@ from ..command.display import Display
 from ..data.loading import Batches, train_loader
 from ..errors import CheckpointError, TrainingError
 from . import checkpoint
+from .average import Average
+from .best import Best
 from .machine import StopRequest, make_accelerator, peak_memory
 from .methods import AdaptedModel
-
-
-class Scored(Protocol):
-    """The result of an evaluation."""
-
-    @property
-    def scores(self) -> dict[str, float]:
-        """`loss`, and what else was measured."""
-        ...
-
-
-class Task(Protocol):
-    """What is learned: the loss of a batch, and a measurement."""
-
-    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, int]:
-        """The mean loss of a batch (on the device), the number of right answers, and the number of examples."""
-        ...
-
-    def evaluate(self, model: nn.Module, accelerator: Accelerator) -> Scored:
-        """Measure the model as it is; it is back in train mode afterwards."""
-        ...
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """How to train.
-
-    Args:
-        epochs: passes over the training data.
-        batch: examples per optimizer step, over all processes.
-        warmup: share of all steps in which the learning rate rises linearly; it falls along a cosine after that.
-        clip: largest norm of the gradient; 0 for none.
-        precision: `no`, `bf16` or `fp16`.
-        workers: processes that read data.
-        seed: of the order and the augmentation.
-        eval_every: epochs between evaluations; the last epoch always has one.
-        checkpoint_steps, checkpoint_seconds: how often a checkpoint is written; 0 for not by this count.
-        max_steps, max_seconds: stop there, with a checkpoint, as if interrupted; None for no limit.
-    """
-
-    epochs: int = 10
-    batch: int = 64
-    warmup: float = 0.1
-    clip: float = 1.0
-    precision: str = "no"
-    workers: int = 0
-    seed: int = 0
-    eval_every: int = 1
-    checkpoint_steps: int = 0
-    checkpoint_seconds: float = 600.0
-    max_steps: int | None = None
-    max_seconds: float | None = None
-
-    @classmethod
-    def of(cls, options: Any) -> TrainOptions:
-        """From a recipe's options: those of `RunChoice`, `TrainChoice` and `MethodChoice`.
-
-        Raises:
-            RecipeError: `--checkpoint-every` is neither steps nor minutes.
-        """
-        steps, seconds = options.cadence
-        same = ("epochs", "batch", "warmup", "clip", "precision", "workers", "seed", "eval_every", "max_steps",
-                "max_seconds")  # fmt: skip
-        return cls(
-            **{name: getattr(options, name) for name in same},
-            checkpoint_steps=steps, checkpoint_seconds=seconds,
-        )  # fmt: skip
-
-
-@dataclass
-class Progress:
-    """Where a run stands; all of it goes into a checkpoint.
-
-    Args:
-        step: optimizer steps done.
-        seen, loss, hits: examples, summed loss and correct predictions since the epoch began.
-        seconds: spent training and evaluating, over all sittings.
-        step_seconds: of every step.
-        history: one entry per epoch; see `RunReport.history`.
-    """
-
-    step: int = 0
-    seen: int = 0
-    loss: float = 0.0
-    hits: int = 0
-    seconds: float = 0.0
-    step_seconds: list[float] = field(default_factory=list)
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-
-@dataclass
-class Outcome:
-    """What a run leaves. `stopped` is None when it ran to its end, otherwise why it did not."""
-
-    stopped: str | None
-    progress: Progress
-    reinit: uora.Reinitializer | None
-    evaluation: Any
-    peak_memory_bytes: int
-    device: str
-
-    @property
-    def seconds_per_step(self) -> float | None:
-        return statistics.median(self.progress.step_seconds) if self.progress.step_seconds else None
+from .parts import Outcome, Progress, Scored, Task, TrainOptions
 
 
 def train(
@@ -159,9 +58,10 @@ def train(
         resume: go on from that checkpoint.
 
     Raises:
-        TrainingError: the loss is not finite.
+        TrainingError: the loss is not finite, or the measure to choose the best by is not measured.
         CheckpointError: there is nothing to resume, or it does not fit.
     """
+    Best(options.best).check(task.measures)
     accelerator = make_accelerator(options.precision)
     run = Run(adapted, optimizer, reinit, options, accelerator, len(data), checkpoint_path)
     if resume:
@@ -176,6 +76,7 @@ def train(
         evaluation,
         peak_memory(accelerator.device),
         str(accelerator.device),
+        run.best.epoch,
     )
 
 
@@ -195,10 +96,11 @@ class Run:
         self.adapted, self.reinit, self.options, self.accelerator = adapted, reinit, options, accelerator
         self.path = path
         self.examples = examples
-        self.progress = Progress()
+        self.progress, self.best = Progress(), Best(options.best, options.patience)
         self.per_epoch = self.batches().per_epoch
         self.total = self.per_epoch * options.epochs
         adapted.model.to(accelerator.device)
+        self.average = Average(adapted.model, options.ema, reinit) if options.ema else None
         warmup = round(options.warmup * self.total)
         self.scheduler = CosineLRScheduler(
             optimizer, t_initial=self.total - warmup + 1, warmup_t=warmup, warmup_prefix=True, t_in_epochs=False
@@ -222,13 +124,13 @@ class Run:
         self, data: Dataset, task: Task, wish: StopRequest, display: Display, log: Callable
     ) -> tuple[str | None, Scored | None]:
         """Train to the end, or until something asks to stop."""
-        progress, options, acc = self.progress, self.options, self.accelerator
-        loader = train_loader(data, self.batches(), options.workers)
+        progress = self.progress
+        loader = () if self.best.exhausted else self.loader(data)
         evaluation, started, saved, base_seconds = None, time.monotonic(), time.monotonic(), progress.seconds
         before = time.monotonic()
         self.model.train()
         for batch in loader:
-            self.step(task, send_to_device(batch, acc.device))
+            self.step(task, batch)
             now = time.monotonic()
             progress.step_seconds.append(now - before)
             progress.seconds = base_seconds + now - started
@@ -237,6 +139,8 @@ class Run:
             if progress.step % self.per_epoch == 0:
                 evaluation = self.end_epoch(task, display, log)
                 progress.seconds = base_seconds + time.monotonic() - started
+                if self.best.exhausted:
+                    break
             if self.agree(self.due(saved) and progress.step < self.total):
                 self.save()
                 saved = time.monotonic()
@@ -245,13 +149,63 @@ class Run:
                 return reason, None
             before = time.monotonic()
         self.save()
-        return None, evaluation or task.evaluate(self.model, acc)
+        return None, self.keep(task, evaluation)
+
+    def keep(self, task: Task, evaluation: Scored | None) -> Scored:
+        """Leave the weights in the model that are to be kept, measured."""
+        kept = self.average.state() if self.average else None
+        if self.best.state is not None:
+            kept = self.best.state
+            evaluation = evaluation if self.best.worse == 0 else None
+        if kept is not None:
+            checkpoint.load_changing_state(self.adapted.model, kept)
+        return evaluation or task.evaluate(self.model, self.accelerator)
+
+    def measure(self, task: Task) -> Scored:
+        """Evaluate what would be kept if training ended now."""
+        if self.average is None:
+            return task.evaluate(self.model, self.accelerator)
+        with self.accelerator.autocast():
+            return task.evaluate(self.average.module, self.accelerator)
+
+    def loader(self, data: Dataset) -> DataLoader:
+        """Over the batches that are still to come."""
+        return train_loader(data, self.batches(), self.options.workers)
 
     def step(self, task: Task, batch: Any) -> None:
         """One optimizer step. The loss is looked at before anything changes, so the weights stay as they were at the
         last good step."""
         progress, acc = self.progress, self.accelerator
         self.scheduler.step_update(progress.step + 1)
+        self.optimizer.zero_grad()
+        batch = send_to_device(batch, acc.device)
+        whole = find_batch_size(batch)
+        cuts = [whole * part // self.options.accumulate for part in range(self.options.accumulate + 1)]
+        parts = [slice(first, last) for first, last in pairwise(cuts) if first < last]
+        found = [0.0, 0.0, 0.0]
+        for part in parts:
+            with nullcontext() if part is parts[-1] else acc.no_sync(self.model):
+                sums = self.backward(task, slice_tensors(batch, part) if len(parts) > 1 else batch, whole)
+            found = [before + more for before, more in zip(found, sums, strict=True)]
+        if self.options.clip:
+            acc.clip_grad_norm_(self.parameters, self.options.clip)
+        self.optimizer.step()
+        progress.step += 1
+        if not acc.optimizer_step_was_skipped:
+            fired = self.reinit.step() if self.reinit is not None else 0
+            if self.average is not None:
+                self.average.update(progress.step, fired)
+        total, correct, seen = found
+        progress.seen, progress.loss, progress.hits = (
+            progress.seen + int(seen),
+            progress.loss + total,
+            progress.hits + int(correct),
+        )
+
+    def backward(self, task: Task, batch: Any, whole: int) -> list[float]:
+        """Add the gradients of a part of a step's batch of `whole` examples: summed loss, right answers and examples,
+        over all processes."""
+        acc = self.accelerator
         loss, hits, count = task.loss(self.model, batch)
         sums = torch.stack([loss.detach() * count, hits.float(), torch.tensor(float(count), device=loss.device)])
         total, correct, seen = acc.reduce(sums, "sum").tolist()
@@ -260,29 +214,18 @@ class Run:
                 f"The last checkpoint, {self.path}, is from before that. " if self.path and self.path.exists() else ""
             )
             raise TrainingError(
-                f"the loss is {total / seen} at step {progress.step + 1} of {self.total}; the run stops. {kept}"
+                f"the loss is {total / seen} at step {self.progress.step + 1} of {self.total}; the run stops. {kept}"
                 "Try a smaller --lr or --head-lr, or --precision no."
             )
-        self.optimizer.zero_grad()
-        acc.backward(loss)
-        if self.options.clip:
-            acc.clip_grad_norm_(self.parameters, self.options.clip)
-        self.optimizer.step()
-        if self.reinit is not None and not acc.optimizer_step_was_skipped:
-            self.reinit.step()
-        progress.step += 1
-        progress.seen, progress.loss, progress.hits = (
-            progress.seen + int(seen),
-            progress.loss + total,
-            progress.hits + int(correct),
-        )
+        acc.backward(loss if count == whole else loss * (count / whole))
+        return [total, correct, seen]
 
     def end_epoch(self, task: Task, display: Display, log: Callable) -> Scored | None:
         """Close an epoch's entry in the history, with an evaluation where one is due."""
         progress = self.progress
         epoch = progress.step // self.per_epoch
         due = epoch % self.options.eval_every == 0 or epoch == self.options.epochs
-        evaluation = task.evaluate(self.model, self.accelerator) if due else None
+        evaluation = self.measure(task) if due else None
         entry = {
             "epoch": epoch,
             "train_loss": progress.loss / progress.seen,
@@ -294,6 +237,8 @@ class Run:
         }
         progress.history.append(entry)
         progress.seen, progress.loss, progress.hits = 0, 0.0, 0
+        if evaluation is not None:
+            self.best.look(evaluation.scores, epoch, self.average.state if self.average else self.changing)
         display.epoch(entry, self.options.epochs)
         log(progress.step, {f"epoch/{key}": entry[key] for key in entry if "_" in key})
         return evaluation
@@ -347,7 +292,9 @@ class Run:
             state = {
                 "total": self.total,
                 "informed": informed_rows(self.adapted.base) if self.adapted.is_uora else {},
-                "model": checkpoint.changing_state(self.adapted.model),
+                "model": self.changing(),
+                "average": self.average.state() if self.average else None,
+                "best": self.best.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
@@ -357,6 +304,9 @@ class Run:
             }
             checkpoint.write_checkpoint(self.path, state)
         self.accelerator.wait_for_everyone()
+
+    def changing(self) -> dict[str, torch.Tensor]:
+        return checkpoint.changing_state(self.adapted.model)
 
     def load(self) -> None:
         """Take up the run where the checkpoint left it."""
@@ -371,17 +321,23 @@ class Run:
         if self.adapted.is_uora:
             put_informed_rows(self.adapted.base, state["informed"])
         checkpoint.load_changing_state(self.adapted.model, state["model"])
+        self.best.load_state_dict(state["best"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         if state["scaler"] and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.reinit is not None:
             self.reinit.load_state_dict(state["reinitializer"])
+        if self.average is not None:
+            self.average.load(state["average"])
         self.progress = Progress(**state["progress"])
         checkpoint.set_random_state(state["random"][self.accelerator.process_index])
 
 
-FIELDS = ("total", "informed", "model", "optimizer", "scheduler", "scaler", "reinitializer", "random", "progress")
+FIELDS = (
+    "total", "informed", "model", "average", "best", "optimizer", "scheduler", "scaler", "reinitializer", "random",
+    "progress",
+)  # fmt: skip
 """Of a checkpoint."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 
 import uora_vision as uora
 from uora_vision.lifecycle.informing import informed_rows
+from uora_vision.lifecycle.parameter_groups import layer_shares
 from uora_vision.maths.informed import pack
 from uora_vision.structure.heads import head_names
+from uora_vision.structure.survey import Survey
 
 from ..command.choices import Method
 from ..command.options import LR, PEFT_LR, Defaults, MethodOptions
@@ -85,6 +88,7 @@ def apply_method(model: nn.Module, options: MethodOptions) -> AdaptedModel:
     if options.rank is not None and options.rank < 1:
         raise MethodError(f"rank must be at least 1, got {options.rank}")
     base = model
+    share = layer_shares(Survey(model), options.layer_decay) if options.layer_decay != 1 else lambda _: 1.0
     match options.method:
         case Method.uora:
             raise ValueError("a recipe calls uora.inject itself")
@@ -112,7 +116,7 @@ def apply_method(model: nn.Module, options: MethodOptions) -> AdaptedModel:
             f"--method {options.method} would train nothing: {type(base).__name__} has {lacks}; "
             "uora, vera, vera-peft, lora and full train it"
         )
-    return AdaptedModel(model, base, _groups(model, base, options), options)
+    return AdaptedModel(model, base, _groups(model, base, options, share), options)
 
 
 def head_ids(model: nn.Module) -> set[int]:
@@ -120,20 +124,30 @@ def head_ids(model: nn.Module) -> set[int]:
     return {id(p) for name in head_names(model) for p in model.get_submodule(name).parameters()}
 
 
-def _groups(model: nn.Module, base: nn.Module, options: MethodOptions) -> list[dict[str, Any]]:
-    """Matrices decay and vectors do not, as the field does it; UORA's vectors never, or a decaying d would fire."""
+def _groups(
+    model: nn.Module, base: nn.Module, options: MethodOptions, share: Callable[[str], float]
+) -> list[dict[str, Any]]:
+    """Matrices decay and vectors do not, as the field does it; UORA's vectors never, or a decaying d would fire.
+
+    Args:
+        share: of the rate, by the path of a parameter in `base`.
+    """
     if options.method is Method.vera:
-        return uora.param_groups(base, lr=options.lr, head_lr=options.head_lr, weight_decay=options.weight_decay)
+        return uora.param_groups(
+            base, lr=options.lr, head_lr=options.head_lr, weight_decay=options.weight_decay,
+            layer_decay=options.layer_decay,
+        )  # fmt: skip
     head, vectors = head_ids(base), options.method is Method.vera_peft
-    groups: dict[str, dict[str, Any]] = {}
-    for p in model.parameters():
+    groups: dict[tuple[str, float], dict[str, Any]] = {}
+    for path, p in base.named_parameters():
         if not p.requires_grad:
             continue
         part, decays = ("head" if id(p) in head else "adapter"), p.dim() > 1 and not (vectors and id(p) not in head)
         name = part if decays or (part == "adapter" and vectors) else f"{part}_vectors"
         decay = options.weight_decay if decays else 0.0
-        lr = options.head_lr if part == "head" else options.lr
-        groups.setdefault(name, {"name": name, "params": [], "lr": lr, "weight_decay": decay})["params"].append(p)
+        lr = options.head_lr if part == "head" else options.lr * share(path)
+        group = {"name": name, "params": [], "lr": lr, "weight_decay": decay}
+        groups.setdefault((name, lr), group)["params"].append(p)
     return sorted(groups.values(), key=lambda group: group["name"])
 
 

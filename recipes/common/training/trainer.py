@@ -10,33 +10,36 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.utils.data import Sampler
-from torch.utils.tensorboard.writer import SummaryWriter
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import rewrite_logs
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 import uora_vision as uora
 from uora_vision.integrations.transformers import UoraCallback, adapter_only
 
+from ..command import cli
 from ..command.display import Display
 from ..errors import CheckpointError, TrainingError
+from .best import Best
+from .checkpoint import changing_state, load_changing_state, read_checkpoint, write_checkpoint
 from .folder import CHECKPOINTS, write_json
-from .loop import Outcome, Progress
 from .machine import StopRequest, peak_memory
 from .methods import AdaptedModel
+from .parts import Outcome, Progress
+from .tracking import Log, tracking
 
-PROGRESS, TRAINED, DIGESTS = "progress.json", "trained.safetensors", "digests.json"
+PROGRESS, TRAINED, DIGESTS, BEST = "progress.json", "trained.safetensors", "digests.json", "best.pt"
 
 
 def arguments(options: Any, folder: Path, **more: Any) -> dict[str, Any]:
@@ -45,11 +48,12 @@ def arguments(options: Any, folder: Path, **more: Any) -> dict[str, Any]:
     return {
         "output_dir": str(folder / CHECKPOINTS),
         "num_train_epochs": options.epochs,
-        "per_device_train_batch_size": -(-options.batch // processes),
+        "per_device_train_batch_size": -(-options.batch // (processes * options.accumulate)),
         "per_device_eval_batch_size": max(32, options.batch),
         "lr_scheduler_type": "cosine",
         "warmup_steps": options.warmup,
         "max_grad_norm": options.clip,
+        "gradient_accumulation_steps": options.accumulate,
         "bf16": options.precision == "bf16",
         "fp16": options.precision == "fp16",
         "seed": options.seed,
@@ -132,6 +136,7 @@ def fit(
     folder: Path,
     make: Callable[..., Trainer],
     scores: Callable[[dict[str, float]], dict[str, float]],
+    measures: Sequence[str],
     display: Display,
 ) -> Outcome:
     """Train what `adapted` trains.
@@ -143,32 +148,37 @@ def fit(
         folder: of the run; checkpoints go to a folder inside.
         make: makes the Trainer, given `model`, `optimizers` and `callbacks`.
         scores: from the metrics of `Trainer.evaluate` to what is told, `loss` among it.
+        measures: the names of what is told.
 
     Raises:
-        TrainingError: the loss is not finite.
+        TrainingError: the loss is not finite, or the measure to choose the best by is not measured.
         CheckpointError: there is nothing to resume, or it is damaged.
     """
     transformers.utils.logging.disable_progress_bar()
-    watch = Watch(options, folder, display)
-    writer = SummaryWriter(str(folder / "tensorboard")) if PartialState().is_main_process else None
+    watch = Watch(adapted.model, options, folder, display)
+    watch.best.check(measures)
     callbacks: list[TrainerCallback] = [watch]
     if reinit is not None:
         keeper = UoraCallback()
         keeper.reinit = reinit
         callbacks.insert(0, keeper)  # it adds to what others log
-    if writer:
-        callbacks.append(TensorBoardCallback(writer))
     trainer = make(model=adapted.model, optimizers=(optimizer, None), callbacks=callbacks)
     trainer.remove_callback(transformers.PrinterCallback)
     watch.begin(trainer, scores)
     last = None
     if options.resume:
         last = str(last_whole(folder / CHECKPOINTS))
-    with StopRequest() as watch.wish, display.running(watch.total, 0, options.epochs):
+    with (
+        tracking(folder, options.trackers, cli.plain(options)) as log,
+        StopRequest() as watch.wish,
+        display.running(watch.total, 0, options.epochs),
+    ):
+        trainer.add_callback(Numbers(log))
         trainer.train(resume_from_checkpoint=last)
-    evaluation = None if watch.stopped else watch.evaluation or watch.measure()
+    evaluation = None if watch.stopped else watch.keep()
     device = trainer.accelerator.device
-    return Outcome(watch.stopped, watch.progress, reinit, evaluation, peak_memory(device), str(device))
+    kept = watch.best.epoch
+    return Outcome(watch.stopped, watch.progress, reinit, evaluation, peak_memory(device), str(device), kept)
 
 
 def digests_of(folder: Path) -> dict[str, str]:
@@ -208,11 +218,24 @@ class Scores(dict[str, float]):
         return dict(self)
 
 
+class Numbers(TrainerCallback):
+    """Gives what the Trainer logs to the trackers of a run."""
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        if state.is_world_process_zero:
+            logs = rewrite_logs(more["logs"])
+            self.log(state.global_step, {name: x for name, x in logs.items() if isinstance(x, int | float)})
+
+
 class Watch(TrainerCallback):
     """Keeps a run's progress, asks for evaluations and checkpoints, and stops it when told to."""
 
-    def __init__(self, options: Any, folder: Path, display: Display) -> None:
-        self.options, self.folder, self.display = options, folder, display
+    def __init__(self, model: nn.Module, options: Any, folder: Path, display: Display) -> None:
+        self.model, self.options, self.folder, self.display = model, options, folder, display
+        self.best = Best(options.best, options.patience)
         self.steps, self.seconds = options.cadence
         self.progress, self.stopped = Progress(), None
         self.evaluation: Scores | None = None
@@ -229,10 +252,18 @@ class Watch(TrainerCallback):
         found = self.trainer.evaluate()
         return Scores(self.scores({key.removeprefix("eval_"): value for key, value in found.items()}))
 
+    def keep(self) -> Scores:
+        """Leave the weights in the model that are to be kept, measured."""
+        if self.best.state is not None:
+            load_changing_state(self.model, self.best.state)
+            self.evaluation = self.evaluation if self.best.worse == 0 else None
+        return self.evaluation or self.measure()
+
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step:
-            path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / PROGRESS
-            self.progress = Progress(**json.loads(path.read_text()))
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            self.progress = Progress(**json.loads((folder / PROGRESS).read_text()))
+            self.best.load_state_dict(read_checkpoint(folder / BEST))
         self.started = self.saved = time.monotonic()
         self.earlier = self.progress.seconds
 
@@ -247,10 +278,13 @@ class Watch(TrainerCallback):
         lately = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
         shown = {key: lately[key] for key in ("loss", "learning_rate", "firings") if key in lately}
         self.display.step(state.global_step, (state.global_step - 1) // self.per_epoch + 1, shown)
-        if state.global_step % self.per_epoch == 0:
+        if state.global_step % self.per_epoch == 0:  # `on_epoch_end` does the rest, after an evaluation
             control.should_log = True
-        if state.global_step >= state.max_steps:
-            return
+        else:
+            self._save_or_stop(state, control)
+
+    def _save_or_stop(self, state: TrainerState, control: TrainerControl) -> None:
+        now = time.monotonic()
         by_steps = self.steps and state.global_step % self.steps == 0
         control.should_save |= bool(by_steps or (self.seconds and now - self.saved >= self.seconds))
         self.stopped = self._reason()
@@ -274,6 +308,12 @@ class Watch(TrainerCallback):
         }
         progress.history.append(entry)
         self.display.epoch(entry, self.options.epochs)
+        if self.evaluation is not None:
+            self.best.look(self.evaluation, epoch, lambda: changing_state(self.model))
+        if self.best.exhausted:
+            control.should_training_stop = True
+        elif state.global_step < state.max_steps:
+            self._save_or_stop(state, control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.saved = time.monotonic()
@@ -281,6 +321,7 @@ class Watch(TrainerCallback):
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             (folder / PROGRESS).write_text(json.dumps(asdict(self.progress)))
+            write_checkpoint(folder / BEST, self.best.state_dict())
             write_json(folder / DIGESTS, digests_of(folder))
             for older in folder.parent.glob("checkpoint-*"):
                 if older != folder:

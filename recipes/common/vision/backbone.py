@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+from typing import Any
 
 import timm
 import timm.data
+from timm.layers import DropPath
 from torch import nn
 
 from uora_vision.predict.network import failing_fast
@@ -14,7 +16,9 @@ from ..data.augment import InputFormat
 from ..errors import ModelError
 
 
-def create_backbone(name: str, classes: int, keep_head: bool = False, img_size: int | None = None) -> nn.Module:
+def create_backbone(
+    name: str, classes: int, keep_head: bool = False, img_size: int | None = None, drop_path: float = 0.0
+) -> nn.Module:
     """The pretrained model with a new head for `classes`, or with its own head.
 
     Args:
@@ -22,15 +26,19 @@ def create_backbone(name: str, classes: int, keep_head: bool = False, img_size: 
         classes: number of classes in the data.
         keep_head: train on from the model's own head.
         img_size: height and width of its images; None for what it was pretrained on.
+        drop_path: the rate at which blocks are skipped in training, in the last one; in the first it is 0.
 
     Raises:
-        ModelError: unknown name, weights out of reach, or a kept head with fewer outputs than classes.
+        ModelError: unknown name, weights out of reach, a kept head with fewer outputs than classes, or no block that
+            could be skipped.
     """
     if ":" not in name and not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), 3)
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() shows all."
         raise ModelError(f"no timm model is called {name!r}; {hint}")
-    options = {} if keep_head else {"num_classes": classes}
+    options: dict[str, Any] = {} if keep_head else {"num_classes": classes}
+    if drop_path:
+        options["drop_path_rate"] = drop_path
     try:
         with failing_fast(not name.startswith("local-dir:")):
             model = _create(name, options, img_size)
@@ -42,6 +50,8 @@ def create_backbone(name: str, classes: int, keep_head: bool = False, img_size: 
             else "Without a network, give weights on disk with --model local-dir:FOLDER, or try --demo."
         )
         raise ModelError(f"cannot load pretrained weights for {name!r}: {reason} {advice}") from error
+    if drop_path and not any(getattr(m, "drop_prob", 0) for m in model.modules() if isinstance(m, DropPath)):
+        raise ModelError(f"{name!r} has no blocks that --drop-path could skip; leave it out")
     if not keep_head:
         model.reset_classifier(classes)  # timm keeps a pretrained head that happens to have as many classes
     elif model.num_classes < classes:
@@ -52,7 +62,7 @@ def create_backbone(name: str, classes: int, keep_head: bool = False, img_size: 
     return model
 
 
-def _create(name: str, options: dict[str, int], img_size: int | None) -> nn.Module:
+def _create(name: str, options: dict[str, Any], img_size: int | None) -> nn.Module:
     if img_size is None:
         return timm.create_model(name, pretrained=True, **options)
     try:

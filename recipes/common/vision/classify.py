@@ -17,13 +17,16 @@ from ..command.display import Display
 from ..command.options import ImageChoice
 from ..data.images import parse_classes
 from ..data.loading import Images
+from ..data.mixing import Mixed
 from ..data.splits import Splits, load_splits
 from ..report.results import finish
 from ..training.about import described
+from ..training.find_rate import find_rate
 from ..training.folder import CHECKPOINT, record_config
-from ..training.loop import TrainOptions, train
+from ..training.loop import train
 from ..training.methods import AdaptedModel
-from ..training.tensorboard import tensorboard
+from ..training.parts import TrainOptions
+from ..training.tracking import tracking
 from .evaluation import Classification, sections
 
 
@@ -82,10 +85,17 @@ def train_images(
             display.warn(note)
         record_config(folder, config, {"data": splits.digest, "base": base}, options.resume)
     about = described(folder, IMAGES, f"timm/{options.model}", labels=train_set.names, **tests.prepare.form.config())
-    task = Classification(tests, options.batch, options.workers)
-    with tensorboard(folder) as log:
+    task = Classification(tests, options.batch, options.workers, options.smoothing)
+    shown: Images | Mixed = data
+    if options.mixup or options.cutmix:
+        shown = Mixed(data, options.mixup, options.cutmix, options.smoothing, adapted.base.num_classes)
+    how = TrainOptions.of(options)
+    sweep = find_rate(adapted, options.opt, shown, task, how) if options.find_lr else None
+    if sweep is not None:
+        display.say(sweep.told)
+    with tracking(folder, options.trackers, config) as log:
         outcome = train(
-            adapted, optimizer, reinit, data, task, TrainOptions.of(options), display=display, log=log,
+            adapted, optimizer, reinit, shown, task, how, display=display, log=log,
             checkpoint_path=folder / CHECKPOINT, resume=options.resume,
         )  # fmt: skip
     if not main_process:
@@ -110,6 +120,7 @@ def train_images(
         f"{options.method} on {Path(options.data).name}",
         f"{options.method} on {Path(options.model).name}, {told}",
         comparison=comparison,
+        sweep=sweep,
         **about,
         **sections(tests, outcome.evaluation),
     )

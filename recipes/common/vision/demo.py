@@ -13,8 +13,9 @@ from ..command.options import Defaults, MethodOptions
 from ..data.augment import DomainShift, InputFormat, ModelInput
 from ..data.images import load_images
 from ..data.loading import Images
-from ..training.loop import TrainOptions, make_optimizer, train
+from ..training.loop import make_optimizer, train
 from ..training.methods import apply_method
+from ..training.parts import TrainOptions
 from .evaluation import Classification
 
 FORM = InputFormat((8, 8), (0.3, 0.3, 0.3), (0.35, 0.35, 0.35))

@@ -37,15 +37,23 @@ class Classification:
         tests: images to measure on.
         batch: images per evaluation step.
         workers: processes that read images.
+        smoothing: share of a label that is spread over all classes, in training.
     """
 
-    def __init__(self, tests: Images, batch: int = 64, workers: int = 0) -> None:
-        self.tests, self.batch, self.workers = tests, max(64, batch), workers
+    measures = ("accuracy", "loss")
+
+    def __init__(self, tests: Images, batch: int = 64, workers: int = 0, smoothing: float = 0.0) -> None:
+        self.tests, self.batch, self.workers, self.smoothing = tests, max(64, batch), workers, smoothing
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, int]:
+        """Labels are classes (n,), or shares of classes (n, classes), of which the largest counts as the right one."""
         inputs, labels = batch
         logits = model(inputs).float()
-        return nn.functional.cross_entropy(logits, labels), (logits.argmax(1) == labels).sum(), len(labels)
+        if labels.dim() > 1:
+            loss, right = nn.functional.cross_entropy(logits, labels), labels.argmax(1)
+        else:
+            loss, right = nn.functional.cross_entropy(logits, labels, label_smoothing=self.smoothing), labels
+        return loss, (logits.argmax(1) == right).sum(), len(labels)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, accelerator: Accelerator) -> Evaluation:

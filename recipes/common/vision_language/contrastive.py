@@ -74,6 +74,8 @@ class Naming:
         cached: the texts' features stay as they are, since their tower is frozen.
     """
 
+    measures = ("accuracy", "loss")
+
     def __init__(self, dual: Dual, tests: Images, tokens: Tokens, cached: bool, batch: int, workers: int) -> None:
         self.dual, self.tests, self.tokens, self.cached = dual, tests, tokens, cached
         self.batch, self.workers = batch, workers
@@ -108,6 +110,11 @@ class Matching:
     Images that are the same, and texts that are, count as belonging together. With several processes each compares
     within its own part of a batch.
     """
+
+    measures = (
+        "recall_1", "recall_5", "image_to_text_recall_1", "image_to_text_recall_5", "text_to_image_recall_1",
+        "text_to_image_recall_5", "loss",
+    )  # fmt: skip
 
     def __init__(self, dual: Dual, tests: PairImages, batch: int, workers: int) -> None:
         self.dual, self.tests, self.batch, self.workers = dual, tests, max(64, batch), workers

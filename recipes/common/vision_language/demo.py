@@ -17,7 +17,8 @@ from ..data.augment import DomainShift, ModelInput
 from ..data.images import load_images
 from ..data.loading import Images
 from ..language.toy import word_tokenizer
-from ..training.loop import TrainOptions, make_optimizer, train
+from ..training.loop import make_optimizer, train
+from ..training.parts import TrainOptions
 from ..vision.demo import FORM
 from .contrastive import Naming, prompts
 from .towers import Towers, adapt_towers, plan_towers
