@@ -27,24 +27,17 @@ from recipe_runs import (
     trained,
 )
 from rich.console import Console
+from tiny_vit import TINY, save_tiny_vit
 
 import uora_vision as uora
 
 SCRIPT = Path(vit_cifar100.__file__)
-TINY: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 FIRES = ("--relative", "--threshold", "0.2", "--lr", "0.05")
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A ViT of 28k parameters, random but in the form of a pretrained one, with a head of 7 classes."""
-    folder = tmp_path_factory.mktemp("tiny")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = timm.create_model("vit_tiny_patch16_224", num_classes=7, **TINY)
-    model.pretrained_cfg.update(mean=[0.5] * 3, std=[0.25] * 3, input_size=(3, 16, 16))
-    timm.models.save_for_hf(model, folder, model_config={"model_args": TINY}, safe_serialization=True)
-    return f"local-dir:{folder}"
+    return save_tiny_vit(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

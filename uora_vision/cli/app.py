@@ -22,6 +22,7 @@ from ..version import __version__ as version
 from .names import FORMS as NAMES
 from .names import resolved
 from .predict import local_folder, predict
+from .runs import runs
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from ..storage.stored import Stored
 
 app = typer.Typer(
-    help="Adapters of uora_vision: plan, inspect, predict, merge, export, verify, upgrade.",
+    help="Adapters of uora_vision: plan, inspect, predict, runs, merge, export, verify, upgrade.",
     epilog="Exit codes: 0 all is well, 1 a check failed, 2 bad input.",
     add_completion=False,
     no_args_is_help=True,
@@ -140,6 +141,7 @@ def inspect(
 
 
 app.command("predict")(predict)
+app.command("runs")(runs)
 
 
 @app.command("merge")

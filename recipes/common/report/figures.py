@@ -6,13 +6,10 @@ abreast, on a desk. Most are SVG; one that would be large that way becomes a PNG
 
 from __future__ import annotations
 
-import base64
 import io
 import re
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
-from typing import Any, ParamSpec
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -22,61 +19,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 from PIL import Image
 
+from uora_vision.cli.drawing import BLUE, GREEN, INK, MUTED, ORANGE, PALE, data_uri, drawn, engineering, shorten
+
 WIDTH = 4.8  # inches
-LARGEST_SVG = 250_000  # bytes
 COLUMNS = 64  # of a heat map: a single firing stays wide enough to be seen
 THUMBNAIL = 160  # pixels
-INK, MUTED, PALE = "#1f2933", "#6b7785", "#eef1f4"
-BLUE, ORANGE, GREEN = "#1f5fa8", "#d9772b", "#23807a"
-STYLE: dict[Any, Any] = {
-    "figure.facecolor": "white",
-    "figure.constrained_layout.use": True,
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "text.color": INK,
-    "text.parse_math": False,  # a class may be called "$x"
-    "axes.edgecolor": "#c3cad2",
-    "axes.labelcolor": MUTED,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.color": "#e4e8ec",
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "legend.frameon": False,
-    "svg.hashsalt": "report",  # the same data give the same file
-}
-
-P = ParamSpec("P")
-
-
-def _drawn(draw: Callable[P, Figure]) -> Callable[P, str]:
-    """Draw under this file's style and return the data URI of the picture."""
-
-    @wraps(draw)
-    def encoded(*args: P.args, **kwargs: P.kwargs) -> str:
-        with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the font lacks
-            figure = draw(*args, **kwargs)
-            drawing = io.BytesIO()
-            figure.savefig(drawing, format="svg", dpi=200, metadata={"Date": None})
-            if drawing.tell() <= LARGEST_SVG:
-                return _data_uri("svg+xml", drawing.getvalue())
-            pixels = io.BytesIO()
-            figure.savefig(pixels, format="png", dpi=200)
-            return _data_uri("png", pixels.getvalue())
-
-    return encoded
-
-
-def _data_uri(kind: str, content: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def shorten(name: str, longest: int = 18) -> str:
-    """`name` in one line of at most `longest` printable characters."""
-    line = "".join(c for c in " ".join(name.split()) if c.isprintable())
-    return line if len(line) <= longest else line[: longest - 1] + "…"
 
 
 def _short(paths: Sequence[str], longest: int = 24) -> list[str]:
@@ -88,15 +35,7 @@ def _short(paths: Sequence[str], longest: int = 24) -> list[str]:
     return [shorten(".".join(names[shared:]), longest) for names in parts]
 
 
-def engineering(value: float, _: object = None) -> str:
-    """24576 as `24.6k`."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size * 0.9995:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
-
-
-@_drawn
+@drawn
 def curves(history: Sequence[Mapping[str, Any]], keys: Mapping[str, str], label: str, percent: bool = False) -> Figure:
     """One line over the epochs for each of `keys` (key in a row of history -> name in the legend)."""
     figure = Figure(figsize=(3.9, 2.9))  # these stand three abreast
@@ -116,7 +55,7 @@ def curves(history: Sequence[Mapping[str, Any]], keys: Mapping[str, str], label:
     return figure
 
 
-@_drawn
+@drawn
 def rates(values: Sequence[float], losses: Sequence[float], chosen: float | None) -> Figure:
     """The loss against the learning rate, on a log axis, with a line where one was chosen."""
     figure = Figure(figsize=(3.9, 2.9))
@@ -137,7 +76,7 @@ def split_name(layer: str) -> tuple[str, str]:
     return (match[1], match[2]) if match else ("", layer)
 
 
-@_drawn
+@drawn
 def firings_where(firings: np.ndarray, layers: Sequence[str], rank: int) -> Figure:
     """Count of firings, layer x index. `firings`: (n, 3) of step, layer number, index."""
     per_column = -(-rank // COLUMNS)
@@ -150,7 +89,7 @@ def firings_where(firings: np.ndarray, layers: Sequence[str], rank: int) -> Figu
     return figure
 
 
-@_drawn
+@drawn
 def firings_when(firings: np.ndarray, layers: Sequence[str], steps: int) -> Figure:
     """Count of firings, layer x optimizer step, under the sum over the layers."""
     steps = max(steps, int(firings[:, 0].max()) + 1)
@@ -197,7 +136,7 @@ def _heat(
     axes.hlines(np.array(starts[1:]) - 0.5, 0, right, color="white", linewidth=0.8)
 
 
-@_drawn
+@drawn
 def magnitudes(sizes: Sequence[np.ndarray], layers: Sequence[str], symbol: str, start: float | None = None) -> Figure:
     """|b| or |d| of every layer, a panel per role: median, middle half, middle 90%. `start`: a line at this value."""
     roles: dict[str, list[np.ndarray]] = {}
@@ -251,7 +190,7 @@ def confused_pairs(confusion: np.ndarray, limit: int) -> list[tuple[int, int, in
     return [(int(i), int(j), int(errors[i, j])) for i, j in pairs if errors[i, j] > 0]
 
 
-@_drawn
+@drawn
 def confusion_matrix(confusion: np.ndarray, names: Sequence[str], classes: np.ndarray) -> Figure:
     """Share of each true class (row) predicted as each class, for these `classes`: right in blue, wrong in red."""
     counts = confusion[np.ix_(classes, classes)]
@@ -282,7 +221,7 @@ def confusion_matrix(confusion: np.ndarray, names: Sequence[str], classes: np.nd
     return figure
 
 
-@_drawn
+@drawn
 def comparison(rows: Sequence[Mapping[str, Any]], score: str = "accuracy", axis: str = "accuracy") -> Figure:
     """A score against trained parameters, a labelled point per method. `SCORE_std`, if there, as a bar."""
     figure = Figure(figsize=(WIDTH, 3.3))
@@ -343,4 +282,4 @@ def thumbnail(image: np.ndarray) -> str:
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     picture.save(buffer, format=kind)
-    return _data_uri(kind, buffer.getvalue())
+    return data_uri(kind, buffer.getvalue())

@@ -2,41 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from uora_vision.cli.page import LOWER, label, show, templates
 
 from . import figures
 
 MOST_CLASSES = 40  # in the picture of the confusion matrix
 MOST_PAIRS = 10
 MOST_SAMPLES = 48
-LOWER = ("loss", "perplexity")  # less is better
-LABELS = {
-    "accuracy": "Accuracy",
-    "accuracy_std": "± std",
-    "adapter_bytes": "Adapter size",
-    "bleu": "BLEU",
-    "cider": "CIDEr",
-    "firings": "Redraws",
-    "loss": "Loss",
-    "lr": "Learning rate",
-    "meteor_stem": "METEOR, no synonyms",
-    "nist": "NIST",
-    "peak_memory": "Peak memory",
-    "peak_memory_bytes": "Peak memory",
-    "rouge_l": "ROUGE-L",
-    "seconds": "Time",
-    "seconds_per_step": "Time per step",
-    "trained_parameters_without_head": "Trained, without head",
-}
 CAPTIONS = {  # how to read the curves of a quantity
     "accuracy": "A widening gap between the lines means that the model learns its training data by heart.",
     "loss": "Lower is better. A test line that turns upwards says that training went on for too long.",
@@ -136,15 +116,7 @@ def write_report(report: RunReport, path: Path) -> None:
 
 def render(report: RunReport) -> str:
     """The page as a string."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"label": label}
-    environment.globals |= {"show": show}
+    environment = templates(Path(__file__).parent)
     return environment.get_template("report.html.j2").render(
         report=report,
         tiles=_tiles(report),
@@ -163,42 +135,10 @@ def render(report: RunReport) -> str:
     )
 
 
-def label(key: str) -> str:
-    """`peak_memory_bytes` as `Peak memory`."""
-    words = key.replace("_", " ")
-    return LABELS.get(key, words[:1].upper() + words[1:])
-
-
 def _axis(key: str) -> str:
     """A label in the middle of things: `BLEU` stays, `Learning rate` begins small."""
     words = label(key)
     return words if words[1:2].isupper() else words.lower()
-
-
-def show(key: str, value: Any) -> str:
-    """A value with the unit that its key implies: `show("adapter_bytes", 98304)` is `98.3 kB`."""
-    if value is None:
-        return "-"
-    if isinstance(value, bool | np.bool_):
-        return "yes" if value else "no"
-    if isinstance(value, Mapping | list | tuple):
-        return json.dumps(value, default=str, ensure_ascii=False)
-    if not isinstance(value, int | float | np.number):
-        return str(value)
-    if not math.isfinite(value):
-        return "not a number" if math.isnan(value) else "infinite"
-    if "accuracy" in key:
-        return f"{100 * value:.1f}%"
-    if "bytes" in key or "memory" in key:
-        return _scaled(float(value), ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")))
-    if "seconds" in key:
-        return _scaled(float(value), ((3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms")))
-    return f"{value:,}" if isinstance(value, int | np.integer) else f"{value:.4g}"
-
-
-def _scaled(value: float, units: tuple[tuple[float, str], ...]) -> str:
-    size, unit = next((pair for pair in units if abs(value) >= pair[0]), units[-1])
-    return f"{value / size:,.3g} {unit}" if abs(value) < 999.5 * size else f"{value / size:,.0f} {unit}"
 
 
 def _check(report: RunReport) -> None:

@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import TrainingError
+from uora_vision.cli.page import LOWER
 
-LOWER = ("loss", "perplexity", "mae")
-"""Measures of which less is better."""
+from ..errors import TrainingError
 
 
 @dataclass

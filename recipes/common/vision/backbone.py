@@ -15,6 +15,8 @@ from uora_vision.predict.network import failing_fast
 from ..data.augment import InputFormat
 from ..errors import ModelError
 
+NO_DROP_PATH = "{!r} has no blocks that --drop-path could skip; leave it out"
+
 
 def create_backbone(
     name: str, classes: int, keep_head: bool = False, img_size: int | None = None, drop_path: float = 0.0
@@ -43,6 +45,8 @@ def create_backbone(
         with failing_fast(not name.startswith("local-dir:")):
             model = _create(name, options, img_size)
     except Exception as error:  # the hub, safetensors and timm each raise types of their own
+        if "drop_path_rate" in str(error):
+            raise ModelError(NO_DROP_PATH.format(name)) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         advice = (
             "Check the folder."
@@ -51,7 +55,7 @@ def create_backbone(
         )
         raise ModelError(f"cannot load pretrained weights for {name!r}: {reason} {advice}") from error
     if drop_path and not any(getattr(m, "drop_prob", 0) for m in model.modules() if isinstance(m, DropPath)):
-        raise ModelError(f"{name!r} has no blocks that --drop-path could skip; leave it out")
+        raise ModelError(NO_DROP_PATH.format(name))
     if not keep_head:
         model.reset_classifier(classes)  # timm keeps a pretrained head that happens to have as many classes
     elif model.num_classes < classes:
