@@ -73,7 +73,7 @@ class Options(RunChoice, TrainChoice, TableChoice, MethodChoice):
     no_repeat_ngram: Annotated[int, Option(min=0, help="write no n tokens twice; 0 to allow it")] = 4
     max_new_tokens: Annotated[int, Option(min=1, help="longest text to write")] = 64
     generate_batch: Annotated[int, Option(min=1, help="texts to write at a time, per process")] = 16
-    epochs: Annotated[int, Option(min=1)] = 5
+    epochs: Annotated[int, Option(min=1, help="passes over the training data")] = 5
     batch: Annotated[int, Option(min=1, help="examples per step, over all processes")] = 8
 
 

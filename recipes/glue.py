@@ -80,7 +80,7 @@ class Options(RunChoice, TrainChoice, TableChoice, MethodChoice):
     )
     shots: Annotated[int | None, Option(min=1, help="training examples per class; all by default")] = None
     validation: Annotated[float, Option(min=0, max=0.9, help="measure on this share of the training set, held out")] = 0
-    epochs: Annotated[int, Option(min=1)] = 3
+    epochs: Annotated[int, Option(min=1, help="passes over the training data")] = 3
     batch: Annotated[int, Option(min=1, help="examples per step, over all processes")] = 32
 
 

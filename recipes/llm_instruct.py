@@ -63,8 +63,7 @@ class Options(RunChoice, TrainChoice, TableChoice, MethodChoice):
     load_in_4bit: Annotated[bool, Option("--load-in-4bit", help="the frozen weights in nf4, by bitsandbytes")] = False
     samples: Annotated[int, Option(min=0, help="held-out prompts to answer before and after training")] = 6
     max_new_tokens: Annotated[int, Option(min=1, help="longest answer to write")] = 128
-    accumulate: Annotated[int, Option(min=1, help="divide a batch into so many passes, for less memory")] = 1
-    epochs: Annotated[int, Option(min=1)] = 3
+    epochs: Annotated[int, Option(min=1, help="passes over the training data")] = 3
     batch: Annotated[int, Option(min=1, help="examples per step, over all processes")] = 16
 
 
@@ -191,10 +190,9 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
     def make(**parts: Any) -> Any:
         settings = arguments(
             options, folder, max_length=length, packing=options.packing, eval_packing=False,
-            gradient_checkpointing=options.gradient_checkpointing, gradient_accumulation_steps=options.accumulate,
+            gradient_checkpointing=options.gradient_checkpointing,
             **({} if options.packing else {"train_sampling_strategy": "group_by_length"}),
         )  # fmt: skip
-        settings["per_device_train_batch_size"] = -(-settings["per_device_train_batch_size"] // options.accumulate)
         return make_trainer(
             adapted, settings, options.precision, train_dataset=train_set.rows, eval_dataset=test_set.rows,
             processing_class=tokenizer, **parts,

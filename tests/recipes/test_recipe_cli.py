@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from types import ModuleType
+from typing import Annotated, Any, get_type_hints
 
 import pytest
 import yaml
@@ -17,6 +19,8 @@ from common.errors import RecipeError
 from common.training.folder import CONFIG, prepare_folder, record_config
 from common.training.methods import DEFAULTS
 from typer import Option
+
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,3 +113,17 @@ def test_a_run_is_continued_with_the_options_that_it_recorded(tmp_path: Path) ->
     assert prepare_folder(tmp_path, True, "name", config | {"resume": True, "workers": 3, "quiet": True}) == tmp_path
     with pytest.raises(RecipeError, match="--name was nobody, is now me; --seed was 0, is now 1"):
         prepare_folder(tmp_path, True, "name", config | {"seed": 1, "name": "me"})
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.py")), ids=lambda path: path.stem)
+def test_the_docs_have_every_option_as_the_help_says_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = ModuleType(path.stem)
+    monkeypatch.setitem(sys.modules, path.stem, recipe)
+    options = path.read_text().partition("if __name__ ==")[0]  # what is imported below takes long
+    exec(compile(options, path.name, "exec"), vars(recipe))
+    page = (RECIPES.parent / "docs" / "recipes.md").read_text()
+    hints = get_type_hints(recipe.Options, include_extras=True)
+    for field in dataclasses.fields(recipe.Options):
+        (option,) = hints[field.name].__metadata__
+        name, told = f"--{field.name.replace('_', '-')}", option.help.replace("|", "\\|")
+        assert re.search(rf"^\| `{name}` \|[^|]*\| {re.escape(told)} \|$", page, re.M), f"{name}: {told}"

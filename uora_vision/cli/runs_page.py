@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from .page import LOWER, label, templates
-from .runs import Run, columns, differing, measures
+from .run_data import Run, columns, differing, measures
 
 COLOURED = 10
 """Runs with a colour of their own; the others are grey."""

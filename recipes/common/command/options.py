@@ -150,7 +150,7 @@ class MethodChoice(Choice):
 class TrainChoice(Choice):
     """For how long, and in what steps."""
 
-    epochs: Annotated[int, Option(min=1)] = 10
+    epochs: Annotated[int, Option(min=1, help="passes over the training data")] = 10
     batch: Annotated[int, Option(min=1, help="examples per step, over all processes")] = 64
     warmup: Annotated[float, Option(min=0, max=1, help="share of the steps")] = 0.1
     opt: Annotated[str, Option(help="an optimizer that timm knows")] = "adamw"
