@@ -109,17 +109,34 @@ def test_the_saved_adapter_gives_the_measured_accuracy(
 
 @pytest.mark.slow
 def test_a_resumed_run_ends_as_an_uninterrupted_one(recipe: Call, tmp_path: Path) -> None:
-    assert recipe(*SHORT, *FIRES, "--output", tmp_path / "whole")[0] == 0
-    assert recipe(*SHORT, *FIRES, "--output", tmp_path / "parts", "--max-steps", 2)[0] == 0
-    assert not (tmp_path / "parts" / "metrics.json").exists()
-    assert recipe(*SHORT, *FIRES, "--output", tmp_path / "parts", "--resume", "--max-steps", 5)[0] == 0
-    code, error = recipe(*SHORT, *FIRES, "--output", tmp_path / "parts", "--resume")
+    words = (*SHORT, *FIRES, "--best", "loss", "--accumulate", 2)
+    assert recipe(*words, "--output", tmp_path / "whole")[0] == 0
+    for steps in (2, 3, 5):  # in an epoch, at the end of one, and in the next
+        resume = ["--resume"] * (steps > 2)
+        assert recipe(*words, "--output", tmp_path / "parts", *resume, "--max-steps", steps)[0] == 0
+        assert not (tmp_path / "parts" / "metrics.json").exists()
+    code, error = recipe(*words, "--output", tmp_path / "parts", "--resume")
     assert code == 0, error
     whole, parts = trained(tmp_path / "whole"), trained(tmp_path / "parts")
     assert whole.keys() == parts.keys()
     assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
     told = [json.loads((tmp_path / n / "metrics.json").read_text()) for n in ("whole", "parts")]
     assert told[0]["firings"] == told[1]["firings"] > 0 and told[0]["accuracy"] == told[1]["accuracy"]
+    rows = [json.loads((tmp_path / n / "history.json").read_text()) for n in ("whole", "parts")]
+    losses = [[row["test_loss"] for row in history] for history in rows]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+    assert told[0]["loss"] == min(losses[0]) and told[0]["kept_epoch"] == losses[0].index(min(losses[0])) + 1
+
+
+@pytest.mark.slow
+def test_patience_ends_a_run_and_a_measure_that_is_not_there_starts_none(recipe: Call, tmp_path: Path) -> None:
+    words = ("--batch", 8, "--quiet", "--lr", 3, "--head-lr", 1, "--epochs", 8, "--best", "loss", "--patience", 1)
+    assert recipe(*words, "--output", tmp_path / "out")[0] == 0
+    losses = [row["test_loss"] for row in json.loads((tmp_path / "out" / "history.json").read_text())]
+    assert len(losses) < 8 and losses[-1] >= min(losses[:-1])
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["loss"] == min(losses)
+    code, error = recipe(*SHORT, "--best", "f1", "--output", tmp_path / "other")
+    assert code == 2 and "--best f1 is not measured here; there are accuracy, loss" in error
 
 
 @pytest.mark.parametrize("task", ["cola", "mrpc", "mnli"])

@@ -15,7 +15,7 @@ class Average:
     """timm's average of a model: rows of A and B follow those of the model, and a direction that was redrawn starts
     again from the model's d. What d was before belongs to rows that are no more.
 
-    The decay of step n is at most 1 - (1 + n)^(-2/3), so that the average leaves the weights of the start behind.
+    The decay of step n, counted from 1, is at most 1 - n^(-2/3), so that the average leaves the start behind.
 
     Args:
         model: what is averaged, on its device and before it is wrapped.

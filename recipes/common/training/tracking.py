@@ -92,6 +92,6 @@ def _started(name: str, folder: Path, config: Mapping[str, Any], ends: ExitStack
         if name in ("wandb", "mlflow"):
             made.store_init_configuration(dict(config))
     except Exception as error:  # a service that is not there; each client has errors of its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise TrainingError(f"--track {name} cannot start: {reason} Leave it out of --track, or set it up") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise TrainingError(f"--track {name} cannot start: {reason}. Leave it out of --track, or set it up") from error
     return made
