@@ -20,7 +20,8 @@ from .lifecycle.injection import inject, remove
 from .lifecycle.library import adapters
 from .lifecycle.merging import MergeReport, merge, unmerge
 from .lifecycle.parameter_groups import param_groups
-from .lifecycle.reinit import AlphaDecay, Reinitializer, ThresholdWave
+from .lifecycle.reinit import Reinitializer
+from .lifecycle.schedules import AlphaDecay, ThresholdWave
 from .lifecycle.selection import activate, active_adapter, adapter_names, delete
 from .lifecycle.verification import verify
 from .predict.predictor import Prediction, Predictor, load_predictor

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import FormatError, StateError
-from ..lifecycle.reinit import AlphaSchedule, Reinitializer, Scope, ThresholdSchedule
+from ..lifecycle.criteria import Criterion, Scope, Score, Source
+from ..lifecycle.reinit import Reinitializer
+from ..lifecycle.schedules import AlphaSchedule, ThresholdSchedule
 from ..maths.redraw_log import Interpolation
 from ..options import UNSET, given, hinting
 from .state import after_step, changing_state, injected_in, innermost, load_changing_state, read_saved
@@ -46,10 +49,15 @@ class AcceleratedReinitializer(Reinitializer):
         interpolation: Interpolation = UNSET,
         relative: bool = UNSET,
         reset_moments: bool = UNSET,
+        criterion: Criterion | Score = UNSET,
+        source: Source = UNSET,
+        batches: Iterable[Any] | None = UNSET,
+        loss: Callable[[nn.Module, Any], Tensor] | None = UNSET,
     ) -> None:
         options = given(
             threshold=threshold, alpha=alpha, every=every, scope=scope, quorum=quorum, interpolation=interpolation,
-            relative=relative, reset_moments=reset_moments,
+            relative=relative, reset_moments=reset_moments, criterion=criterion, source=source, batches=batches,
+            loss=loss,
         )  # fmt: skip
         super().__init__(model, optimizer=optimizer, **options)
         self._stepped = False
@@ -85,6 +93,10 @@ def prepare_reinitializer(
     interpolation: Interpolation = UNSET,
     relative: bool = UNSET,
     reset_moments: bool = UNSET,
+    criterion: Criterion | Score = UNSET,
+    source: Source = UNSET,
+    batches: Iterable[Any] | None = UNSET,
+    loss: Callable[[nn.Module, Any], Tensor] | None = UNSET,
 ) -> AcceleratedReinitializer:
     """A reinitializer whose state `accelerator.save_state` and `load_state` keep.
 
@@ -92,7 +104,8 @@ def prepare_reinitializer(
 
     Args:
         model, optimizer: as `accelerator.prepare` returned them.
-        threshold, alpha, every, scope, quorum, interpolation, relative, reset_moments: see `Reinitializer`.
+        threshold, alpha, every, scope, quorum, interpolation, relative, reset_moments, criterion,
+            source, batches, loss: see `Reinitializer`.
 
     Raises:
         StateError: the model is not injected, or was not prepared by this accelerator.
@@ -120,7 +133,8 @@ def prepare_reinitializer(
     reinit = AcceleratedReinitializer(
         inner, optimizer,
         threshold=threshold, alpha=alpha, every=every, scope=scope, quorum=quorum, interpolation=interpolation,
-        relative=relative, reset_moments=reset_moments,
+        relative=relative, reset_moments=reset_moments, criterion=criterion, source=source, batches=batches,
+            loss=loss,
     )  # fmt: skip
     reinit.optimizer = innermost(optimizer)
 

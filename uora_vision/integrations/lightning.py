@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,10 +13,12 @@ except ImportError:
     from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
 
 from ..errors import StateError
+from ..lifecycle.criteria import Criterion, Score
 from ..lifecycle.informing import inform as inform_adapter
 from ..lifecycle.library import adapters, bank_of
 from ..lifecycle.optimizers import check_optimizer
-from ..lifecycle.reinit import AlphaSchedule, Reinitializer, Scope, ThresholdSchedule
+from ..lifecycle.reinit import Reinitializer, Scope, Source
+from ..lifecycle.schedules import AlphaSchedule, ThresholdSchedule
 from ..maths.redraw_log import Interpolation
 from ..options import UNSET, given, hinting
 from .state import after_step, frozen_names, injected_in, keep_missing_base, rows_of
@@ -35,7 +37,8 @@ class UoraCallback(Callback):
         inform: how many batches of the training data give the adapter informed rows before the first step (see
             `uora.inform`); 0: none.
         inform_loss: the loss of a batch, `inform_loss(model, batch)` with the injected model; see `uora.inform`.
-        threshold, alpha, every, scope, quorum, interpolation, relative, reset_moments: see `Reinitializer`.
+        threshold, alpha, every, scope, quorum, interpolation, relative, reset_moments, criterion,
+            source, batches, loss: see `Reinitializer`.
 
     Raises, in fit:
         StateError: the module holds no injected model, no optimizer trains it, or a checkpoint has no such state.
@@ -60,13 +63,18 @@ class UoraCallback(Callback):
         interpolation: Interpolation = UNSET,
         relative: bool = UNSET,
         reset_moments: bool = UNSET,
+        criterion: Criterion | Score = UNSET,
+        source: Source = UNSET,
+        batches: Iterable[Any] | None = UNSET,
+        loss: Callable[[nn.Module, Any], Tensor] | None = UNSET,
         inform: int = 0,
         inform_loss: Callable[[nn.Module, Any], Tensor] | None = None,
     ) -> None:
         self.inform, self.inform_loss = inform, inform_loss
         self.options = given(
             threshold=threshold, alpha=alpha, every=every, scope=scope, quorum=quorum, interpolation=interpolation,
-            relative=relative, reset_moments=reset_moments,
+            relative=relative, reset_moments=reset_moments, criterion=criterion, source=source, batches=batches,
+            loss=loss,
         )  # fmt: skip
         self.reinit: Reinitializer | None = None
         self._ends: list[Callable[[], None]] = []

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import ConfigError, FormatError, StateError
+from ..lifecycle.criteria import Criterion, Score
 from ..lifecycle.informing import inform as inform_adapter
 from ..lifecycle.library import bank_of
 from ..lifecycle.optimizers import check_optimizer
 from ..lifecycle.parameter_groups import param_groups
-from ..lifecycle.reinit import AlphaSchedule, Reinitializer, Scope, ThresholdSchedule
+from ..lifecycle.reinit import Reinitializer, Scope, Source
+from ..lifecycle.schedules import AlphaSchedule, ThresholdSchedule
 from ..maths.redraw_log import Interpolation
 from ..options import UNSET, given, hinting
 from ..storage.folder import TENSOR_FILE
@@ -37,7 +40,8 @@ class UoraCallback(TrainerCallback):
         inform: how many batches of the training data give the adapter informed rows before the first step (see
             `uora.inform`); 0: none. It needs a trainer of `adapter_only`, whose checkpoints hold the rows.
         inform_loss: the loss of a batch, `inform_loss(model, batch)` with the injected model; see `uora.inform`.
-        threshold, alpha, every, scope, quorum, interpolation, relative, reset_moments: see `Reinitializer`.
+        threshold, alpha, every, scope, quorum, interpolation, relative, reset_moments, criterion,
+            source, batches, loss: see `Reinitializer`.
 
     Raises, when training begins:
         StateError: the model is not injected, or there is no state to resume from.
@@ -63,14 +67,19 @@ class UoraCallback(TrainerCallback):
         interpolation: Interpolation = UNSET,
         relative: bool = UNSET,
         reset_moments: bool = UNSET,
+        criterion: Criterion | Score = UNSET,
+        source: Source = UNSET,
+        batches: Iterable[Any] | None = UNSET,
+        loss: Callable[[nn.Module, Any], Tensor] | None = UNSET,
         inform: int = 0,
-        inform_loss: Callable[[torch.nn.Module, Any], torch.Tensor] | None = None,
+        inform_loss: Callable[[nn.Module, Any], Tensor] | None = None,
     ) -> None:
         self.inform, self.inform_loss = inform, inform_loss
         self.attached = False
         self.options = given(
             threshold=threshold, alpha=alpha, every=every, scope=scope, quorum=quorum, interpolation=interpolation,
-            relative=relative, reset_moments=reset_moments,
+            relative=relative, reset_moments=reset_moments, criterion=criterion, source=source, batches=batches,
+            loss=loss,
         )  # fmt: skip
         self.reinit: Reinitializer | None = None
         self.resumed: Path | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -28,6 +28,8 @@ from .verification import as_before
 
 Share = Literal["input", "width"]
 
+MAX_BATCHES = 8
+
 
 @hinting
 @outside_inference_mode
@@ -38,7 +40,7 @@ def inform(
     *,
     share: Share = "input",
     store: RowType = "int8",
-    max_batches: int = 8,
+    max_batches: int = MAX_BATCHES,
 ) -> dict[str, float]:
     """Give the active adapter rows of A that the gradient of the frozen weights asks for, in place of random ones.
 
@@ -97,6 +99,36 @@ def inform(
     _tell(sketches, names, rows)
     whole = {path: float(bool(t.any())) for path, (_, t) in sketches.items()}  # a rank of the width spans everything
     return whole | {path: rows[names[a.origin]].share for path, (a, _) in sketches.items() if a.origin in names}
+
+
+def fresh_rows(
+    model: nn.Module,
+    fired: Sequence[tuple[Adapter, int, Tensor]],
+    batches: Iterable[Any],
+    loss: Callable[[nn.Module, Any], Tensor] | None,
+    step: int,
+) -> list[Tensor]:
+    """For directions that are drawn again, the rows of A that the gradient asks for beside the others of their role.
+
+    Args:
+        fired: adapters, each with the number of a role and its directions (k,).
+        batches, loss: as of `inform`.
+        step: of the optimizer; random rows, where the gradient gives too few, are keyed by it.
+
+    Returns:
+        (k, in) float32 for each, the same in all processes.
+    """
+    sketches, _ = _sketches(Survey(model), library_of(model), batches, loss or _usual_loss, MAX_BATCHES)
+    found = []
+    for adapter, role, indices in fired:
+        matrices, bank = adapter.matrices()[0], adapter.bank
+        others = torch.ones(bank.config.rank, dtype=torch.bool)
+        others[indices] = False
+        beside = matrices[role % len(matrices)].detach().cpu()[others]
+        generator = keyed_generator(bank.config.seed, f"{adapter.own(role)[0].name}/fresh", draw=step)
+        rows = leading_rows(sketches[adapter.name][1], len(indices), generator, beside).rows
+        found.append(_everywhere(round_rows(rows * _length(bank, adapter.width), "int8"), adapter.b.device))
+    return found
 
 
 def bank_like(old: Bank, widths: Widths, first: Mapping[str, Tensor]) -> Bank:
@@ -218,14 +250,18 @@ def _chosen(
         bank = members[0][0].bank
         found = leading_rows(total, bank.config.rank, keyed_generator(bank.config.seed, name))
         kept = round_rows(found.rows * _length(bank, width), store)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            device = members[0][0].b.device
-            sent = kept.to(device)
-            torch.distributed.broadcast(sent, 0)  # processors may differ in last bits
-            kept = sent.cpu()
-        rows[name] = found._replace(rows=kept)
+        rows[name] = found._replace(rows=_everywhere(kept, members[0][0].b.device))
         names |= {adapter.origin: name for adapter, _ in members}
     return names, rows
+
+
+def _everywhere(rows: Tensor, device: torch.device) -> Tensor:
+    """Those of the first process: processors may differ in last bits."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return rows
+    sent = rows.to(device)
+    torch.distributed.broadcast(sent, 0)
+    return sent.cpu()
 
 
 def _length(bank: Bank, width: int) -> float:

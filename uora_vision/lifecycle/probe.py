@@ -1,8 +1,8 @@
 """Sketches of the gradients of adapted weights, taken where their adapters sit.
 
-In place of each adapter sits, for some batches, a branch with dW = S^T Q and Q = 0. The model computes what its base
-computes, and the gradient of Q is S G, the sketch of the gradient G of the weight: so of every kind of weight that can
-be adapted, however the model uses it.
+On each adapter sits, for some batches, a branch with dW = S^T Q and Q = 0. The model computes what it computes without,
+and the gradient of Q is S G, the sketch of the gradient G of the weight: so of every kind of weight that can be
+adapted, however the model uses it.
 
 Shapes: x (..., in), W (out, in), S (l, rows of all roles), Q and a sketch (l, in).
 """
@@ -46,10 +46,10 @@ class Inputs:
 
 
 class Probe(nn.Module):
-    """Sits where an adapter does, with its interface.
+    """Sits on an adapter, in its place and with its interface.
 
     Args:
-        adapter: whose place it takes.
+        adapter: on which it sits.
         size: l.
         inputs: shared by all of a model.
     """
@@ -70,9 +70,12 @@ class Probe(nn.Module):
         self.update = Update(b, d, adapter.spans, (self.q,), parts)
 
     def project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self.add_update(x, nn.functional.linear(x, to_matrix(weight, self.adapter.form).to(x.dtype), bias))
+        return self._sketched(x, self.adapter.project(x, weight, bias))
 
     def add_update(self, x: Tensor, y: Tensor) -> Tensor:
+        return self._sketched(x, self.adapter.add_update(x, y))
+
+    def _sketched(self, x: Tensor, y: Tensor) -> Tensor:
         self.inputs.note(x, self.adapter)
         return y + linear.delta(x, self.update, y.shape[-1]).to(y.dtype)
 
@@ -83,12 +86,13 @@ class Probe(nn.Module):
 
     def fold(self, weight: Tensor) -> Tensor:
         whole = left_matrix(self.update, to_matrix(weight, self.adapter.form).shape[0]) @ self.q
-        return (weight.float() + from_matrix(whole, self.adapter.form, weight.shape)).to(weight.dtype)
+        adapted = self.adapter.fold(weight)
+        return (adapted.float() + from_matrix(whole, self.adapter.form, weight.shape)).to(weight.dtype)
 
 
 @contextmanager
 def probing(entry: Entry, size: int) -> Iterator[tuple[list[Probe], Inputs]]:
-    """Inside, a probe sits in place of every adapter."""
+    """Inside, a probe sits on every adapter."""
     inputs = Inputs()
     places = list(zip(entry.placement.modules, entry.placement.projections, entry.modules or (), strict=True))
     probes = [Probe(adapter, size, inputs) for _, _, adapter in places]

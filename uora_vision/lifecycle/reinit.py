@@ -1,18 +1,18 @@
-"""Reinitialisation: directions whose trained weight has died are drawn again.
+"""Reinitialisation: directions that have died are drawn again.
 
 After an optimizer step, for every adapted role and each index i:
 
     below_i = |d_i| < tau ;  count_i += below_i ;  fire when below_i and count_i % every == 0
 
 and a fired index gets a fresh row of A and column of B, mixed with the old by alpha (UORA, ACL 2025, section 3; here it
-runs once per optimizer step and outside the forward, so that checkpointing and accumulation cannot repeat it).
+runs once per optimizer step and outside the forward, so that checkpointing and accumulation cannot repeat it). Another
+criterion has a score of the direction in place of |d_i|; another source has rows that are not random.
 """
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,84 +24,15 @@ from ..maths.redraw_log import Interpolation, pack_log
 from ..options import hinting
 from ..weights.sharded import clear, joined
 from .adapter import Adapter, own_matrices
+from .criteria import Criterion, RunningScore, Scope, Score, Source, check_source, scorer
+from .informing import fresh_rows
 from .library import active_entry, adapters, bank_of
 from .optimizers import DecayWatch, check_optimizer, warn_of_decay
 from .reinit_state import read_state
+from .schedules import AlphaSchedule, ThresholdSchedule, is_number, is_whole
 
 if TYPE_CHECKING:
     import numpy as np
-
-Scope = Literal["shared", "quorum", "layer"]
-
-
-class AlphaSchedule(Protocol):
-    def __call__(self, draws: Tensor) -> Tensor:
-        """Alpha (k,) of directions that have been drawn again `draws` (k,) times before."""
-        ...
-
-
-class ThresholdSchedule(Protocol):
-    def __call__(self, step: int) -> float:
-        """The threshold at an optimizer step, counted from 1."""
-        ...
-
-
-@dataclass(frozen=True)
-class AlphaDecay:
-    """Alpha falls by `by` with every firing of an index, from `start` to `floor`: a helper in the author's code.
-
-    Raises:
-        ConfigError: it would not fall, or leave [0, 1].
-
-    Example:
-        >>> import torch, uora_vision as uora
-        >>> uora.AlphaDecay(start=1.0, by=0.05, floor=0.5)(torch.tensor([0, 1, 20]))
-        tensor([1.0000, 0.9500, 0.5000], dtype=torch.float64)
-    """
-
-    start: float = 1.0
-    by: float = 0.05
-    floor: float = 0.5
-
-    def __post_init__(self) -> None:
-        numbers = all(map(_is_number, (self.start, self.by, self.floor)))
-        if not numbers or not 0 <= self.floor <= self.start <= 1 or self.by < 0:
-            raise ConfigError(f"AlphaDecay needs 0 <= floor <= start <= 1 and by >= 0, got {self}")
-
-    def __call__(self, draws: Tensor) -> Tensor:
-        return (self.start - self.by * draws.to(torch.float64)).clamp(min=self.floor)
-
-
-@dataclass(frozen=True)
-class ThresholdWave:
-    """The threshold goes up from `low` to `high` and down again by `by` every `steps`, as in the author's code.
-
-    Raises:
-        ConfigError: the numbers give no such wave.
-
-    Example:
-        >>> import uora_vision as uora
-        >>> wave = uora.ThresholdWave(low=0.0, high=0.5, by=0.25, steps=10)
-        >>> [wave(step) for step in (1, 11, 21, 31, 41)]
-        [0.0, 0.25, 0.5, 0.25, 0.0]
-    """
-
-    low: float = 1e-6
-    high: float = 1e-4
-    by: float = 1e-6
-    steps: int = 1000
-
-    def __post_init__(self) -> None:
-        numbers = all(map(_is_number, (self.low, self.high, self.by)))
-        if not numbers or not 0 <= self.low <= self.high or self.by <= 0:
-            raise ConfigError(f"ThresholdWave needs 0 <= low <= high and by > 0, got {self}")
-        if not _is_whole(self.steps):
-            raise ConfigError(f"ThresholdWave needs a whole number of at least 1 as steps, got {self}")
-
-    def __call__(self, step: int) -> float:
-        span = max(1, round((self.high - self.low) / self.by))
-        phase = (step - 1) // self.steps % (2 * span)
-        return self.low + self.by * min(phase, 2 * span - phase)
 
 
 class Reinitializer:
@@ -110,7 +41,8 @@ class Reinitializer:
     Args:
         model: an injected model.
         threshold: tau, or a schedule from the optimizer step to tau.
-        alpha: share of the old row that is kept, in [0, 1], or a schedule from earlier draws to shares.
+        alpha: share of the old row that is kept beside a random one, in [0, 1], or a schedule from earlier draws to
+            shares.
         every: an index fires each time its count of steps below tau is a multiple of this.
         scope: `shared`: an index that fires in any layer is redrawn for all layers of the bank, and their functions
             change with it (the author's). `quorum`: only when the given share of a matrix's roles are below tau at that
@@ -118,9 +50,21 @@ class Reinitializer:
             model's function stays the same to within tau.
         quorum: share of the roles, in (0, 1]; for `quorum`.
         interpolation: `linear`, or `spherical`, which keeps the matrices orthonormal.
-        relative: whether tau is a multiple of the role's median |d|.
+        relative: whether tau is a multiple of the role's median |d|, or score.
         reset_moments: whether the optimizer's moments of a fired d_i are set to 0.
-        optimizer: that trains the adapter; it is looked at here, and needed for `reset_moments`.
+        criterion: what is held against tau. `magnitude`: |d_i|. `saliency`: a running mean over steps of |d_i g_i|, g_i
+            the gradient of d_i: to first order, what the loss gains by the direction. It has no scale of its own, so it
+            needs `relative`. Or a function of d and its gradient, see `Score`, of which the running mean is taken.
+            All but `magnitude` need `step()` before the gradients are cleared. What fires by them starts again with
+            d_i = 0 and cleared moments if it is drawn again: at the old d_i, a fresh row would change the model.
+        source: of fresh rows. `random`. `informed`, in scope `layer`: the row of A is the leading right singular vector
+            (the leading ones, if several fire) of what the gradient of the weight over `batches` has outside of the
+            other rows; see `inform`. B keeps its column, d_i starts at 0 with cleared moments, and the log holds the
+            row, in int8. `none`: rows and d stay, and only moments are cleared, as a control.
+        batches: for `informed`: what the model learns from, such as a list or a DataLoader; of each pass over it, one a
+            step in which directions fire, the first 8 are taken.
+        loss: for `informed`: `loss(model, batch)`, as for `inform`.
+        optimizer: that trains the adapter; it is looked at here, and needed where moments are cleared.
 
     Raises:
         StateError: the model is not injected.
@@ -160,23 +104,30 @@ class Reinitializer:
         relative: bool = False,
         reset_moments: bool = False,
         optimizer: torch.optim.Optimizer | None = None,
+        criterion: Criterion | Score = "magnitude",
+        source: Source = "random",
+        batches: Iterable[Any] | None = None,
+        loss: Callable[[nn.Module, Any], Tensor] | None = None,
     ) -> None:
-        if not callable(threshold) and not (_is_number(threshold) and threshold >= 0):
+        if not callable(threshold) and not (is_number(threshold) and threshold >= 0):
             raise ConfigError(f"threshold must be finite and at least 0, got {threshold!r}")
-        if not callable(alpha) and not (_is_number(alpha) and 0 <= alpha <= 1):
+        if not callable(alpha) and not (is_number(alpha) and 0 <= alpha <= 1):
             raise ConfigError(f"alpha must be in [0, 1], got {alpha!r}")
-        if not _is_whole(every):
+        if not is_whole(every):
             raise ConfigError(f"every must be a whole number of at least 1, got {every!r}")
-        if not (_is_number(quorum) and 0 < quorum <= 1):
+        if not (is_number(quorum) and 0 < quorum <= 1):
             raise ConfigError(f"quorum must be in (0, 1], got {quorum!r}")
         for name, value, allowed in (
             ("scope", scope, get_args(Scope)),
             ("interpolation", interpolation, get_args(Interpolation)),
+            ("source", source, get_args(Source)),
         ):
             if value not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         if reset_moments and optimizer is None:
             raise ConfigError("reset_moments needs the optimizer: Reinitializer(model, ..., optimizer=optimizer)")
+        score = scorer(criterion, relative)
+        check_source(source, scope, alpha, interpolation, batches, loss)
         bank = bank_of(model)
         self.model, self._adapters = model, adapters(model)
         rank, widths = bank.config.rank, bank.matrices
@@ -189,11 +140,19 @@ class Reinitializer:
                 f"spherical interpolation needs a rank below every width; the rank is {rank} and there are "
                 f"{', '.join(narrow[:8])}. Use interpolation='linear' or a smaller rank."
             )
+        narrow = [f"{a.name} ({a.width})" for a in self._adapters.values() if a.width <= rank]
+        if source == "informed" and narrow:
+            raise ConfigError(
+                f"source='informed' needs a rank below every input width; the rank is {rank} and there are "
+                f"{', '.join(narrow[:8])}. Use source='random' or a smaller rank."
+            )
         self.threshold, self.alpha, self.every, self.scope, self.quorum = threshold, alpha, every, scope, quorum
         self.interpolation: Interpolation = interpolation
         self.relative, self.reset_moments, self.optimizer = relative, reset_moments, optimizer
+        self.criterion, self.source, self.batches, self.loss = criterion, source, batches, loss
         self._places: list[tuple[Adapter, int]] = [(a, k) for a in self._adapters.values() for k in range(len(a.roles))]
         self._counts = torch.zeros(len(self._places), rank, dtype=torch.int64, device=self._device)
+        self._score = None if score is None else RunningScore(score, len(self._places), rank)
         self._history: list[Tensor] = []
         if optimizer is not None:
             check_optimizer(optimizer, model)
@@ -245,17 +204,27 @@ class Reinitializer:
             How many directions fired.
 
         Raises:
-            StateError: another adapter is active than the one that this was made for.
+            StateError: another adapter is active than the one that this was made for, or no d has the gradient that the
+                criterion needs.
+            ConfigError: moments are to be cleared, and there is no optimizer.
+            OptionError: the batches of informed rows are none, or have no finite loss; see `inform`. Nothing is drawn
+                then.
         """
         if self._places[0][0] not in (active_entry(self.model).modules or ()):
             raise StateError("another adapter is active than the one that this Reinitializer was made for")
-        self.steps += 1
+        if self.optimizer is None and (self.source == "none" or self._restarts):
+            raise ConfigError(
+                f"criterion={self.criterion!r} with source={self.source!r} clears the moments of what fires and needs "
+                "the optimizer: Reinitializer(model, ..., optimizer=optimizer)"
+            )
         d = self._d()
+        scores = None if self._score is None else self._score.update(d, self._grad())
+        self.steps += 1
         watch = self._watch if self.optimizer is None else None
         decayed = watch.decayed(d) if watch else d.new_zeros((), dtype=torch.bool)
-        d = d.abs()
+        d = d.abs() if scores is None else scores
         tau = self.threshold(self.steps) if callable(self.threshold) else self.threshold
-        if not (_is_number(tau) and tau >= 0):
+        if not (is_number(tau) and tau >= 0):
             raise ConfigError(
                 f"the schedule of the threshold must give a finite number of at least 0, and gave {tau!r}"
             )
@@ -271,13 +240,33 @@ class Reinitializer:
             warn_of_decay()
         if not fires:
             return 0
-        fired = self._redraw_layers(fired) if self.scope == "layer" else self._redraw_shared(fired, below)
+        if self.source == "informed":
+            self._redraw_informed(fired)
+        elif self.source == "random":
+            fired = self._redraw_layers(fired) if self.scope == "layer" else self._redraw_shared(fired, below)
         places = fired.nonzero()
-        if len(places) and self.reset_moments:
-            self._clear_moments(fired)
         if len(places):
+            self._clear(fired, moments=self.reset_moments or self.source == "none" or self._restarts)
             self._history.append(torch.cat([torch.full((len(places), 1), self.steps), places], dim=1))
+            if self._score is not None:
+                self._score.restart(fired)
         return len(places)
+
+    @property
+    def _restarts(self) -> bool:
+        """Whether what is drawn again starts with d_i = 0. The paper's way is not that."""
+        return self.source == "informed" or (self.source == "random" and self.criterion != "magnitude")
+
+    def _grad(self) -> Tensor:
+        """The gradient of every d, (roles, r)."""
+        found = [a.d.grad for a in self._adapters.values()]
+        if all(grad is None for grad in found):
+            raise StateError(
+                f"criterion={self.criterion!r} needs the gradients of d, and there are none: call step() after "
+                "optimizer.step() and before optimizer.zero_grad()"
+            )
+        pairs = zip(found, self._adapters.values(), strict=True)
+        return joined([torch.zeros_like(a.d) if grad is None else grad for grad, a in pairs])
 
     @on_cpu
     def state_dict(self) -> dict[str, Any]:
@@ -291,6 +280,7 @@ class Reinitializer:
             "matrices": matrices,
             "layers": self.layers,
             "banks": self._bank_options(),
+            **({} if self._score is None else {"scores": self._score.values.cpu().clone()}),
         }
 
     @on_cpu
@@ -300,11 +290,13 @@ class Reinitializer:
         Raises:
             FormatError: the state belongs to another model, or is damaged; nothing of it was taken.
         """
-        found = read_state(state, self.layers, self.bank.config.rank, self._bank_options())
+        found = read_state(state, self.layers, self.bank.config.rank, self._bank_options(), self._score is not None)
         self.bank.replay(found.log, own_matrices(self._adapters.values()))
         for adapter in self._adapters.values():
             adapter.take_own()
         self.steps, self._counts = found.steps, found.counts.to(self._device)
+        if self._score is not None and found.scores is not None:
+            self._score.values = found.scores
         self._history = [found.history] if len(found.history) else []
 
     def _bank_options(self) -> dict[str, Any]:
@@ -343,6 +335,18 @@ class Reinitializer:
             adapter.refresh_own(k)
         return fired
 
+    def _redraw_informed(self, fired: Tensor) -> None:
+        places = fired.any(dim=1).nonzero().squeeze(1).tolist()
+        what = [(*self._places[i], fired[i].nonzero().squeeze(1)) for i in places]
+        assert self.batches is not None
+        rows = fresh_rows(self.model, what, self.batches, self.loss, self.steps)
+        for (adapter, k, indices), fresh in zip(what, rows, strict=True):
+            a, b = adapter.own(k)
+            kept = torch.ones(len(indices), dtype=torch.float64)
+            self.bank.redraw(a, indices, 0 * kept, self.steps, fresh)
+            self.bank.redraw(b, indices, kept, self.steps)  # own rows of A and B are of the same directions
+            adapter.refresh_own(k)
+
     def _alphas(self, matrix: str, indices: Tensor) -> Tensor:
         if callable(self.alpha):
             alphas = self.alpha(self.bank.draws(matrix)[indices])
@@ -360,21 +364,17 @@ class Reinitializer:
             return alphas
         return torch.full((len(indices),), float(self.alpha), dtype=torch.float64, device="cpu")
 
-    def _clear_moments(self, fired: Tensor) -> None:
-        assert self.optimizer is not None
+    def _clear(self, fired: Tensor, moments: bool) -> None:
+        """Clear the moments of what fired, and its d where it starts again."""
         row = 0
         for adapter in self._adapters.values():
             mine = fired[row : row + len(adapter.roles)]
             row += len(adapter.roles)
-            if mine.any():
+            if not mine.any():
+                continue
+            if self._restarts:
+                clear(adapter.d.detach(), mine)
+            if moments and self.optimizer is not None:
                 for value in self.optimizer.state.get(adapter.d, {}).values():
                     if isinstance(value, Tensor) and value.shape == adapter.d.shape:
                         clear(value, mine)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

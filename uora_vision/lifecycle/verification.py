@@ -188,7 +188,8 @@ def _noise(survey: Survey, adapters: list[Adapter]) -> Iterator[None]:
 
 @contextmanager
 def as_before(survey: Survey) -> Iterator[None]:
-    """Inside, gradients are enabled; afterwards gradients, buffers, training flags and random state are as before."""
+    """Inside, gradients are enabled, and begin anew; afterwards gradients, buffers, training flags and random state are
+    as before."""
     modules, parameters = survey.modules.values(), [held.tensor for held in survey.parameters.values()]
     flags = {m: m.training for m in modules}
     gradients = [(p, p.grad) for p in parameters]
@@ -200,6 +201,8 @@ def as_before(survey: Survey) -> Iterator[None]:
     devices = sorted({p.device.index for p, _ in gradients if p.is_cuda})
     try:
         with torch.random.fork_rng(devices), torch.enable_grad(), no_steps_in_backward(parameters):
+            for p, _ in gradients:
+                p.grad = None  # else a backward would add to what is put back
             yield
     finally:
         for p, grad in gradients:

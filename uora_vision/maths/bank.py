@@ -23,6 +23,7 @@ from ..config import UoraConfig
 from ..errors import ConfigError
 from .carried import Carried
 from .draws import fresh_row, initial_rows, keyed_generator, orthonormal_columns, reproducible
+from .informed import round_rows
 from .mark import digest
 from .redraw_log import BankState, Interpolation, Redraw, check_log
 from .widths import OwnMatrix, Side, Widths
@@ -139,9 +140,9 @@ class Bank(Carried):
         indices: Tensor,
         alpha: Tensor,
         step: int,
-        interpolation: Interpolation = "linear",
+        interpolation: Interpolation | Tensor = "linear",
     ) -> Redraw:
-        """Replace rows by a mix of the old and a fresh one, and log it.
+        """Replace rows by a mix of the old and a fresh one, or by given ones, and log it.
 
         Args:
             matrix: the name of a shared one, or a layer's own copy.
@@ -149,7 +150,8 @@ class Bank(Carried):
             alpha: (k,) share of the old rows that is kept.
             step: optimizer step, for the log.
             interpolation: `linear`: alpha * old + (1 - alpha) * fresh. `spherical`: old rotated by (1 - alpha) * 90
-                degrees towards a fresh row orthogonal to all, which keeps the rows orthonormal.
+                degrees towards a fresh row orthogonal to all, which keeps the rows orthonormal. Or the new rows themselves,
+                (k, width) float32, which are rounded to int8 with a power of 2 for each: the log holds them.
 
         Raises:
             ConfigError: there is no such matrix, it was redrawn at this step already (a log holds one redraw of a
@@ -172,7 +174,7 @@ class Bank(Carried):
         indices: Tensor,
         alpha: Tensor,
         step: int,
-        interpolation: Interpolation,
+        interpolation: Interpolation | Tensor,
     ) -> Redraw:
         """`redraw` of the rows on the CPU and of the log."""
         own = matrix if isinstance(matrix, OwnMatrix) else None
@@ -196,7 +198,10 @@ class Bank(Carried):
         draws[indices] += 1
         if state is self._first.get(matrix):
             state = self._state[matrix] = state.clone()
-        if interpolation == "linear":
+        rows, way = None, interpolation if isinstance(interpolation, str) else "given"
+        if not isinstance(interpolation, str):
+            rows = state[indices] = round_rows(interpolation, "int8")
+        elif interpolation == "linear":
             fresh = torch.stack([fresh_row(self.config, matrix, (i, n), full) for i, n in _pairs(indices, draws)])
             fresh = fresh[:, : state.shape[1]]
             new = alpha[:, None] * state[indices] + (1 - alpha[:, None]) * fresh
@@ -205,7 +210,7 @@ class Bank(Carried):
             self._rotate(matrix, state, indices, alpha, (state.shape[1] / full) ** 0.5)
         if matrix not in self._state:
             self._own[matrix] = state[draws > 0]
-        event = Redraw(step, matrix, indices.clone(), draws[indices].clone(), alpha.clone(), interpolation)
+        event = Redraw(step, matrix, indices.clone(), draws[indices].clone(), alpha.clone(), way, rows)
         self._log.append(event)
         return event
 
@@ -293,7 +298,7 @@ class Bank(Carried):
             before = BankState(list(before.log), draws, before.rows, dict(before.own))
         try:
             for e in log[known:]:
-                self.redraw(own.get(e.matrix, e.matrix), e.indices, e.alpha, e.step, e.interpolation)
+                self.redraw(own.get(e.matrix, e.matrix), e.indices, e.alpha, e.step, _how(e))
         except BaseException:
             self.swap(before)
             raise
@@ -322,6 +327,12 @@ def _digest_of(matrices: Mapping[str, Tensor], informed: Mapping[str, str]) -> s
     for name, t in sorted(matrices.items()):
         found.update(name.encode() + t.contiguous().numpy().tobytes())
     return found.hexdigest()
+
+
+def _how(event: Redraw) -> Interpolation | Tensor:
+    if event.rows is not None:
+        return event.rows
+    return "spherical" if event.interpolation == "spherical" else "linear"
 
 
 def _pairs(indices: Tensor, draws: Tensor) -> Iterable[tuple[int, int]]:

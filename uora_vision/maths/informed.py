@@ -45,23 +45,33 @@ class Leading(NamedTuple):
     share: float
 
 
-def leading_rows(sketch: Tensor, rank: int, generator: Generator) -> Leading:
+def leading_rows(sketch: Tensor, rank: int, generator: Generator, beside: Tensor | None = None) -> Leading:
     """The leading right singular vectors of a sketch (l, in), filled up with random rows where its rank is lower.
 
     Args:
-        rank: r, at most `in`.
+        rank: r, at most `in`, less the rows that these are to be beside.
         generator: of the random rows.
+        beside: (n, in) rows that the vectors are to add to: those of what the sketch has orthogonal to them.
     """
-    values, rows = torch.linalg.svd(sketch.to("cpu", torch.float64), full_matrices=False)[1:]
-    found = min(rank, int((values > _NOISE * values[0]).sum()))
+    sketch = sketch.to("cpu", torch.float64)
+    least = _NOISE * torch.linalg.matrix_norm(sketch, 2)
+    kept = sketch.new_zeros(0, sketch.shape[1]) if beside is None else orthonormal_columns(beside.t().to(sketch)).t()
+    values, rows = torch.linalg.svd(_without(sketch, kept) if len(kept) else sketch, full_matrices=False)[1:]
+    found = min(rank, int((values > least).sum()))
     rows = rows[:found]
     share = float(values[:found].square().sum() / values.square().sum())
     if found < rank:
         gauss = torch.randn(rank - found, sketch.shape[1], generator=generator, dtype=torch.float64, device="cpu")
-        for _ in range(2):  # the second projection removes what rounding left of the first
-            gauss = gauss - (gauss @ rows.t()) @ rows
+        gauss = _without(gauss, torch.cat([kept, rows]))
         rows = torch.cat([rows, orthonormal_columns(gauss.t()).t()])
     return Leading(rows.float().contiguous(), found, share)
+
+
+def _without(matrix: Tensor, rows: Tensor) -> Tensor:
+    """What a matrix (n, in) has orthogonal to orthonormal rows (m, in)."""
+    for _ in range(2):  # the second projection removes what rounding left of the first
+        matrix = matrix - (matrix @ rows.t()) @ rows
+    return matrix
 
 
 def round_rows(rows: Tensor, kind: RowType) -> Tensor:

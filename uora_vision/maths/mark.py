@@ -59,6 +59,7 @@ def digest(start: bytes, events: Iterable[Redraw]) -> bytes:
     for e in events:
         event = [start, f"{e.step}/{e.matrix}/{e.interpolation}/".encode()]
         event += [t.numpy().tobytes() for t in (e.indices, e.draws, e.alpha)]
+        event += [] if e.rows is None else [e.rows.numpy().tobytes()]
         start = hashlib.sha256(b"".join(event)).digest()
     return start
 

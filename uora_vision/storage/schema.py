@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config import UoraConfig
 from ..errors import FormatError
-from ..maths.redraw_log import check_log, draw_counts, pack_log, unpack_log
+from ..maths.redraw_log import GIVEN, check_log, draw_counts, pack_log, unpack_log
 from ..weights.matrix import disjoint
 from ..weights.role import ATTENTION, CONV, MLP, OTHER, Role
 from .sections import SECTIONS, check_sections, read_sections
@@ -25,10 +25,11 @@ FORMAT = "uora_vision"
 
 FORMAT_VERSION = 4
 
-VECTORS, ENTRIES, ALPHA, BASE, ROWS, SHARED = (
-    "vectors", "log/entries", "log/alpha", "base/", "banks/rows", "banks/shared",
+VECTORS, LOG, ENTRIES, ALPHA, BASE, ROWS, SHARED = (
+    "vectors", "log/", "log/entries", "log/alpha", "base/", "banks/rows", "banks/shared",
 )  # fmt: skip
-"""Names of tensors in the file; `base/` is the beginning of the names of trained parts of the base."""
+"""Names of tensors in the file; `base/` is the beginning of the names of trained parts of the base, `log/` of those of
+the log, of which `GIVEN` are there only with given rows."""
 
 VECTOR_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """Types that b and d can have: float32, unless the adapted model was converted as a whole."""
@@ -69,7 +70,7 @@ def to_tensors(stored: Stored) -> dict[str, Tensor]:
     tensors = {VECTORS: stored.vector, ENTRIES: log["entries"], ALPHA: log["alpha"]}
     tensors |= {f"{BASE}{name}": t for name, t in stored.parts.items()}
     tensors |= {f"{name}/{key}": t for name, part in stored.sections.items() for key, t in part.tensors.items()}
-    optional = {ROWS: stored.rows, SHARED: stored.shared}
+    optional = {ROWS: stored.rows, SHARED: stored.shared} | {f"{LOG}{name}": log.get(name) for name in GIVEN}
     tensors |= {name: t for name, t in optional.items() if t is not None}
     return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
 
@@ -97,6 +98,7 @@ def from_config(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> Stored
             raise FormatError(f"the tensor {name} is missing")
         _check_tensor(name, rest[name], dtype, dims)
     vector, log_tensors = rest.pop(VECTORS), {"entries": rest.pop(ENTRIES), "alpha": rest.pop(ALPHA)}
+    log_tensors |= {name: rest.pop(f"{LOG}{name}") for name in GIVEN if f"{LOG}{name}" in rest}
     rows, shared = rest.pop(ROWS, None), rest.pop(SHARED, None)
     sections = read_sections(config, rest) if new else {}
     names = config["matrices"]
