@@ -14,7 +14,7 @@ from .options import UNSET, given, hinting
 
 Layout = Literal["shape", "slice"]
 
-Init = Literal["haar", "kaiming"]
+Init = Literal["haar", "kaiming", "svd"]
 
 BasePart = Literal["head", "norm", "bias"]
 
@@ -43,7 +43,9 @@ class UoraConfig:
         seed: of the shared matrices A and B and of their redrawn rows.
         layout: `shape`, one A per input width and one B per output width, each orthonormal; or `slice`, one A and one B
             of the largest widths, of which each layer takes the first part (PEFT's VeRA and the author's code do so).
-        init: `haar` (UORA: uniform orthonormal) or `kaiming` (VeRA, arXiv 2310.11454).
+        init: `haar` (UORA: uniform orthonormal), `kaiming` (VeRA, arXiv 2310.11454) or `svd`: A and B of each
+            projection are the leading singular vectors of its frozen weight: nothing of them is saved, and an adapter
+            loads into the base that it was trained on.
         dropout: probability of dropping an input element of the low-rank branch while training. Above 0 the branch
             cannot be folded into the weight, and a step costs what PEFT's VeRA costs.
         token_sampling: while training, the gradients of b and d of a Linear layer are estimated, without bias, from one
@@ -100,6 +102,8 @@ class UoraConfig:
         for name, allowed in (("layout", get_args(Layout)), ("init", get_args(Init))):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.init == "svd" and self.layout == "slice":
+            raise ConfigError("init='svd' gives every projection A and B of its own, and layout='slice' one of all")
         if not self.targets:
             raise ConfigError("targets is empty; name what to adapt, such as 'attention+mlp'")
 

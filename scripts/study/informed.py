@@ -46,6 +46,11 @@ def vera(model: nn.Module, data: Any, lr: float, rank: int, seed: int) -> Groups
     return drawn(model, data, lr, rank, seed, init="kaiming", layout="slice")
 
 
+def svd(model: nn.Module, data: Any, lr: float, rank: int, seed: int) -> Groups:
+    """A and B the leading singular vectors of the frozen weights."""
+    return drawn(model, data, lr, rank, seed, init="svd")
+
+
 def lora(model: nn.Module, data: Any, lr: float, rank: int, seed: int) -> Groups:
     import peft  # takes seconds
 
@@ -81,9 +86,19 @@ METHODS: dict[str, tuple[Callable[..., Groups], int, float]] = {
     "informed r16, by width": (by_width, 16, 0.1),
     "informed r64, by width": (by_width, 64, 0.1),
     "paper's UORA r64": (drawn, 64, 0.1),
+    "svd r64": (svd, 64, 0.1),
+    "informed redraws r64": (informed, 64, 0.1),
 }
 """How each adapts the model, its rank, and the middle of its grid of rates."""
-TUNED_AS = {"paper's UORA r64": "random r64"}
+TUNED_AS = {"paper's UORA r64": "random r64", "informed redraws r64": "informed r64"}
+REDRAWS: dict[str, dict[str, Any]] = {
+    "paper's UORA r64": {},
+    "informed redraws r64": {
+        "criterion": "saliency", "relative": True, "threshold": 0.1, "every": 10,
+        "scope": "layer", "source": "informed",
+    },
+}  # fmt: skip
+"""Options of the Reinitializer of those methods that have one."""
 PAIRS = (
     ("informed r64", "VeRA r64"), ("informed r64", "random r64"), ("informed r64", "LoRA r8"),
     ("informed r16", "random r64"), ("informed r16", "random r256"), ("informed r16", "VeRA r64"),
@@ -110,7 +125,10 @@ def one(bed: str, method: str, lr: float, seed: int, split: str) -> dict[str, An
         p.numel() for p in model.head.parameters()
     )
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    reinit = uora.Reinitializer(model, optimizer=optimizer) if method.startswith("paper") else None
+    options = dict(REDRAWS.get(method, {}))
+    if options.get("source") == "informed":
+        options["batches"] = list(zip(train[0][:256].split(64), train[1][:256].split(64), strict=True))
+    reinit = uora.Reinitializer(model, **options, optimizer=optimizer) if method in REDRAWS else None
     for _ in fit(model, optimizer, *train, epochs=epochs, seed=seed):
         if reinit is not None:
             reinit.step()

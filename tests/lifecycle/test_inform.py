@@ -20,7 +20,8 @@ from unchanged import assert_same, snapshot
 import uora_vision as uora
 from uora_vision.integrations.state import restore
 from uora_vision.lifecycle.informing import informed_rows, put_informed_rows
-from uora_vision.maths.informed import leading_rows, narrowest, pack, pack_rows, round_rows, unpack, unpack_rows
+from uora_vision.maths.informed import leading_rows, narrowest, pack, unpack
+from uora_vision.maths.rounding import pack_rows, round_rows, unpack_rows
 from uora_vision.storage.folder import TENSOR_FILE
 from uora_vision.structure.survey import Survey
 from uora_vision.weights.matrix import take, to_matrix
@@ -65,11 +66,15 @@ class TestRows:
             g = torch.cat([take(whole, role.span) for role in adapter.roles])
             a = adapter.matrices()[0][0].double()
             best = torch.linalg.svdvals(g)[:4].square().sum()
-            if adapter.width <= 4 or not best > 0 or adapter.bank.matrix("A", adapter.width, adapter.origin)[-2] != ":":
+            if (
+                adapter.width <= 4
+                or not best > 0
+                or adapter.bank.matrix("A", adapter.width, (adapter.origin, ""))[-2] != ":"
+            ):
                 continue
             torch.testing.assert_close(a @ a.t(), torch.eye(4).double(), atol=1e-5, rtol=0)
-            shared = [n for n, o in uora.adapters(model).items() if o.bank.matrix("A", o.width, o.origin)
-                      == adapter.bank.matrix("A", adapter.width, adapter.origin)]  # fmt: skip
+            shared = [n for n, o in uora.adapters(model).items() if o.bank.matrix("A", o.width, (o.origin, ""))
+                      == adapter.bank.matrix("A", adapter.width, (adapter.origin, ""))]  # fmt: skip
             assert (g @ a.t()).square().sum() > (0.85 if len(shared) == 1 else 0.5) * best, path
             seen += 1
         assert seen

@@ -231,6 +231,8 @@ def verify(
         checks.append((True, f"format is an old one: `uora upgrade` makes it version {FORMAT_VERSION}"))
     if stored.bank_fingerprint is None:
         checks.append((True, "A and B have no fingerprint in this file"))
+    elif stored.widths.of_weights and stored.shared is None:
+        checks.append((True, "A and B are taken from the weights of the base: what loads with --model has the same"))
     else:
         _checked(checks, "A and B come out as where it was trained", lambda: rebuilt(stored, _bank(stored)))
     if model is not None:

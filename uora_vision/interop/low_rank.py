@@ -22,7 +22,9 @@ def factors(adapter: Adapter, out: int) -> tuple[Tensor, Tensor]:
     update = adapter.update().to(torch.float64)
     left, right = left_matrix(update, out), update.A[0]
     if len(update.A) > 1:
-        left, right = _shared_and_own(left, update.A, adapter.bank.a(adapter.width, adapter.origin).to(right))
+        left, right = _shared_and_own(
+            left, update.A, adapter.bank.a(adapter.width, (adapter.origin, adapter.roles[0].name)).to(right)
+        )
     used = left.any(dim=0)
     used[0] |= not used.any()
     left, right = left[:, used], right[used]

@@ -246,14 +246,13 @@ def _vera_directions(weights: list[AdaptedWeight]) -> tuple[Tensor, Tensor, list
         mine: list[tuple[int, Tensor]] = []
         a, bm = w.adapter.matrices()
         width, out = w.adapter.width, w.projection.shape[0]
-        name_a = bank.matrix("A", width, w.adapter.origin)
-        shared_a = bank.get_buffer(name_a)
         for k, role in enumerate(w.adapter.roles):
-            shared_b = bank.get_buffer(bank.matrix("B", role.rows)).t()
+            name_a, name_b = (own.shared for own in w.adapter.own(k))
+            shared_a, shared_b = bank.get_buffer(name_a), bank.get_buffer(name_b).t()
             # What lies beyond the last row of a weight is never used, so whole weights of all heights share B.
             whole = role.span.indices() == list(range(out)) if role.rows == out else False
             span = Span(0, min(tall, len(shared_b))) if whole else role.span
-            key = name_a, bank.matrix("B", role.rows), span
+            key = name_a, name_b, span
             if key not in places:
                 places[key] = add(shared_a, shared_b[: span.rows], span)
             d = w.adapter.d[k].detach().float()

@@ -107,6 +107,11 @@ class Adapter(nn.Module):
         """A and B that a role may have of its own."""
         return self.bank.widths.own(self.bank.config.layout, self.origin, self.width, self.roles[role])
 
+    @property
+    def _of(self) -> list[tuple[str, str]]:
+        """By what the matrices of its roles are known."""
+        return [(self.origin, role.name) for role in self.roles]
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
         """As in nn.Module, which moves and casts parameters by it; a cast to a half type is warned of, once a model."""
         narrow = self.b.dtype not in WIDE
@@ -131,7 +136,7 @@ class Adapter(nn.Module):
             indices, rows = self.bank.own(own.name)
             size = min(self.d.shape[1], 1 << max(3, (len(indices) - 1).bit_length()))
             fill = torch.arange(size, device="cpu").clamp(max=len(indices) - 1)
-            shared = self.bank.a(self.width, self.origin)
+            shared = self.bank.a(self.width, self._of[role])
             found += [indices[fill].to(shared.device), rows[fill].to(shared)]
         new = found[0], found[1], found[3]
         old = self._own.get(role)
@@ -169,20 +174,26 @@ class Adapter(nn.Module):
             kept = self._kept
             if kept is not None and kept.holds(self.bank, self.b.device):
                 return kept.A, kept.B
-        rows, device = [role.rows for role in self.roles], self.b.device
+        of, device = self._of, self.b.device
+        rows = [(role.rows, one) for role, one in zip(self.roles, of, strict=True)]
         if not self._own:
-            heights = rows[:1] if len(set(rows)) == 1 else rows
-            found = (self.bank.a(self.width, self.origin),), tuple([self.bank.b(n) for n in heights])
+            names_a = [self.bank.matrix("A", self.width, one) for one in of]
+            names_b = [(self.bank.matrix("B", n, one), n) for n, one in rows]
+            some_a, some_b = of[:1] if len(set(names_a)) == 1 else of, rows[:1] if len(set(names_b)) == 1 else rows
+            found = (
+                tuple([self.bank.a(self.width, one) for one in some_a]),
+                tuple([self.bank.b(*one) for one in some_b]),
+            )
             if found[0][0].device != device:
                 return tuple(m.to(device) for m in found[0]), tuple(m.to(device) for m in found[1])  # of a replica
             if not passing:
-                names = {self.bank.matrix("A", self.width, self.origin), *(self.bank.matrix("B", n) for n in heights)}
+                names = {*names_a, *(name for name, _ in names_b)}
                 buffers = tuple((name, self.bank.get_buffer(name)) for name in names)
                 self._kept = Kept(self.bank, buffers, device, *found)
             return found
         # One view each: autograd functions must not be given one tensor twice when compiled.
-        A = [self.bank.a(self.width, self.origin).to(device) for _ in rows]
-        B = [self.bank.b(n).to(device) for n in rows]
+        A = [self.bank.a(self.width, one).to(device) for one in of]
+        B = [self.bank.b(*one).to(device) for one in rows]
         for k, (index, own_a, own_b) in self._own.items():
             A[k] = A[k].index_copy(0, index.to(device), own_a.to(A[k]))
             B[k] = B[k].t().index_copy(0, index.to(device), own_b.to(B[k])).t()

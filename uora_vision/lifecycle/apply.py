@@ -10,14 +10,18 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, warn
 from ..maths.bank import Bank
-from ..maths.draws import on_cpu
+from ..maths.draws import on_cpu, rows_of_weight
 from ..maths.forms import WIDE
 from ..maths.redraw_log import BankState
 from ..maths.shared_product import Reduced
 from ..maths.widths import Widths
+from ..structure.paths import joined
 from ..structure.planning import Plan
 from ..structure.survey import Survey
-from ..weights.quantised import is_quantised
+from ..tables import shortened
+from ..weights.matrix import take, to_matrix
+from ..weights.quantised import dequantised, is_quantised
+from ..weights.sharded import whole
 from .adapter import CHILD, REDUCED
 from .entry import Entry, Placement
 from .inference_mode import check_normal
@@ -138,7 +142,7 @@ def bank_for(
         informed: see `Widths`; `first` has these matrices.
     """
     first = first or {}
-    widths = Widths.of(((p.shape[1], p.roles) for p in what.projections), informed)
+    widths = _widths(what, informed)
     given = bool(first.keys() - set(widths.informed.values()))
     library = model.__dict__.get(LIBRARY)
     for entry in library.entries.values() if library else ():
@@ -148,13 +152,53 @@ def bank_for(
             return bank
     weight: Any = model.get_submodule(what.projections[0].module_path)._parameters[what.projections[0].tensor]
     dtype = torch.float32 if is_quantised(weight) else weight.dtype
-    bank = Bank(what.config, widths, device=weight.device, dtype=dtype, first=first)
+    taken = _taken(model, what, first) if widths.of_weights else {}
+    bank = Bank(what.config, widths, device=weight.device, dtype=dtype, first=first, taken=taken)
     bank.__dict__[REDUCED] = Reduced()
     return bank
 
 
+def _widths(what: Plan, informed: Mapping[str, str] | None = None) -> Widths:
+    weights = ((p.origin or p.path, p.shape[1], p.roles) for p in what.projections)
+    return Widths.of(weights, informed, what.config.init)
+
+
+def _taken(model: nn.Module, what: Plan, first: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The matrices that are taken from the weights of the base, but for those of `first`.
+
+    Raises:
+        ConfigError: the weights have no values, or values that are not finite, or a side below the rank.
+    """
+    narrow = [f"{p.path} ({min(p.shape[1], role.rows)})" for p in what.projections for role in p.roles
+              if min(p.shape[1], role.rows) < what.config.rank]  # fmt: skip
+    if narrow:
+        raise ConfigError(
+            f"init={what.config.init!r} gives as many directions as the smaller side of a projection has; the rank is "
+            f"{what.config.rank}, and there are {shortened(narrow, 4)}. Take a smaller rank, or exclude these."
+        )
+    widths, layout = _widths(what), what.config.layout  # without informed rows, which stand beside these
+    found: dict[str, Tensor] = {}
+    library = model.__dict__.get(LIBRARY)
+    for p in what.projections:
+        origin, module = p.origin or p.path, model.get_submodule(p.module_path)
+        names = [[own.shared for own in widths.own(layout, origin, p.shape[1], r)] for r in p.roles]
+        if all(name in first for both in names for name in both):
+            continue
+        held: Any = module._parameters[p.tensor]
+        if library is not None:  # an adapter may train it
+            held = library.base_parts.get(joined(p.module_path, p.tensor), held)
+        weight = dequantised(module) if is_quantised(held) else whole(held.detach())
+        if weight.is_meta or not weight.isfinite().all():
+            why = "has no values yet (it is on the meta device)" if weight.is_meta else "has values that are not finite"
+            raise ConfigError(f"init={what.config.init!r} takes A and B from the weights, and {p.path} {why}")
+        for role, both in zip(p.roles, names, strict=True):
+            part = take(to_matrix(weight, p.form), role.span)
+            found |= dict(zip(both, rows_of_weight(what.config, part, f"{origin}.{role.name}"), strict=True))
+    return {name: t for name, t in found.items() if name not in first}
+
+
 def _check_rank(survey: Survey, what: Plan) -> None:
-    widths = Widths.of((p.shape[1], p.roles) for p in what.projections).matrices(what.config.layout)
+    widths = _widths(what).matrices(what.config.layout)
     wanted, held = what.config.rank * sum(widths.values()), sum(h.tensor.numel() for h in survey.tensors.values())
     if wanted > room(held):
         raise ConfigError(

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..errors import ConfigError, DeadAdapterError, FormatError, OptionError, StateError, warn
 from ..maths.bank import Bank
 from ..maths.draws import keyed_generator
-from ..maths.informed import OVERSAMPLING, ROW_TYPES, Leading, RowType, leading_rows, round_rows
+from ..maths.informed import OVERSAMPLING, Leading, leading_rows
+from ..maths.rounding import ROW_TYPES, RowType, round_rows
 from ..maths.shared_product import Reduced
 from ..maths.widths import Widths
 from ..options import hinting
@@ -93,7 +94,7 @@ def inform(
     sketches, inputs = _sketches(survey, library, batches, loss or _usual_loss, max_batches)
     names, rows = _chosen(sketches, inputs, share, store)
     old = entry.bank
-    widths = Widths(old.widths.A, old.widths.B, names)
+    widths = old.widths._replace(informed=names)
     first = {n: t for n, t in old._first.items() if old.given} | {name: r.rows for name, r in rows.items()}
     replace_bank(model, bank_like(old, widths, first))
     _tell(sketches, names, rows)
@@ -127,7 +128,7 @@ def fresh_rows(
         beside = matrices[role % len(matrices)].detach().cpu()[others]
         generator = keyed_generator(bank.config.seed, f"{adapter.own(role)[0].name}/fresh", draw=step)
         rows = leading_rows(sketches[adapter.name][1], len(indices), generator, beside).rows
-        found.append(_everywhere(round_rows(rows * _length(bank, adapter.width), "int8"), adapter.b.device))
+        found.append(_everywhere(round_rows(rows * _length(adapter), "int8"), adapter.b.device))
     return found
 
 
@@ -139,7 +140,8 @@ def bank_like(old: Bank, widths: Widths, first: Mapping[str, Tensor]) -> Bank:
         first: see `Bank`.
     """
     buffer = old.get_buffer(next(iter(old.matrices)))
-    bank = Bank(old.config, widths, buffer.device, buffer.dtype, first).train(old.training)
+    taken = {name: t for name, t in old.taken.items() if name not in first}
+    bank = Bank(old.config, widths, buffer.device, buffer.dtype, first, taken).train(old.training)
     bank.__dict__[REDUCED] = Reduced()
     return bank
 
@@ -178,7 +180,7 @@ def put_informed_rows(model: nn.Module, state: Mapping[str, Any]) -> None:
             raise FormatError(f"the informed rows {name} of {origin} in this state are none of this adapter")
     if names != bank.widths.informed or any(not torch.equal(bank._first[name], t) for name, t in rows.items()):
         drawn = {n: t for n, t in bank._first.items() if bank.given and n not in bank.widths.informed.values()}
-        replace_bank(model, bank_like(bank, Widths(bank.widths.A, bank.widths.B, names), drawn | rows))
+        replace_bank(model, bank_like(bank, bank.widths._replace(informed=names), drawn | rows))
 
 
 def _check_fresh(adapters: Iterable[Adapter], bank: Bank) -> None:
@@ -247,10 +249,11 @@ def _chosen(
         # In `width`, layers count alike however large their gradients are.
         total = sum(t.double() / (t.double().norm() if share == "width" else 1) for _, t in members)
         assert isinstance(total, Tensor)
-        bank = members[0][0].bank
-        found = leading_rows(total, bank.config.rank, keyed_generator(bank.config.seed, name))
-        kept = round_rows(found.rows * _length(bank, width), store)
-        rows[name] = found._replace(rows=_everywhere(kept, members[0][0].b.device))
+        one = members[0][0]
+        config = one.bank.config
+        found = leading_rows(total, config.rank, keyed_generator(config.seed, name))
+        kept = round_rows(found.rows * _length(one), store)
+        rows[name] = found._replace(rows=_everywhere(kept, one.b.device))
         names |= {adapter.origin: name for adapter, _ in members}
     return names, rows
 
@@ -264,9 +267,10 @@ def _everywhere(rows: Tensor, device: torch.device) -> Tensor:
     return sent.cpu()
 
 
-def _length(bank: Bank, width: int) -> float:
+def _length(adapter: Adapter) -> float:
     """Of the rows that are replaced, as a root of a mean of squares: 1 of orthonormal ones. Rates are made for it."""
-    length = float(bank.drawn("A", width).double().square().sum().div(bank.config.rank).sqrt())
+    drawn = adapter.bank.drawn("A", adapter.width, (adapter.origin, adapter.roles[0].name))
+    length = float(drawn.double().square().mean(dim=0).sum().sqrt())
     return 1.0 if abs(length - 1) < 1e-5 else length
 
 

@@ -138,6 +138,11 @@ def gain(adapter: Adapter) -> float:
     Of the banks as they were first drawn: a run that is resumed after redraws, or informed after its optimizer was
     made, must come to the same groups. Informed rows are as long as those that they replace.
     """
-    bank, rows = adapter.bank, [role.rows for role in adapter.roles]
-    squares = [float(bank.drawn("B", n).double().pow(2).sum()) / bank.config.rank for n in rows]
-    return math.sqrt(sum(squares) / sum(rows) * float(bank.drawn("A", adapter.width).double().pow(2).sum()))
+    bank, squares = adapter.bank, []
+    for role in adapter.roles:
+        of = adapter.origin, role.name
+        a, b = bank.drawn("A", adapter.width, of), bank.drawn("B", role.rows, of)
+        square = float(a.double().square().sum()) * float(b.double().square().sum()) / bank.config.rank**2
+        # Matrices of weights are rounded, each a little otherwise: they shall not have a group each.
+        squares.append(bank.config.rank * (round(square, 2) if bank.widths.of_weights else square))
+    return math.sqrt(sum(squares) / sum(role.rows for role in adapter.roles))

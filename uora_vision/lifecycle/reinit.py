@@ -302,14 +302,13 @@ class Reinitializer:
     def _bank_options(self) -> dict[str, Any]:
         config = self.bank.config
         options = {"seed": config.seed, "layout": config.layout, "init": config.init}
-        return options | ({"given": self.bank.chosen} if self.bank.widths.informed else {})
+        return options | ({"given": self.bank.chosen} if self.bank.widths.informed or self.bank.taken else {})
 
     def _group(self) -> dict[str, Tensor]:
         """The roles that use each shared matrix, (layers,) bool by matrix."""
         members: dict[str, Tensor] = {}
         for i, (adapter, k) in enumerate(self._places):
-            names = self.bank.matrix("A", adapter.width, adapter.origin), self.bank.matrix("B", adapter.roles[k].rows)
-            for name in names:
+            for name in (own.shared for own in adapter.own(k)):
                 members.setdefault(name, torch.zeros(len(self._places), dtype=torch.bool))[i] = True
         return members
 

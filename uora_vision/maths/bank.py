@@ -23,9 +23,9 @@ from ..config import UoraConfig
 from ..errors import ConfigError
 from .carried import Carried
 from .draws import fresh_row, initial_rows, keyed_generator, orthonormal_columns, reproducible
-from .informed import round_rows
 from .mark import digest
 from .redraw_log import BankState, Interpolation, Redraw, check_log
+from .rounding import round_rows
 from .widths import OwnMatrix, Side, Widths
 
 
@@ -42,6 +42,7 @@ class Bank(Carried):
         dtype: of the buffers; the draws are rounded to float32 first whatever it is.
         first: matrices by name, (r, width) float32 on the CPU, to use in place of the first draw: all of them, or the
             informed ones alone.
+        taken: the same of those that were taken from the weights of the base, which can be had from there again.
     """
 
     def __init__(
@@ -51,11 +52,13 @@ class Bank(Carried):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         first: Mapping[str, Tensor] | None = None,
+        taken: Mapping[str, Tensor] | None = None,
     ) -> None:
         options: dict[str, Any] = {name: getattr(config, name) for name in ("rank", "seed", "layout", "init")}
-        first = first or {}
-        if first:
-            options["given"] = _digest_of(first, widths.informed)
+        first, self.taken = first or {}, dict(taken or {})
+        """Matrices by name that were taken from the weights of the base."""
+        if found := self.taken | dict(first):
+            options["given"] = _digest_of(found, widths.informed)
         super().__init__(options, widths.matrices(config.layout), device)
         self.config = config
         self.chosen: str | None = options.get("given")
@@ -73,8 +76,8 @@ class Bank(Carried):
             if torch.device(device).type == "meta":
                 rows = torch.empty(config.rank, width, device="meta")
             else:
-                drawn = name not in first
-                rows = self._first[name] = initial_rows(config, name, width) if drawn else first[name]
+                drawn = name not in found
+                rows = self._first[name] = initial_rows(config, name, width) if drawn else found[name]
             self.register_buffer(name, rows.to(device=device, dtype=dtype, copy=True), persistent=False)
         self._state = dict(self._first)
 
@@ -88,21 +91,22 @@ class Bank(Carried):
         same &= widths.informed == self.widths.informed
         return same and widths.matrices(config.layout).keys() <= self.matrices.keys()
 
-    def matrix(self, side: Side, width: int, origin: str | None = None) -> str:
+    def matrix(self, side: Side, width: int, of: tuple[str, str] | None = None) -> str:
         """Name of the matrix that a projection uses, see `Widths.matrix`."""
-        return self.widths.matrix(self.config.layout, side, width, origin)
+        return self.widths.matrix(self.config.layout, side, width, of)
 
-    def a(self, width: int, origin: str | None = None) -> Tensor:
-        """A of an input width, (r, width); that of the weight with this origin, if it has one of its own."""
-        return self._view("A", width, self.matrix("A", width, origin))
+    def a(self, width: int, of: tuple[str, str] | None = None) -> Tensor:
+        """A of an input width, (r, width); that of the projection of this origin and role, if it has one of its own."""
+        return self._view("A", width, self.matrix("A", width, of))
 
-    def b(self, width: int) -> Tensor:
-        """B of an output width, (width, r)."""
-        return self._view("B", width, self.matrix("B", width))
+    def b(self, width: int, of: tuple[str, str] | None = None) -> Tensor:
+        """B of an output width, (width, r); that of the projection, if it has one of its own."""
+        return self._view("B", width, self.matrix("B", width, of))
 
-    def drawn(self, side: Side, width: int) -> Tensor:
+    def drawn(self, side: Side, width: int, of: tuple[str, str]) -> Tensor:
         """A that is not informed, (r, width), or B transposed, (r, width), before any redraw, on the CPU."""
-        return self._first[self.matrix(side, width)][:, :width]
+        widths = self.widths._replace(informed={})
+        return self._first[widths.matrix(self.config.layout, side, width, of)][:, :width]
 
     def _view(self, side: Side, width: int, name: str) -> Tensor:
         """The same tensor from one forward to the next. Compilers and tracers get a new one, from the buffer."""
@@ -150,8 +154,8 @@ class Bank(Carried):
             alpha: (k,) share of the old rows that is kept.
             step: optimizer step, for the log.
             interpolation: `linear`: alpha * old + (1 - alpha) * fresh. `spherical`: old rotated by (1 - alpha) * 90
-                degrees towards a fresh row orthogonal to all, which keeps the rows orthonormal. Or the new rows themselves,
-                (k, width) float32, which are rounded to int8 with a power of 2 for each: the log holds them.
+                degrees towards a fresh row orthogonal to all, which keeps the rows orthonormal. Or the new rows
+                themselves, (k, width) float32: rounded to int8 with a power of 2 for each, since the log holds them.
 
         Raises:
             ConfigError: there is no such matrix, it was redrawn at this step already (a log holds one redraw of a
@@ -257,6 +261,8 @@ class Bank(Carried):
         informed = set(self.widths.informed.values())
         if digest is not None and digest == _digest_of(self._first, self.widths.informed):
             return True
+        if self.widths.of_weights:
+            return False
         drawn = {name: width for name, width in self.matrices.items() if name not in informed}
         rows = {name: t for name, t in self._first.items() if name in informed}
         if not self.given or digest != (_digest_of(rows, self.widths.informed) if rows else None):

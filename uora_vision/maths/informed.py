@@ -11,18 +11,14 @@ Shapes: G (out, in), S (l, out), a sketch S G (l, in), rows of A (r, in).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
-from ..errors import ConfigError, FormatError
-from .draws import orthonormal_columns
-
-RowType = Literal["float32", "float16", "int8"]
-"""How numbers of informed rows are kept; `int8` with a power of 2 for each row."""
-
-ROW_TYPES: tuple[RowType, ...] = get_args(RowType)
+from ..errors import FormatError
+from .draws import orthonormal_columns, without
+from .rounding import ROW_TYPES, RowType, pack_rows, round_rows, unpack_rows
 
 OVERSAMPLING = 8
 """Rows of a sketch beyond r."""
@@ -56,53 +52,15 @@ def leading_rows(sketch: Tensor, rank: int, generator: Generator, beside: Tensor
     sketch = sketch.to("cpu", torch.float64)
     least = _NOISE * torch.linalg.matrix_norm(sketch, 2)
     kept = sketch.new_zeros(0, sketch.shape[1]) if beside is None else orthonormal_columns(beside.t().to(sketch)).t()
-    values, rows = torch.linalg.svd(_without(sketch, kept) if len(kept) else sketch, full_matrices=False)[1:]
+    values, rows = torch.linalg.svd(without(sketch, kept) if len(kept) else sketch, full_matrices=False)[1:]
     found = min(rank, int((values > least).sum()))
     rows = rows[:found]
     share = float(values[:found].square().sum() / values.square().sum())
     if found < rank:
         gauss = torch.randn(rank - found, sketch.shape[1], generator=generator, dtype=torch.float64, device="cpu")
-        gauss = _without(gauss, torch.cat([kept, rows]))
+        gauss = without(gauss, torch.cat([kept, rows]))
         rows = torch.cat([rows, orthonormal_columns(gauss.t()).t()])
     return Leading(rows.float().contiguous(), found, share)
-
-
-def _without(matrix: Tensor, rows: Tensor) -> Tensor:
-    """What a matrix (n, in) has orthogonal to orthonormal rows (m, in)."""
-    for _ in range(2):  # the second projection removes what rounding left of the first
-        matrix = matrix - (matrix @ rows.t()) @ rows
-    return matrix
-
-
-def round_rows(rows: Tensor, kind: RowType) -> Tensor:
-    """Rows (r, in) float32, as they come out of a file that keeps them so. Rounding again changes nothing.
-
-    Raises:
-        ConfigError: there is no such type.
-    """
-    if kind == "float32":
-        return rows
-    if kind == "float16":
-        return rows.half().float()
-    if kind != "int8":
-        raise ConfigError(f"store must be one of {', '.join(ROW_TYPES)}, got {kind!r}")
-    values, exponents = pack_rows(rows)
-    return unpack_rows(values, exponents)
-
-
-def pack_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (r, in) as int8 (r, in) and an exponent of 2 for each, int8 (r,).
-
-    Powers of 2, so that the products are exact, and the same numbers come out of them again.
-    """
-    largest = rows.abs().amax(dim=1).clamp(min=2.0**-100)
-    exponents = torch.ceil(torch.log2(largest.double() / 127)).clamp(min=-100)
-    return torch.round(rows.double() * 2.0 ** -exponents[:, None]).to(torch.int8), exponents.to(torch.int8)
-
-
-def unpack_rows(values: Tensor, exponents: Tensor) -> Tensor:
-    """Inverse of `pack_rows`: (r, in) float32."""
-    return (values.double() * 2.0 ** exponents.double()[:, None]).float()
 
 
 def narrowest(rows: Tensor) -> RowType:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError
-from .informed import pack_rows, unpack_rows
+from .rounding import pack_rows, unpack_rows
 
 Interpolation = Literal["linear", "spherical"]
 Way = Literal["linear", "spherical", "given"]

@@ -1,16 +1,18 @@
 """Which matrices projections use, by their widths.
 
 Shapes: A (r, in) of an input width, B (rows, r) of the rows of a role; with the layout `slice` a projection uses the
-first columns of A, and rows of B, of the largest.
+first columns of A, and rows of B, of the largest. By a law that takes them from weights each has its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
+from urllib.parse import quote
 
-from ..config import Layout
+from ..config import Init, Layout
 from ..weights.role import Role
+from .draws import LAWS
 
 Side = Literal["A", "B"]
 
@@ -35,35 +37,53 @@ class Widths(NamedTuple):
     Args:
         A, B: the widths.
         informed: names of the matrices A that were chosen for some weights (`A768:0`), by the weight's origin.
+        of_weights: input width and rows of each role whose A and B are taken from its weight, by origin and role.
     """
 
     A: frozenset[int]
     B: frozenset[int]
     informed: Mapping[str, str] = {}
+    of_weights: Mapping[str, tuple[int, int]] = {}
 
     @classmethod
-    def of(cls, projections: Iterable[tuple[int, Iterable[Role]]], informed: Mapping[str, str] | None = None) -> Widths:
-        """Of weights, each given by its input width and its roles."""
-        found = [(width, role.rows) for width, roles in projections for role in roles]
-        return cls(frozenset(width for width, _ in found), frozenset(rows for _, rows in found), dict(informed or {}))
+    def of(
+        cls,
+        weights: Iterable[tuple[str, int, Iterable[Role]]],
+        informed: Mapping[str, str] | None = None,
+        init: Init = "haar",
+    ) -> Widths:
+        """Of weights, each given by its origin, its input width and its roles.
 
-    def matrix(self, layout: Layout, side: Side, width: int, origin: str | None = None) -> str:
+        Args:
+            init: the law of the matrices.
+        """
+        found = {f"{origin}.{role.name}": (width, role.rows) for origin, width, roles in weights for role in roles}
+        ins, outs = (frozenset(both[side] for both in found.values()) for side in (0, 1))
+        return cls(ins, outs, dict(informed or {}), found if LAWS[init].of_weight else {})
+
+    def matrix(self, layout: Layout, side: Side, width: int, of: tuple[str, str] | None = None) -> str:
         """Name of the matrix that a projection uses.
 
         Args:
             width: of its input for A, its rows for B.
-            origin: for A: the path of its weight when it was injected.
+            of: the path of its weight when it was injected, and its role.
         """
-        if side == "A" and origin is not None and origin in self.informed:
-            return self.informed[origin]
+        if of is not None and side == "A" and of[0] in self.informed:
+            return self.informed[of[0]]
+        if of is not None and (path := ".".join(of)) in self.of_weights:
+            return f"{side}{width}@{_as_name(path)}"
         return f"{side}{width if layout == 'shape' else max(self.A if side == 'A' else self.B)}"
 
     def matrices(self, layout: Layout) -> dict[str, int]:
         """Widths of all shared matrices, by name."""
-        sides = {"A": sorted(self.A), "B": sorted(self.B)}
-        if layout == "slice":
-            sides = {side: widths[-1:] for side, widths in sides.items()}
-        drawn = {f"{side}{width}": width for side, widths in sides.items() for width in widths}
+        if self.of_weights:
+            drawn = {f"A{width}@{_as_name(path)}": width for path, (width, _) in self.of_weights.items()}
+            drawn |= {f"B{rows}@{_as_name(path)}": rows for path, (_, rows) in self.of_weights.items()}
+        else:
+            sides = {"A": sorted(self.A), "B": sorted(self.B)}
+            if layout == "slice":
+                sides = {side: widths[-1:] for side, widths in sides.items()}
+            drawn = {f"{side}{width}": width for side, widths in sides.items() for width in widths}
         return drawn | {name: int(name[1:].partition(":")[0]) for name in sorted(set(self.informed.values()))}
 
     def own(self, layout: Layout, origin: str, width: int, role: Role) -> tuple[OwnMatrix, OwnMatrix]:
@@ -73,8 +93,13 @@ class Widths(NamedTuple):
             origin: the path of its weight when it was injected.
             width: input width of the weight.
         """
-        path = f"{origin}.{role.name}"
+        path, of = f"{origin}.{role.name}", (origin, role.name)
         return (
-            OwnMatrix(f"{path}/A", self.matrix(layout, "A", width, origin), width),
-            OwnMatrix(f"{path}/B", self.matrix(layout, "B", role.rows), role.rows),
+            OwnMatrix(f"{path}/A", self.matrix(layout, "A", width, of), width),
+            OwnMatrix(f"{path}/B", self.matrix(layout, "B", role.rows, of), role.rows),
         )
+
+
+def _as_name(path: str) -> str:
+    """A path in the name of a buffer, which has no dots; that of a matrix has no slash before its side."""
+    return quote(path, safe="").replace(".", "%2E")

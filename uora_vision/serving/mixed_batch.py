@@ -49,7 +49,7 @@ class Table:
 
     Args:
         roles: of the weight.
-        a: (r, in).
+        a: of each role, (r, in); one tensor where some share it.
         bm: of each role, (rows, r).
         b: of each role, (adapters, rows); 0 for adapters of other plans.
         d: of each role, (adapters, r).
@@ -57,7 +57,7 @@ class Table:
     """
 
     roles: tuple[Role, ...]
-    a: Tensor
+    a: tuple[Tensor, ...]
     bm: tuple[Tensor, ...]
     b: tuple[Tensor, ...]
     d: tuple[Tensor, ...]
@@ -73,8 +73,8 @@ class Table:
         if any(k not in inside and r.start < start + rows and start < r.span.end for k, r in enumerate(self.roles)):
             raise StateError("the model takes a part of a weight that cuts through one of its projections")
         roles = tuple(replace(self.roles[k], start=self.roles[k].start - start) for k in inside)
-        parts = (tuple(t[k] for k in inside) for t in (self.bm, self.b, self.d, self.fixes))
-        return Table(roles, self.a, *parts)  # type: ignore[arg-type]
+        parts = (tuple(t[k] for k in inside) for t in (self.a, self.bm, self.b, self.d, self.fixes))
+        return Table(roles, *parts)  # type: ignore[arg-type]
 
     def update(self, x: Tensor, y: Tensor, where: Pattern, index: Tensor, dtype: torch.dtype) -> Tensor:
         """y plus the low-rank branches of x, in the type of y: (..., in), (..., out) -> (..., out)."""
@@ -86,9 +86,11 @@ class Table:
             """(adapters, n) -> each sample's, where the samples are in xs."""
             return t.to(dtype)[index].view(shape)
 
-        u = xs @ self.a.to(dtype).t()
+        us: dict[int, Tensor] = {}
         parts = []
-        for bm, d, fix in zip(self.bm, self.d, self.fixes, strict=True):
+        for k, (bm, d, fix) in enumerate(zip(self.bm, self.d, self.fixes, strict=True)):
+            a = self.a[k]
+            u = us[id(a)] if id(a) in us else us.setdefault(id(a), xs @ a.to(dtype).t())
             z = (u * spread(d)) @ bm.to(dtype).t()
             parts.append(z if fix is None else z + _own(xs, axis, fix, index, dtype))
         z = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
@@ -120,12 +122,13 @@ def tables(
     shared: dict[tuple[str, str], tuple[Tensor, ...] | None] = {}
     for owner, p in zip(placement.modules, placement.projections, strict=True):
         b, d = next(parts), next(parts).unflatten(1, (len(p.roles), placement.rank))
-        matrices, ds, fixes = [], [], []
+        As, matrices, ds, fixes = [], [], [], []
         weight_origin = p.origin or p.path
         for k, role in enumerate(p.roles):
             sides: list[tuple[Literal["A", "B"], int]] = [("A", p.shape[1]), ("B", role.rows)]
             origin = f"{weight_origin}.{role.name}"
-            names = [(bank.matrix(side, width, weight_origin), f"{origin}/{side}", width) for side, width in sides]
+            of = weight_origin, role.name
+            names = [(bank.matrix(side, width, of), f"{origin}/{side}", width) for side, width in sides]
             own = any(state.draws.keys() & {name for _, name, _ in names} for state in states)
             key = names[0][0], names[1][0]
             if own or key not in shared:
@@ -141,14 +144,15 @@ def tables(
                     dk.scatter_add(1, index, -dfix),
                     Fix(a_rows[..., : p.shape[1]], b_rows[..., : role.rows], dfix),
                 )
-            matrices.append(bank.b(role.rows))
+            As.append(bank.a(p.shape[1], of))
+            matrices.append(bank.b(role.rows, of))
             ds.append(dk)
             fixes.append(fix)
         spans = b.split([role.rows for role in p.roles], dim=1)
         yield (
             owner,
             p,
-            Table(p.roles, bank.a(p.shape[1], weight_origin), tuple(matrices), spans, tuple(ds), tuple(fixes)),
+            Table(p.roles, tuple(As), tuple(matrices), spans, tuple(ds), tuple(fixes)),
         )
 
 

@@ -43,7 +43,8 @@ def collect(model: nn.Module | Survey, *, save_banks: SaveBanks | None = None) -
     )
     state = bank.state()
     of = {origin: name for origin, name in bank.widths.informed.items() if origin in {p.origin for p in projections}}
-    names = sorted(Widths.of(((p.width, p.roles) for p in projections), of).matrices(bank.config.layout))
+    widths = Widths.of(((p.origin, p.width, p.roles) for p in projections), of, bank.config.init)
+    names = sorted(widths.matrices(bank.config.layout))
     first = {name: bank._first[name] for name in names if name in bank._first}
     changed = {name: rows for name, (_, rows) in state.rows.items()} | state.own
     trained = trained_tensors(survey)
@@ -93,6 +94,13 @@ def rebuilt(stored: Stored, bank: Bank) -> BankState:
     state = state or BankState()
     first = {name: bank._first[name] for name in stored.matrices if name in bank._first}
     wanted, here = stored.bank_fingerprint, bank_digest(first, state) if first else None
+    if wanted is not None and here is not None and wanted != here and bank.taken:
+        raise FormatError(
+            f"A and B of init={stored.config.init!r} are taken from the weights of the base, and come out other than "
+            "where the adapter was trained: this is another base, or one in float16 or quantised otherwise, or a "
+            "processor that rounds otherwise. Load the adapter where it was trained and save it with save_banks='all'; "
+            "that file loads everywhere."
+        )
     if wanted is not None and here is not None and wanted != here:
         raise FormatError(
             "A and B come out other than where the adapter was trained, by a few last bits or more, as another torch "

@@ -138,7 +138,7 @@ class Stored:
     @property
     def widths(self) -> Widths:
         """Of the adapted projections."""
-        return Widths.of(((p.width, p.roles) for p in self.projections), self.informed[0])
+        return Widths.of(((p.origin, p.width, p.roles) for p in self.projections), self.informed[0], self.config.init)
 
     @cached_property
     def informed(self) -> tuple[dict[str, str], dict[str, Tensor]]:
