@@ -19,6 +19,9 @@ transformers = pytest.importorskip("transformers", reason="needs transformers")
 
 # Awake d are normal: at 0.2 some 16 % of them are dead.
 REDRAW: dict[str, Any] = {"threshold": 0.2, "alpha": uora.AlphaDecay(0.9), "every": 2}
+SALIENT: dict[str, Any] = {
+    "criterion": "saliency", "relative": True, "threshold": 0.5, "scope": "layer", "source": "informed",
+}  # fmt: skip
 WORDS = ["[PAD]", "[EOS]", "[UNK]", *"abcdefghijklmnop"]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import banks
 from torch import Tensor, nn
-from training_tools import REDRAW, Overflow, base_bytes, pictures, same, size, vit
+from training_tools import REDRAW, SALIENT, Overflow, base_bytes, pictures, same, size, vit
 
 import uora_vision as uora
 from uora_vision.integrations.state import changing_state, frozen_names
@@ -35,7 +35,12 @@ class Loop:
     """A training loop on Accelerate."""
 
     def __init__(
-        self, make: Callable[[], nn.Module] = vit, accumulate: int = 2, scaler: Any = None, **options: Any
+        self,
+        make: Callable[[], nn.Module] = vit,
+        accumulate: int = 2,
+        scaler: Any = None,
+        redraw: Any = None,
+        **options: Any,
     ) -> None:
         torch.manual_seed(0)
         # What an earlier loop of the process left there: all accelerators share it.
@@ -48,7 +53,7 @@ class Loop:
             (p for p in model.parameters() if p.requires_grad), lr=0.05, momentum=0.9, **options
         )
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.reinit = prepare_reinitializer(self.accelerator, self.model, self.optimizer, **REDRAW)
+        self.reinit = prepare_reinitializer(self.accelerator, self.model, self.optimizer, **(redraw or REDRAW))
         self.fired: list[int] = []
 
     def run(self, batches: Any, loss: Callable[[Tensor], Tensor] = lambda x: x) -> Loop:
@@ -101,6 +106,21 @@ def test_accelerate_goes_on_with_informed_rows(tmp_path: Path) -> None:
     resumed.accelerator.load_state(str(tmp_path))
     same(resumed.model, first.model)
     assert uora.adapters(resumed.model)["blocks.0.attn.qkv"].bank.widths.informed
+
+
+@pytest.mark.slow
+def test_accelerate_resumes_redraws_by_saliency_with_informed_rows(tmp_path: Path) -> None:
+    batches = list(pictures())
+    redraw = SALIENT | {"batches": batches[:2]}
+    whole = Loop(redraw=redraw).run(batches)
+    first = Loop(redraw=redraw).run(batches[:6])
+    first.accelerator.save_state(str(tmp_path))
+    resumed = Loop(redraw=redraw)
+    resumed.accelerator.load_state(str(tmp_path))
+    resumed.run(batches[6:])
+    assert (resumed.reinit.history() == whole.reinit.history()).all() and whole.reinit.firings > 20
+    assert any(e.rows is not None for e in whole.reinit.bank.log)
+    same(resumed.model, whole.model)
 
 
 def test_accumulation_is_one_large_batch() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import small_vit
 from torch import Tensor, nn
-from training_tools import REDRAW, Overflow, base_bytes, pictures, same, tensorboard, vit
+from training_tools import REDRAW, SALIENT, Overflow, base_bytes, pictures, same, tensorboard, vit
 
 import uora_vision as uora
 from uora_vision.integrations.state import frozen_names
@@ -42,7 +42,7 @@ def train_lightning(folder: Path, epochs: int = 2, resume: Path | None = None, *
 
     from uora_vision.integrations.lightning import UoraCallback as Callback
 
-    callback = Callback(**REDRAW, inform=options.pop("inform", 0))
+    callback = Callback(**options.pop("redraw", REDRAW), inform=options.pop("inform", 0))
     # At the end of an epoch of 3 steps: in the middle Lightning itself would begin the data again.
     saver = pl.callbacks.ModelCheckpoint(
         folder, every_n_epochs=1, save_on_train_epoch_end=True, save_top_k=-1, filename="{step}"
@@ -92,6 +92,17 @@ def test_lightning_informs_and_resumes_with_the_rows(tmp_path: Path) -> None:
     validated = lightning_module(fresh_vit)
     trainer.validate(validated, pictures(), ckpt_path=tmp_path / "cut/step=6.ckpt", verbose=False)
     same(validated.net, whole.net)
+
+
+@pytest.mark.slow
+def test_lightning_resumes_redraws_by_saliency_with_informed_rows(tmp_path: Path) -> None:
+    given = {"redraw": SALIENT | {"batches": list(pictures(n=8))}}
+    _, whole, expected = train_lightning(tmp_path / "whole", **given)
+    train_lightning(tmp_path / "cut", epochs=1, **given)
+    _, resumed, reinit = train_lightning(tmp_path / "cut", resume=tmp_path / "cut/step=3.ckpt", **given)
+    assert (reinit.history() == expected.history()).all() and expected.firings > 20
+    assert any(e.rows is not None for e in expected.bank.log)
+    same(resumed.net, whole.net)
 
 
 def test_lightning_validates_with_the_banks_of_the_checkpoint(tmp_path: Path) -> None:

@@ -11,7 +11,19 @@ import torch
 from conftest import banks, wake
 from safetensors import safe_open
 from torch import Tensor
-from training_tools import REDRAW, WORDS, Overflow, arguments, base_bytes, bert, examples, same, size, tensorboard
+from training_tools import (
+    REDRAW,
+    SALIENT,
+    WORDS,
+    Overflow,
+    arguments,
+    base_bytes,
+    bert,
+    examples,
+    same,
+    size,
+    tensorboard,
+)
 
 import uora_vision as uora
 from uora_vision.integrations.state import frozen_names
@@ -33,9 +45,14 @@ class StopAt(transformers.TrainerCallback):
 
 
 def train_bert(
-    folder: Path, base: Any = transformers.Trainer, stop: int | None = None, resume: Any = None, **options: Any
+    folder: Path,
+    base: Any = transformers.Trainer,
+    stop: int | None = None,
+    resume: Any = None,
+    redraw: Any = None,
+    **options: Any,
 ) -> Any:
-    callback = UoraCallback(**REDRAW)
+    callback = UoraCallback(**(redraw or REDRAW))
     others = [] if stop is None else [StopAt(stop)]
     trainer = base(
         model=bert(), args=arguments(folder, **options), train_dataset=examples(), eval_dataset=examples()[:4],
@@ -69,6 +86,19 @@ def test_trainer_resumes_to_the_bit(base: Any, whole_bert: Any, tmp_path: Path) 
     assert (reinit.history() == expected.history()).all() and second.state.global_step == 4
     same(second.model, whole.model)
     assert any(not torch.equal(t, banks(second.model)[n]) for n, t in banks(first.model).items())
+
+
+@pytest.mark.slow
+def test_trainer_resumes_redraws_by_saliency_with_informed_rows(tmp_path: Path) -> None:
+    rows = examples()[:8]
+    redraw = SALIENT | {"batches": [{key: torch.stack([torch.as_tensor(row[key]) for row in rows]) for key in rows[0]}]}
+    base = adapter_only(transformers.Trainer)
+    whole, expected = train_bert(tmp_path / "whole", base, redraw=redraw)
+    train_bert(tmp_path / "cut", base, stop=2, redraw=redraw)
+    resumed, reinit = train_bert(tmp_path / "cut", base, resume=True, redraw=redraw)
+    assert (reinit.history() == expected.history()).all() and expected.firings > 20
+    assert any(e.rows is not None for e in expected.bank.log)
+    same(resumed.model, whole.model)
 
 
 @pytest.mark.slow

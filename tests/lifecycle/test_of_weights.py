@@ -162,7 +162,7 @@ class TestLife:
         assert same(model, loaded)
         uora.save(loaded, tmp_path / "again")
         assert same(uora.load(small_vit(seed=5), tmp_path / "again"), model), "what was given stays in the file"
-        with pytest.raises(uora.StateError, match="drawn with"):
+        with pytest.raises(uora.StateError, match="taken from the weights of another base"):
             fresh(base=small_vit(seed=5)).load_state_dict(model.state_dict())
 
     def test_adapters_of_one_base_share_them(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -257,6 +257,14 @@ class TestRefused:
             fresh(base=base)
         assert not hasattr(base, "uora") and base.blocks[0].mlp.fc1.weight.requires_grad
         assert uora.plan(base, rank=8, init="svd").parameters
+
+
+@pytest.mark.slow
+def test_compiled_in_one_graph(images: Tensor) -> None:
+    model = wake(fresh(), 1.0).eval()
+    compiled = torch.compile(copy.deepcopy(model), backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images), outputs(model, images), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -153,7 +153,8 @@ def bank_for(
     weight: Any = model.get_submodule(what.projections[0].module_path)._parameters[what.projections[0].tensor]
     dtype = torch.float32 if is_quantised(weight) else weight.dtype
     taken = _taken(model, what, first) if widths.of_weights else {}
-    bank = Bank(what.config, widths, device=weight.device, dtype=dtype, first=first, taken=taken)
+    bank = Bank(what.config, widths, device=weight.device, dtype=dtype, first=taken | dict(first))
+    bank.taken = frozenset(taken)
     bank.__dict__[REDUCED] = Reduced()
     return bank
 

@@ -140,8 +140,9 @@ def bank_like(old: Bank, widths: Widths, first: Mapping[str, Tensor]) -> Bank:
         first: see `Bank`.
     """
     buffer = old.get_buffer(next(iter(old.matrices)))
-    taken = {name: t for name, t in old.taken.items() if name not in first}
-    bank = Bank(old.config, widths, buffer.device, buffer.dtype, first, taken).train(old.training)
+    taken = {name: old._first[name] for name in old.taken if name not in first}
+    bank = Bank(old.config, widths, buffer.device, buffer.dtype, taken | dict(first)).train(old.training)
+    bank.taken = frozenset(taken)
     bank.__dict__[REDUCED] = Reduced()
     return bank
 

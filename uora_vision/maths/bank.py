@@ -42,7 +42,6 @@ class Bank(Carried):
         dtype: of the buffers; the draws are rounded to float32 first whatever it is.
         first: matrices by name, (r, width) float32 on the CPU, to use in place of the first draw: all of them, or the
             informed ones alone.
-        taken: the same of those that were taken from the weights of the base, which can be had from there again.
     """
 
     def __init__(
@@ -52,19 +51,18 @@ class Bank(Carried):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         first: Mapping[str, Tensor] | None = None,
-        taken: Mapping[str, Tensor] | None = None,
     ) -> None:
         options: dict[str, Any] = {name: getattr(config, name) for name in ("rank", "seed", "layout", "init")}
-        first, self.taken = first or {}, dict(taken or {})
-        """Matrices by name that were taken from the weights of the base."""
-        if found := self.taken | dict(first):
-            options["given"] = _digest_of(found, widths.informed)
+        first = first or {}
+        if first:
+            options["given"] = _digest_of(first, widths.informed)
         super().__init__(options, widths.matrices(config.layout), device)
         self.config = config
         self.chosen: str | None = options.get("given")
         """A digest of the matrices that were not drawn."""
-        self.given = bool(first.keys() - set(widths.informed.values()))
-        """Whether it cannot be drawn again from the seed."""
+        self._given = frozenset(first) - set(widths.informed.values())
+        self.taken: frozenset[str] = frozenset()
+        """Names of the matrices that were taken from the weights of the base, and can be had from there again."""
         self.widths = widths
         # In float32 on the CPU: buffers may be moved, or rounded to a half type. Rows are redrawn from `_state`, where
         # a matrix is that of `_first` until one of its rows is redrawn.
@@ -76,10 +74,15 @@ class Bank(Carried):
             if torch.device(device).type == "meta":
                 rows = torch.empty(config.rank, width, device="meta")
             else:
-                drawn = name not in found
-                rows = self._first[name] = initial_rows(config, name, width) if drawn else found[name]
+                drawn = name not in first
+                rows = self._first[name] = initial_rows(config, name, width) if drawn else first[name]
             self.register_buffer(name, rows.to(device=device, dtype=dtype, copy=True), persistent=False)
         self._state = dict(self._first)
+
+    @property
+    def given(self) -> bool:
+        """Whether it can neither be drawn again from the seed nor taken from the base."""
+        return bool(self._given - self.taken)
 
     def forward(self, x: Tensor) -> Tensor:
         """The input: the bank is a child of the model, and an nn.Sequential runs all of its children."""

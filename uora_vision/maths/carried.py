@@ -182,9 +182,12 @@ class Carried(nn.Module):
         odd = [name for name in first.keys() | self._options.keys() if first.get(name) != self._options.get(name)]
         if odd and not (odd == ["given"] and self.has_given(first.get("given"))):
             there, here = ({name: of.get(name) for name in sorted(odd)} for of in (first, self._options))
+            way = "Call inject() with those options."
+            if odd == ["given"]:
+                way = "They were informed otherwise, or taken from the weights of another base: use save() and load()."
             raise StateError(
                 f"this state dict is of an adapter whose A and B are drawn with {there}, here with {here}: its b and d "
-                "would mean something else. Call inject() with those options."
+                f"would mean something else. {way}"
             )
         check_log(log, self._options["rank"], self.matrices | {name: own.width for name, own in self.layers.items()})
         return log

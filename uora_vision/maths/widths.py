@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
-from urllib.parse import quote
 
 from ..config import Init, Layout
 from ..weights.role import Role
@@ -102,4 +101,4 @@ class Widths(NamedTuple):
 
 def _as_name(path: str) -> str:
     """A path in the name of a buffer, which has no dots; that of a matrix has no slash before its side."""
-    return quote(path, safe="").replace(".", "%2E")
+    return path.replace("%", "%25").replace("/", "%2F").replace(".", "%2E")
