@@ -207,8 +207,8 @@ class Reinitializer:
             StateError: another adapter is active than the one that this was made for, or no d has the gradient that the
                 criterion needs.
             ConfigError: moments are to be cleared, and there is no optimizer.
-            OptionError: the batches of informed rows are none, or have no finite loss; see `inform`. Nothing is drawn
-                then.
+            OptionError, DeadAdapterError: the batches of informed rows are none, have no finite loss, or no gradient
+                reaches a weight, see `inform`; or a function gives no scores. Nothing is drawn then.
         """
         if self._places[0][0] not in (active_entry(self.model).modules or ()):
             raise StateError("another adapter is active than the one that this Reinitializer was made for")
