@@ -102,6 +102,13 @@ class TestVectors:
         w = torch.linalg.qr(torch.randn(12, 12, generator=g, dtype=torch.float64)).Q
         torch.testing.assert_close(singular(w, 3)[0], singular(w, 7)[0][:3])
 
+    def test_signs_are_not_those_of_lapack(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        w = torch.randn(12, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        want, eigh = singular(w), torch.linalg.eigh
+        monkeypatch.setattr(torch.linalg, "eigh", lambda m: (eigh(m)[0], -eigh(m)[1]))
+        for got, side in zip(singular(w), want, strict=True):
+            torch.testing.assert_close(got, side)
+
     def test_they_are_the_same_in_any_number_of_threads(self) -> None:
         base = small_vit()
         found, before = [], torch.get_num_threads()
@@ -187,6 +194,7 @@ class TestLife:
         assert all(map(torch.equal, b, [t for a in uora.adapters(model).values() for t in a.matrices()[1]]))
         wake(model, 2.0)
         uora.save(model, tmp_path)
+        assert "banks/shared" not in load_file(tmp_path / TENSOR_FILE), "the base gives B still"
         loaded = uora.load(copy.deepcopy(base), tmp_path)
         assert same(model, loaded) and torch.equal(outputs(model, images), outputs(loaded, images))
 

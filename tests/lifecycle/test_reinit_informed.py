@@ -178,6 +178,7 @@ class TestInformed:
         is of the adapted model, W + dW."""
         model = fresh()
         for adapter in uora.adapters(model).values():
+            adapter.b.data.mul_(20)  # so that W + dW is far from W
             adapter.d.data[:, 1:3] = 0
         dense = copy.deepcopy(model)
         uora.merge(dense)
