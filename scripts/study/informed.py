@@ -94,7 +94,7 @@ TUNED_AS = {"paper's UORA r64": "random r64", "informed redraws r64": "informed 
 REDRAWS: dict[str, dict[str, Any]] = {
     "paper's UORA r64": {},
     "informed redraws r64": {
-        "criterion": "saliency", "relative": True, "threshold": 0.1, "every": 10,
+        "criterion": "saliency", "relative": True, "threshold": lambda step: 0.1 if step % 20 == 0 else 0.0,
         "scope": "layer", "source": "informed",
     },
 }  # fmt: skip

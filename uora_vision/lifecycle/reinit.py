@@ -62,7 +62,8 @@ class Reinitializer:
             other rows; see `inform`. B keeps its column, d_i starts at 0 with cleared moments, and the log holds the
             row, in int8. `none`: rows and d stay, and only moments are cleared, as a control.
         batches: for `informed`: what the model learns from, such as a list or a DataLoader; of each pass over it, one a
-            step in which directions fire, the first 8 are taken.
+            step in which directions fire, the first 8 are taken. A schedule of tau that is 0 at most steps keeps passes
+            few.
         loss: for `informed`: `loss(model, batch)`, as for `inform`.
         optimizer: that trains the adapter; it is looked at here, and needed where moments are cleared.
 
