@@ -141,7 +141,7 @@ class TestFunction:
             criterion = "saliency"
         model = wake(fresh(init=init), seed)
         more: dict[str, Any] = {**INFORMED, "source": source} | ({} if source == "informed" else {"batches": None})
-        options = {"criterion": criterion, "relative": True, "threshold": 0.9}
+        options = {"criterion": criterion, "relative": True, "threshold": 1.2}
         optimizer = adam(model)
         cross_entropy(model(BATCHES[0][0]), BATCHES[0][1]).backward()
         without = copy.deepcopy(model)
