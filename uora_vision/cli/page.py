@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,17 @@ def templates(*folders: Path) -> Environment:
     environment.filters |= {"label": label}
     environment.globals |= {"show": show}
     return environment
+
+
+def write_page(page: str, path: Path) -> None:
+    """Write a page to `path`; what stood there before stays until the new one is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        draft.write_text(page, encoding="utf-8", errors="replace")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def label(key: str) -> str:

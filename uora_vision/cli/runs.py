@@ -40,9 +40,9 @@ def runs(
     by = sort or main_measure(found)
     ordered = ranked(found, by)
     if html is not None:
-        from .runs_page import write_page  # it draws
+        from .runs_page import write_runs  # it draws
 
-        write_page(ordered, by, html, str(folder), unfinished)
+        write_runs(ordered, by, html, str(folder), unfinished)
         print(f"wrote {html}", file=sys.stderr)
     if as_json:
         whole = [{"run": run.name, **run.metrics, "config": run.config, "history": run.history} for run in ordered]

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .page import LOWER, label, templates
+from .page import LOWER, label, templates, write_page
 from .run_data import Run, columns, differing, measures
 
 COLOURED = 10
 """Runs with a colour of their own; the others are grey."""
 
 
-def write_page(found: Sequence[Run], by: str, path: Path, title: str, unfinished: Sequence[str] = ()) -> None:
+def write_runs(found: Sequence[Run], by: str, path: Path, title: str, unfinished: Sequence[str] = ()) -> None:
     """Write the page; what stood there before stays until the new one is complete.
 
     Args:
@@ -31,14 +30,7 @@ def write_page(found: Sequence[Run], by: str, path: Path, title: str, unfinished
         import matplotlib as _  # noqa: F401
     except ImportError as error:
         raise ConfigError("--html needs matplotlib: pip install matplotlib") from error
-    page = render(found, by, title, unfinished)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_text(page, encoding="utf-8", errors="replace")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    write_page(render(found, by, title, unfinished), path)
 
 
 def render(found: Sequence[Run], by: str, title: str, unfinished: Sequence[str] = ()) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from uora_vision.cli.page import LOWER, label, show, templates
+from uora_vision.cli.page import LOWER, label, show, templates, write_page
 
 from . import figures
 
@@ -104,14 +103,7 @@ def write_report(report: RunReport, path: Path) -> None:
         ValueError: parts of the report do not fit each other.
     """
     _check(report)
-    page = render(report)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_text(page, encoding="utf-8", errors="replace")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    write_page(render(report), path)
 
 
 def render(report: RunReport) -> str:
