@@ -260,7 +260,7 @@ class TestStateDicts:
         redraw(model, "layer", times=9)
         average.update(model)
         state = model.state_dict()
-        assert len(state["uora._extra_state"]) == len(early.state_dict()["uora._extra_state"]) == 1024
+        assert len(state["uora._extra_state"]) == len(early.state_dict()["uora._extra_state"]) >= 1024  # as others need
         early.load_state_dict(state)
         assert same(early, model) and same(average.module, model)
 
