@@ -13,7 +13,7 @@ def main(arguments: list[str] | None = None) -> int:
         The exit code.
     """
     if find_spec("typer") is None:
-        print("error: the command line needs typer: pip install uora_vision[cli]", file=sys.stderr)
+        print("error: the command line needs typer: pip install typer", file=sys.stderr)
         return 2
     from .cli.app import main as run
 

@@ -93,7 +93,7 @@ class TestItself:
     ) -> None:
         monkeypatch.setattr("uora_vision.__main__.find_spec", lambda name: None)
         assert main(["plan", NAME]) == 2
-        assert capsys.readouterr().err == "error: the command line needs typer: pip install uora_vision[cli]\n"
+        assert capsys.readouterr().err == "error: the command line needs typer: pip install typer\n"
 
 
 class TestPlan:
@@ -194,6 +194,24 @@ class TestMerge:
         assert main(["merge", str(tmp_path / "adapter"), "--model", spec, "--output", str(tmp_path / "out")]) == 0
         assert near(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits, want)
 
+    def test_the_base_that_the_adapter_names(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        model = wake(uora.inject(gpt2(tmp_path / "base"), rank=4, train=()))
+        want = model(torch.tensor([[1, 5, 7]])).logits
+        about = {"task": "text-generation", "model": "transformers/../base"}
+        uora.save(model, tmp_path / "adapter", preprocessing=about)
+        adapter = str(tmp_path / "adapter")
+        assert main(["verify", adapter]) == 0
+        assert f"ok      fits transformers/{tmp_path / 'base'}, by its fingerprint" in capsys.readouterr().out
+        assert main(["merge", adapter, "--output", str(tmp_path / "out")]) == 0
+        merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert near(merged(torch.tensor([[1, 5, 7]])).logits, want)
+        assert main(["export", adapter, "--to", "peft-lora", "--output", str(tmp_path / "lora")]) == 0
+        shutil.rmtree(tmp_path / "base")
+        capsys.readouterr()
+        assert main(["verify", adapter]) == 0  # of a base that is not to be had nothing is said
+        assert f"-       not held against a base: transformers/{tmp_path / 'base'} cannot" in capsys.readouterr().out
+        fails(["merge", adapter, "--output", tmp_path / "none"], "cannot be made", capsys)
+
     def test_bad_input(self, files: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "model.safetensors").write_text("mine")
         there = ["merge", files["adapter"], *of(files), "--output", tmp_path]
@@ -261,7 +279,10 @@ def flip(folder: Path) -> None:
 class TestVerify:
     def test_a_good_one(self, files: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["verify", str(files["adapter"])]) == 0
-        assert capsys.readouterr().out.count("ok    ") == 2
+        told = capsys.readouterr().out
+        assert told.count("ok    ") == 2 and "-       not held against a base" in told
+        assert main(["verify", str(files["adapter"]), "--json"]) == 0
+        assert [one["passed"] for one in json.loads(capsys.readouterr().out)] == [True, True, None]
         assert main(["verify", str(files["adapter"]), *of(files)]) == 0
         text = capsys.readouterr().out
         assert text.count("ok    ") == 4 and "by its fingerprint" in text

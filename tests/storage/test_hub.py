@@ -255,7 +255,7 @@ class TestErrors:
 
     def test_without_the_library(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-        self.refused(r"pip install uora_vision\[hub\]")
+        self.refused(r"pip install huggingface_hub")
 
     @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a", "a/b/c", "a/..", "./a", "", "ü/x", "a/b c"])
     def test_what_is_no_name_of_a_repository_is_a_folder(self, hub: Hub, name: str) -> None:

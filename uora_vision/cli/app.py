@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Adapters of uora_vision: plan, inspect, predict, runs, merge, export, verify, upgrade.",
     epilog="Exit codes: 0 all is well, 1 a check failed, 2 bad input.",
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -43,7 +42,9 @@ Folder = Annotated[
     str, typer.Argument(help="Folder of an adapter, or a repository on the Hugging Face hub: user/name.")
 ]
 
-Model = Annotated[str, typer.Option("--model", help=f"The base: {FORMS}.")]
+Model = Annotated[
+    str | None, typer.Option("--model", help=f"The base, where the adapter does not say it, or another: {FORMS}.")
+]
 
 Checkpoint = Annotated[
     str | None,
@@ -147,17 +148,18 @@ app.command("runs")(runs)
 @app.command("merge")
 def merge_into(
     folder: Folder,
-    model: Model,
     output: Annotated[Path, typer.Option(help="Folder for model.safetensors.")],
+    model: Model = None,
     checkpoint: Checkpoint = None,
     revision: Revision = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Add an adapter to the weights of its base, and write the plain model."""
+    """Add an adapter to the weights of its base, and write the plain model:
+    `uora merge runs/photos/adapter --output merged/`."""
     from ..lifecycle.merging import merge
 
     _check_free(output / "model.safetensors", overwrite)
-    made, example = _loaded(local_folder(folder, revision), model, checkpoint)
+    made, example = _loaded(folder, revision, model, checkpoint)
     report = merge(made, example)
     output.mkdir(parents=True, exist_ok=True)
     save_pretrained: Any = getattr(made, "save_pretrained", None)
@@ -174,15 +176,16 @@ def merge_into(
 @app.command()
 def export(
     folder: Folder,
-    model: Model,
     to: Annotated[Kind, typer.Option(help="What to write.")],
     output: Annotated[Path, typer.Option(help="Folder to write, or for onnx the file.")],
+    model: Model = None,
     rank: Annotated[int | None, typer.Option(help="Of peft-lora: of the closest LoRA by SVD. Default: exact.")] = None,
     checkpoint: Checkpoint = None,
     revision: Revision = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write an adapter for PEFT, or the merged model as ONNX."""
+    """Write an adapter for PEFT, or the merged model as ONNX:
+    `uora export runs/photos/adapter --to onnx --output photos.onnx`."""
     if rank is not None and to != Kind.lora:
         raise ConfigError(f"--rank goes with --to peft-lora, not with {to.value}")
 
@@ -194,7 +197,7 @@ def export(
     _check_free(output if to == Kind.onnx else output / TENSOR_FILE, overwrite)
     if to == Kind.onnx:
         _needs("onnx", "onnxscript")
-    made, example = _loaded(local_folder(folder, revision), model, checkpoint)
+    made, example = _loaded(folder, revision, model, checkpoint)
     if to == Kind.onnx:
         merge(made)
         error = to_onnx(made, example, output)
@@ -209,12 +212,13 @@ def export(
 @app.command()
 def verify(
     folder: Folder,
-    model: Annotated[str | None, typer.Option(help=f"Hold it against this base too: {FORMS}.")] = None,
+    model: Model = None,
     checkpoint: Checkpoint = None,
     revision: Revision = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of text.")] = False,
 ) -> None:
-    """Check a saved adapter: its files, whether A and B come out as they were, and whether it fits a base."""
-    from ..predict.models import with_weights
+    """Check a saved adapter: its files, whether A and B come out as they were, and whether it fits its base, if that is
+    to be had: `uora verify runs/photos/adapter`."""
     from ..storage.base import Base
     from ..storage.fit import fit
     from ..storage.folder import read_folder
@@ -222,26 +226,31 @@ def verify(
     from ..storage.snapshot import rebuilt
 
     there = local_folder(folder, revision)
-    checks: list[tuple[bool, str]] = []
+    checks: Checks = []
     stored = _checked(checks, "files are whole, of a known version, without NaN", lambda: read_folder(there))
     if stored is None:
-        _verdict(checks)
+        _verdict(checks, as_json)
         return
     if stored.trained is None:
         checks.append((True, f"format is an old one: `uora upgrade` makes it version {FORMAT_VERSION}"))
     if stored.bank_fingerprint is None:
         checks.append((True, "A and B have no fingerprint in this file"))
     elif stored.widths.of_weights and stored.shared is None:
-        checks.append((True, "A and B are taken from the weights of the base: what loads with --model has the same"))
+        checks.append((None, "A and B are those of the base's weights, and compared where it is loaded"))
     else:
         _checked(checks, "A and B come out as where it was trained", lambda: rebuilt(stored, _bank(stored)))
-    if model is not None:
-        made, example = with_weights("/".join(resolved(model)), stored, checkpoint)
+    try:
+        name, made, example = _base(stored, folder, model, checkpoint)
+    except ConfigError as error:
+        if model is not None or checkpoint is not None:
+            raise
+        checks.append((None, f"not held against a base: {error}"))
+    else:
         made_for = "its fingerprint" if stored.identity.fingerprint else "its architecture"
-        fitted = _checked(checks, f"fits {model}, by {made_for}", lambda: fit(stored, Base(made)))
+        fitted = _checked(checks, f"fits {name}, by {made_for}", lambda: fit(stored, Base(made)))
         if fitted is not None:
             _checked(checks, "loads, and its outputs are finite", lambda: _run(made, there, example))
-    _verdict(checks)
+    _verdict(checks, as_json)
 
 
 @app.command()
@@ -257,15 +266,27 @@ def upgrade(folder: Annotated[Path, typer.Argument(help="Folder of an adapter.")
     _say(f"{folder} is of format version {FORMAT_VERSION} now" if done else f"{folder} needs no upgrade")
 
 
-def _loaded(there: Path, model: str, checkpoint: str | None) -> tuple[nn.Module, Any]:
+def _loaded(folder: str, revision: str | None, model: str | None, checkpoint: str | None) -> tuple[nn.Module, Any]:
     """A model with an adapter in it, and an input."""
-    from ..predict.models import with_weights
     from ..storage.folder import read_folder
     from ..storage.save_load import load
 
-    stored = read_folder(there)
-    made, example = with_weights("/".join(resolved(model)), stored, checkpoint)
+    there = local_folder(folder, revision)
+    _, made, example = _base(read_folder(there), folder, model, checkpoint)
     return load(made, there), example
+
+
+def _base(stored: Stored, folder: str, model: str | None, checkpoint: str | None) -> tuple[str, nn.Module, Any]:
+    """The base of an adapter: its name, the model, and an input.
+
+    Raises:
+        ConfigError: it is not to be had.
+    """
+    from ..predict.models import named, with_weights
+
+    given = None if model is None else "/".join(resolved(model))
+    name, weights = named(stored, Path(folder) if Path(folder).is_dir() else None, given, checkpoint)
+    return name, *with_weights(name, stored, weights)
 
 
 def _bank(stored: Stored) -> Bank:
@@ -286,7 +307,11 @@ def _run(made: nn.Module, there: Path, example: Any) -> None:
         raise FormatError("outputs on random input are NaN or infinite")
 
 
-def _checked(checks: list[tuple[bool, str]], what: str, check: Callable[[], Any]) -> Any:
+Checks = list[tuple[bool | None, str]]
+"""Whether each passed, None if it was not made, and what it is."""
+
+
+def _checked(checks: Checks, what: str, check: Callable[[], Any]) -> Any:
     """Note whether a check passes; what it gives, or None."""
     try:
         result = check()
@@ -305,11 +330,13 @@ def _say(what: object, where: TextIO | None = None) -> None:
     print(text.encode(coding, "backslashreplace").decode(coding), file=stream)
 
 
-def _verdict(checks: list[tuple[bool, str]]) -> None:
+def _verdict(checks: Checks, as_json: bool = False) -> None:
     """Print checks, and leave with 1 if one failed."""
-    for passed, what in checks:
-        _say(f"{'ok    ' if passed else 'FAILED'}  {what}")
-    if not all(passed for passed, _ in checks):
+    if as_json:
+        _say(json.dumps([{"passed": passed, "check": what} for passed, what in checks], indent=2))
+    for passed, what in () if as_json else checks:
+        _say(f"{'FAILED' if passed is False else 'ok    ' if passed else '-     '}  {what}")
+    if any(passed is False for passed, _ in checks):
         raise typer.Exit(1)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..storage.stored import Stored
-from .models import FORMS, source_of, with_weights
+from .models import FORMS, named, with_weights
 from .tasks import CLIP, GENERATION, IMAGES, TASKS, TEXTS, VALUES, ImageClassification, Task, ZeroShotClassification
 
 
@@ -116,7 +116,4 @@ def _named(
     """A model by name, and a checkpoint: those that are given, else those of the adapter."""
     if isinstance(model, nn.Module):
         raise ConfigError(f"the task {task_of(stored)} needs more than a model: give its name, {FORMS}")
-    if model is not None:
-        return model, checkpoint
-    found, known = source_of(stored, folder)
-    return found, checkpoint or known
+    return named(stored, folder, model, checkpoint)

@@ -85,6 +85,14 @@ def source_of(stored: Stored, folder: Path | None) -> tuple[str, str | None]:
     return found, checkpoint
 
 
+def named(stored: Stored, folder: Path | None, model: str | None, checkpoint: str | None) -> tuple[str, str | None]:
+    """A model by name, and a checkpoint: those that are given, else those of the adapter; see `source_of`."""
+    if model is not None:
+        return model, checkpoint
+    found, known = source_of(stored, folder)
+    return found, checkpoint or known
+
+
 def relative_source(spec: str, folder: str | os.PathLike[str]) -> str:
     """A model or a checkpoint as an adapter names it: what is a path on this machine, relative to its folder."""
     head, path = _parts(spec)

@@ -196,7 +196,7 @@ def _hub(repository: str) -> Iterator[Any]:
         import huggingface_hub as hub
     except ImportError as error:
         raise HubError(
-            f"{repository} is not a folder here, and the hub needs huggingface_hub: pip install uora_vision[hub]"
+            f"{repository} is not a folder here, and the hub needs huggingface_hub: pip install huggingface_hub"
         ) from error
     try:
         yield hub
