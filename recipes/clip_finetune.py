@@ -225,8 +225,9 @@ def adapt(dual: Dual, chosen: MethodOptions, towers: Towers) -> AdaptedModel:
     if chosen.method is not Method.uora:
         return adapt_towers(dual, chosen, plan)
     uora.inject(
-        dual.model, rank=chosen.rank, targets=plan.targets, seed=chosen.seed, token_sampling=chosen.token_sampling
-    )
+        dual.model, rank=chosen.rank, targets=plan.targets, seed=chosen.seed, init=chosen.init,
+        token_sampling=chosen.token_sampling,
+    )  # fmt: skip
     groups = uora.param_groups(
         dual.model, lr=chosen.lr, head_lr=chosen.head_lr, weight_decay=chosen.weight_decay,
         layer_decay=chosen.layer_decay,

@@ -148,8 +148,9 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
     # What of it trains: by UORA, or by a method to compare it with.
     if chosen.method is Method.uora:
         uora.inject(
-            model, rank=chosen.rank, targets=chosen.targets, seed=chosen.seed, token_sampling=chosen.token_sampling
-        )
+            model, rank=chosen.rank, targets=chosen.targets, seed=chosen.seed, init=chosen.init,
+            token_sampling=chosen.token_sampling,
+        )  # fmt: skip
         groups = uora.param_groups(
             model, lr=chosen.lr, head_lr=chosen.head_lr, weight_decay=chosen.weight_decay,
             layer_decay=chosen.layer_decay,

@@ -124,6 +124,7 @@ RUNS = {
     "uora layer": ("--rank", 8, "--reinit", "layer", *FIRES),
     "uora never": ("--rank", 8, "--reinit", "never"),
     "uora informed": ("--rank", 8, "--reinit", "informed"),
+    "uora svd": ("--rank", 8, "--init", "svd"),
     "lora": ("--method", "lora", "--rank", 2),
     "vera of peft": ("--method", "vera-peft", "--rank", 4),
     "full, another optimizer": ("--method", "full", "--opt", "lamb", "--weight-decay", 0.1),

@@ -54,6 +54,7 @@ class MethodOptions:
         weight_decay: of matrices.
         seed: of the adapter's random matrices.
         scope, threshold, relative, alpha, every: of UORA's reinitialisation; see `uora.Reinitializer`.
+        init: of UORA's A and B; see `uora.UoraConfig`.
         token_sampling: see `uora.UoraConfig`; for UORA and its VeRA.
         layer_decay: factor of the rates from each block to the one below it; the head has its own.
     """
@@ -70,6 +71,7 @@ class MethodOptions:
     relative: bool = False
     alpha: float = 0.5
     every: int = 1
+    init: Literal["haar", "svd"] = "haar"
     token_sampling: int = 1
     layer_decay: float = 1.0
 
@@ -117,6 +119,9 @@ class MethodChoice(Choice):
     )
     alpha: Annotated[float, Option(min=0, max=1, help="uora: share of the old direction that stays")] = 0.5
     every: Annotated[int, Option(min=1, help="uora: redraw at every n-th step below the threshold")] = 1
+    init: Annotated[
+        Literal["haar", "svd"], Option(help="uora: random orthogonal A and B, or singular vectors of each weight")
+    ] = "haar"
     token_sampling: Annotated[int, Option(min=1, help="uora, vera: gradients from one token of every n")] = 1
     layer_decay: Annotated[float, Option(help="factor of the rates from each block to the one below it")] = 1.0
     seed: Annotated[int, Option(min=0, help="of everything random")] = 0
@@ -141,6 +146,7 @@ class MethodChoice(Choice):
             relative=self.relative,
             alpha=self.alpha,
             every=self.every,
+            init=self.init,
             token_sampling=self.token_sampling,
             layer_decay=self.layer_decay,
         )
