@@ -61,7 +61,7 @@ class Shape:
         """Forward, gradient for the input, and gradients of b and d, beyond twice `base`."""
         if self._keeps_input:
             vectors = 2 * self._rows * self.width * (self._drawn + self.rank)
-        elif self.sampling == 1 and self.forward != self.fold:
+        elif self.sampling == 1 and not folds(self.tokens, self.out, self.width):
             vectors = self.expand  # the factored forward has u already
         else:
             vectors = 2 * self._drawn * self.rank * (self.width * self.matrices + self._rows)
