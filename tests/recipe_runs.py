@@ -62,8 +62,9 @@ def shorten_the_demo(patch: pytest.MonkeyPatch, place: ModuleType, *methods: Met
     return {method.value for method in methods}
 
 
-CHOSEN = ("--rank", 3, "--targets", "attention", "--seed", 5, "--token-sampling", 2, "--reinit", "layer", "--threshold",
-          0.25, "--relative", "--alpha", 0.125, "--every", 7, "--opt", "sgd", "--lr", 0.5)  # fmt: skip
+CHOSEN = ("--rank", 3, "--targets", "attention", "--seed", 5, "--init", "svd", "--token-sampling", 2,
+          "--reinit", "layer", "--threshold", 0.25, "--relative", "--alpha", 0.125, "--every", 7,
+          "--opt", "sgd", "--lr", 0.5)  # fmt: skip
 
 
 def assert_the_options_reach_uora(call: Call, patch: pytest.MonkeyPatch, *words: object) -> None:
@@ -83,7 +84,7 @@ def assert_the_options_reach_uora(call: Call, patch: pytest.MonkeyPatch, *words:
     patch.setattr(uora, "Reinitializer", reinitialised)
     code, said = call(*words, *CHOSEN)
     assert code == 2 and "error: that is all" in said, said
-    assert given["inject"] == {"rank": 3, "targets": "attention", "seed": 5, "token_sampling": 2}
+    assert given["inject"] == {"rank": 3, "targets": "attention", "seed": 5, "init": "svd", "token_sampling": 2}
     assert given["reinit"] == {"scope": "layer", "threshold": 0.25, "relative": True, "alpha": 0.125, "every": 7}
     assert isinstance(given["optimizer"], torch.optim.SGD)
     assert 0.5 in [group["lr"] for group in given["optimizer"].param_groups]
