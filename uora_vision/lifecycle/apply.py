@@ -170,9 +170,8 @@ def _taken(model: nn.Module, what: Plan, first: Mapping[str, Tensor]) -> dict[st
     Raises:
         ConfigError: the weights have no values, or values that are not finite, or a side below the rank.
     """
-    narrow = [f"{p.path} ({min(p.shape[1], role.rows)})" for p in what.projections for role in p.roles
-              if min(p.shape[1], role.rows) < what.config.rank]  # fmt: skip
-    if narrow:
+    sides = {p.path: min(p.shape[1], *(role.rows for role in p.roles)) for p in what.projections}
+    if narrow := [f"{path} ({side})" for path, side in sides.items() if side < what.config.rank]:
         raise ConfigError(
             f"init={what.config.init!r} gives as many directions as the smaller side of a projection has; the rank is "
             f"{what.config.rank}, and there are {shortened(narrow, 4)}. Take a smaller rank, or exclude these."
