@@ -23,6 +23,7 @@ from .lifecycle.parameter_groups import param_groups
 from .lifecycle.reinit import Reinitializer
 from .lifecycle.schedules import AlphaDecay, ThresholdWave
 from .lifecycle.selection import activate, active_adapter, adapter_names, delete
+from .lifecycle.shares import strength
 from .lifecycle.verification import verify
 from .predict.predictor import Prediction, Predictor, load_predictor
 from .serving.routing import route
@@ -79,6 +80,7 @@ __all__ = [
     "remove",
     "route",
     "save",
+    "strength",
     "summary",
     "unmerge",
     "upgrade",

@@ -28,6 +28,7 @@ CHANGES: dict[str, Change] = {
     "load beside": lambda m, folder: uora.load(m, folder, name="c", activate=False),
     "save": lambda m, folder: uora.save(m, folder / "other"),
     "inform": lambda m, _: uora.inform(m, [X], lambda model, x: model(x).square().mean()),
+    "strength": lambda m, _: uora.strength(m, 0.5, "b"),
     "redraw": lambda m, _: uora.Reinitializer(m, threshold=10.0).step(),
 }
 CONTEXTS: dict[str, Callable[[nn.Module], AbstractContextManager[Any]]] = {

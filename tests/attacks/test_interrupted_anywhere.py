@@ -53,6 +53,7 @@ OPERATIONS: dict[str, Callable[[nn.Module], Any]] = {
     "merge": uora.merge,
     "merge reversibly": lambda m: uora.merge(m, reversible=True),
     "shares": lambda m: uora.merge(m, shares={"a": 0.5, "b": 0.5}),
+    "strength": lambda m: uora.strength(m, 0.5, "b"),
     "remove": uora.remove,
     "delete": lambda m: uora.delete(m, "a"),
     "inject": lambda m: uora.inject(m, name="c", rank=4, targets="mlp"),

@@ -42,6 +42,21 @@ class Placement:
         return cls(projections, rank, owners, tuple(itertools.chain.from_iterable(lengths)))
 
 
+@dataclass(frozen=True)
+class Learnt:
+    """What an adapter has learnt, while the model takes a share of it.
+
+    Args:
+        b: of each weight, (rows,).
+        parts: of the base, by name.
+        share: that the model takes.
+    """
+
+    b: tuple[Tensor, ...]
+    parts: dict[str, Tensor]
+    share: float
+
+
 @dataclass(eq=False)
 class Entry:
     """One adapter.
@@ -56,6 +71,7 @@ class Entry:
         modules: made when it is first active, and kept, so that an optimizer still finds its parameters.
         settled: whether the modules have taken over their own rows.
         turns: when it was active.
+        learnt: what it is at full strength, while the model takes another share of it.
         about: what its file says of its task, `labels` and `preprocessing`, as JSON has them.
     """
 
@@ -68,6 +84,7 @@ class Entry:
     modules: tuple[Adapter, ...] | None = None
     settled: bool = False
     turns: Turns = field(default_factory=Turns)
+    learnt: Learnt | None = None
     about: dict[str, Any] = field(default_factory=dict)
 
     def values(self) -> Tensor:

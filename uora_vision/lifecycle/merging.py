@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +32,7 @@ from .library import (
     known_name,
     library_of,
 )
+from .shares import check_share, towards
 from .undo import Undo
 
 
@@ -279,8 +279,7 @@ def _like(weight: Tensor | None, old: Tensor) -> bool:
 def _checked(library: Library, shares: Mapping[str, float], reversible: bool) -> dict[str, float]:
     for name, share in shares.items():
         known_name(library, name)
-        if not isinstance(share, int | float) or not abs(share) <= sys.float_info.max:
-            raise ConfigError(f"the share of {name!r} must be a finite number, got {share!r}")
+        check_share(f"the share of {name!r}", share)
     if not shares or reversible:
         raise ConfigError("shares must name an adapter" if not shares else "a merge of shares cannot be reversible")
     return dict(shares)
@@ -288,18 +287,11 @@ def _checked(library: Library, shares: Mapping[str, float], reversible: bool) ->
 
 def _parts(library: Library, shares: Mapping[str, float]) -> dict[str, Tensor]:
     """What becomes of the trained parts of the base."""
-    parts = {}
-    for name, own in library.base_parts.items():
-        changes = [(share, library.entries[n].parts.get(name, own)) for n, share in shares.items()]
-        if odd := [t for _, t in changes if t.shape != own.shape]:
-            raise StateError(
-                f"{name} has shape {tuple(odd[0].shape)} in an adapter and {tuple(own.shape)} in the base; only heads "
-                "of one shape can be merged by shares"
-            )
-        if own.is_floating_point():
-            wide = own.to(torch.promote_types(own.dtype, torch.float32))
-            parts[name] = wide + sum(share * (t.to(wide) - wide) for share, t in changes)
-    return parts
+    return {
+        name: towards(name, own, [(share, library.entries[n].parts.get(name, own)) for n, share in shares.items()])
+        for name, own in library.base_parts.items()
+        if own.is_floating_point()
+    }
 
 
 def _plus(weight: Tensor, adapter: Adapter, share: float) -> Tensor:
