@@ -16,6 +16,7 @@ same command with --resume goes on, to the same weights as if nothing had happen
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from common.command import cli
 from common.command.choices import Augment, Domain, Method, Tower
 from common.command.display import Display
 from common.command.options import MethodChoice, MethodOptions, RunChoice, TableChoice, TrainChoice
-from common.errors import DataError
+from common.errors import DataError, RecipeError
 from typer import Option
 
 
@@ -57,6 +58,9 @@ class Options(RunChoice, TrainChoice, TableChoice, MethodChoice):
     text_tower: Annotated[Tower | None, Option(help="what trains there; by default what the method does")] = None
     last: Annotated[int | None, Option(min=1, help="only so many last blocks of each tower; all by default")] = None
     train_logit_scale: Annotated[bool, Option("--train-logit-scale", help="and SigLIP's bias")] = False
+    strengths: Annotated[
+        str, Option(help="shares of a UORA adapter to measure with, where classes are left out; none: ''")
+    ] = "0.25,0.5,0.75"
     head_lr: Annotated[
         float | None, Option(min=0, help="of a tower that trains in full beside an adapter, and of the logit scale")
     ] = None
@@ -71,6 +75,7 @@ from common.data.augment import DomainShift, ModelInput
 from common.data.images import ImageSet, load_images, parse_classes
 from common.data.loading import Batches, Images, train_loader
 from common.data.splits import Splits, join, match, readable
+from common.report import strength
 from common.report.page import Sheet
 from common.report.results import compare, finish
 from common.training.about import described
@@ -133,6 +138,7 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
         return demo(options)
     console = Console()
     chosen = options.method_options(DEFAULTS)
+    shares = parse_strengths(options.strengths)
     config = cli.plain(options) | {"rank": chosen.rank, "lr": chosen.lr, "head_lr": chosen.head_lr}
     folder = prepare_folder(options.output, options.resume, f"clip-{options.method}", config)
     main_process = PartialState().is_main_process
@@ -190,8 +196,12 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
             return None
         raise cli.stopped(console, outcome.stopped, outcome.progress.step, folder)
     after = measure(work, dual, accelerator, options, outcome.evaluation.scores)
+    points = along(shares, work, dual, accelerator, options, before, after) if adapted.is_uora else []
     if not main_process:
         return None
+    if points:
+        keys = ("strength", "accuracy", "other_accuracy")
+        write_json(folder / "strengths.json", [dict(zip(keys, point, strict=True)) for point in points])
     if isinstance(data, Classes):
         names = dict(zip(data.splits.test.names, data.texts, strict=True))
         write_json(folder / "prompts.json", {"template": options.template, "prompts": names})
@@ -207,7 +217,8 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
         score=work.score,
         comparison=comparison,
         **about,
-        tables=[sheet(before, after)],
+        tables=[sheet(before, after), *([strength.sheet(points)] if points else [])],
+        pictures=[strength.picture(points)] if points else [],
         **shown,
     )
     display.say(f"after: {told(after)}. Report: {folder / 'report.html'}")
@@ -341,6 +352,43 @@ def measure(
         return dict(scores)
     found = zero_shot(dual, *work.others, accelerator, options.batch, options.workers)
     return {**scores, "other_accuracy": found.scores["accuracy"]}
+
+
+def parse_strengths(text: str) -> list[float]:
+    """`0.25,0.5` as numbers between 0 and 1, each once.
+
+    Raises:
+        RecipeError: it has something else.
+    """
+    try:
+        found = sorted({float(part) for part in text.split(",") if part.strip()})
+    except ValueError:
+        found = [math.nan]
+    if not all(0 < share < 1 for share in found):
+        raise RecipeError(f"--strengths takes numbers between 0 and 1 such as 0.25,0.5,0.75, got {text!r}")
+    return found
+
+
+def along(
+    shares: list[float],
+    work: Work,
+    dual: Dual,
+    accelerator: Accelerator,
+    options: Options,
+    before: dict[str, float],
+    after: dict[str, float],
+) -> strength.Points:
+    """What is measured with shares of the adapter; nothing where no classes are left out, or more trains than it."""
+    whole = Tower.full in (options.image_tower, options.text_tower) or options.train_logit_scale
+    if work.others is None or whole or not shares:
+        return []
+    points = [(0.0, before["accuracy"], before["other_accuracy"])]
+    for share in shares:
+        uora.strength(dual.model, share)
+        found = measure(work, dual, accelerator, options)
+        points.append((share, found["accuracy"], found["other_accuracy"]))
+    uora.strength(dual.model, 1)
+    return [*points, (1.0, after["accuracy"], after["other_accuracy"])]
 
 
 def told(scores: dict[str, float]) -> str:

@@ -83,6 +83,7 @@ def test_checkpointing_of_deberta_with_inputs_that_need_gradients(reentrant: boo
     assert all(a.b.grad is not None and a.b.grad.any() for a in uora.adapters(model).values())
 
 
+@pytest.mark.slow
 def test_the_projector_of_llava_is_saved_with_the_adapter(tmp_path: Path) -> None:
     """https://github.com/haotian-liu/LLaVA/issues/784"""
     vision = tf.CLIPVisionConfig(
@@ -174,6 +175,7 @@ def test_a_merged_mamba_in_training_and_evaluation(name: str, tmp_path: Path) ->
         torch.testing.assert_close(again.train(mode)(TOKENS).logits, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_adapters_that_trained_other_parts_of_the_base(tmp_path: Path) -> None:
     """https://github.com/huggingface/peft/issues/2422"""
     wanted, small = {}, IMAGES[..., :32, :32]

@@ -97,6 +97,7 @@ class TestItself:
 
 
 class TestPlan:
+    @pytest.mark.slow
     def test_table_with_sizes_and_json(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["plan", NAME, "--rank", "4", "--diff"]) == 0
         text = capsys.readouterr().out
@@ -159,6 +160,7 @@ class TestInspect:
         bank = model.get_submodule("uora")
         assert found["firings"]["directions"] == sum(len(e.indices) for e in bank.log)  # type: ignore[union-attr]
 
+    @pytest.mark.slow
     def test_a_picture(self, files: dict[str, Any], tmp_path: Path) -> None:
         pytest.importorskip("matplotlib")
         assert main(["inspect", str(files["adapter"]), "--png", str(tmp_path / "a.png")]) == 0
@@ -194,6 +196,7 @@ class TestMerge:
         assert main(["merge", str(tmp_path / "adapter"), "--model", spec, "--output", str(tmp_path / "out")]) == 0
         assert near(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits, want)
 
+    @pytest.mark.slow
     def test_the_base_that_the_adapter_names(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         model = wake(uora.inject(gpt2(tmp_path / "base"), rank=4, train=()))
         want = model(torch.tensor([[1, 5, 7]])).logits
@@ -212,6 +215,7 @@ class TestMerge:
         assert f"-       not held against a base: transformers/{tmp_path / 'base'} cannot" in capsys.readouterr().out
         fails(["merge", adapter, "--output", tmp_path / "none"], "cannot be made", capsys)
 
+    @pytest.mark.slow
     def test_bad_input(self, files: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "model.safetensors").write_text("mine")
         there = ["merge", files["adapter"], *of(files), "--output", tmp_path]
@@ -296,6 +300,7 @@ class TestVerify:
         assert main(["verify", str(folder), *of(files)]) == 1
         assert capsys.readouterr().out.startswith("FAILED  files are whole")
 
+    @pytest.mark.slow
     def test_other_weights_and_other_models(
         self, files: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

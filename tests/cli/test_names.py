@@ -105,6 +105,7 @@ def test_nothing_waits_for_a_hub_that_does_not_answer(
     assert len(alone) == 1 and not constants.HF_HUB_OFFLINE
 
 
+@pytest.mark.slow
 def test_types_and_folders_ask_nobody(alone: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     transformers.CLIPConfig(**MODELS["clip"]).save_pretrained(tmp_path / "clip")
     assert main(["plan", str(tmp_path / "clip"), "--targets", "vision:attention", "--json", "--rank", "4"]) == 0

@@ -67,6 +67,7 @@ def test_json_holds_all_of_it(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert [run["run"] for run in json.loads(capsys.readouterr().out)] == ["a"]
 
 
+@pytest.mark.slow
 def test_a_page_needs_nothing_else_and_names_what_differs(folder: Path, tmp_path: Path) -> None:
     hostile = "</td><script>alert(1)</script>"
     write_run(folder / "odd", 0.1, 9.0, method=hostile)

@@ -77,16 +77,19 @@ def test_no_command_is_forgotten() -> None:
 
 
 @pytest.mark.parametrize(("word", "wanted", "message"), [("--help", 0, "Usage:"), ("--no-such", 2, "o such option")])
+@pytest.mark.slow
 def test_help_and_a_wrong_option_import_nothing_heavy(word: str, wanted: int, message: str) -> None:
     for path, (code, said, imported) in zip(COMMANDS, answers([(path, word) for path in COMMANDS]), strict=True):
         assert (path, code, imported) == (path, wanted, []) and message in said, said
 
 
+@pytest.mark.slow
 def test_a_wrong_value_is_told_before_anything_heavy() -> None:
     for (call, message), (code, said, imported) in zip(WRONG.items(), answers(list(WRONG)), strict=True):
         assert (call, code, imported) == (call, 2, []) and message in said, said
 
 
+@pytest.mark.slow
 def test_the_command_uora_imports_nothing_heavy() -> None:
     words = [
         "--help", "plan --help", "export --help", "plan --ranc", "plan", "plan timm/vit_base_patch16_22", "plan bertt",

@@ -64,6 +64,7 @@ def imports() -> Iterator[tuple[str, str]]:
                     yield here[0], (*above, *name.split("."))[0]
 
 
+@pytest.mark.slow
 def test_the_picture_of_the_design_is_that_of_the_imports() -> None:
     """Each arrow is an import, and each import goes along arrows."""
     arrows = re.findall(r"^ +(\w+)(?:\[.*?\])? --> (\w+)", DESIGN, re.MULTILINE)

@@ -119,6 +119,7 @@ def test_how_bitsandbytes_packs() -> None:
     assert not private.packed_for_inference(torch.zeros(1))
 
 
+@pytest.mark.slow
 def test_no_other_file_takes_private_parts() -> None:
     registries = {"_parameters", "_buffers", "_modules"}
     found = []

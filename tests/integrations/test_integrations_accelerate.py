@@ -67,6 +67,7 @@ class Loop:
 
 
 @pytest.mark.parametrize("make", [vit, Wrapped])
+@pytest.mark.slow
 def test_accelerate_resumes_to_the_bit_from_an_adapter(make: Any, tmp_path: Path) -> None:
     batches = list(pictures())
     whole = Loop(make).run(batches)
@@ -92,6 +93,7 @@ def test_accelerate_resumes_to_the_bit_from_an_adapter(make: Any, tmp_path: Path
         resumed.accelerator.load_state(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_accelerate_goes_on_with_informed_rows(tmp_path: Path) -> None:
     def informed() -> nn.Module:
         model = uora.remove(vit())
@@ -123,6 +125,7 @@ def test_accelerate_resumes_redraws_by_saliency_with_informed_rows(tmp_path: Pat
     same(resumed.model, whole.model)
 
 
+@pytest.mark.slow
 def test_accumulation_is_one_large_batch() -> None:
     parts, large = Loop(accumulate=2).run(pictures(4)), Loop(accumulate=1).run(pictures(8))
     assert (parts.reinit.history() == large.reinit.history()).all() and parts.reinit.firings > 20

@@ -56,6 +56,7 @@ def train_lightning(folder: Path, epochs: int = 2, resume: Path | None = None, *
     return trainer, module, callback.reinit
 
 
+@pytest.mark.slow
 def test_lightning_resumes_to_the_bit_from_an_adapter(tmp_path: Path) -> None:
     trainer, whole, expected = train_lightning(tmp_path / "whole")
     assert trainer.global_step == expected.steps == 6 and expected.firings > 20
@@ -82,6 +83,7 @@ def fresh_vit() -> nn.Module:
     return uora.inject(small_vit(), rank=8)
 
 
+@pytest.mark.slow
 def test_lightning_informs_and_resumes_with_the_rows(tmp_path: Path) -> None:
     given = {"module": {"make": fresh_vit}, "inform": 2}
     _, whole, _ = train_lightning(tmp_path / "whole", **given)
@@ -112,6 +114,7 @@ def test_lightning_validates_with_the_banks_of_the_checkpoint(tmp_path: Path) ->
     same(fresh.net, trained.net)
 
 
+@pytest.mark.slow
 def test_lightning_logs_firings(tmp_path: Path) -> None:
     pytest.importorskip("lightning.pytorch", reason="needs lightning")
     from lightning.pytorch.loggers import TensorBoardLogger

@@ -78,6 +78,7 @@ def test_trainer_redraws_once_per_optimizer_step(whole_bert: Any) -> None:
 @pytest.mark.parametrize(
     "base", [pytest.param(transformers.Trainer, marks=pytest.mark.slow), adapter_only(transformers.Trainer)]
 )
+@pytest.mark.slow
 def test_trainer_resumes_to_the_bit(base: Any, whole_bert: Any, tmp_path: Path) -> None:
     first, reinit = train_bert(tmp_path, base, stop=2)
     assert reinit.steps == 2 and reinit.firings > 0

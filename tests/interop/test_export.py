@@ -75,6 +75,7 @@ class TestLora:
         check(model, plain, args, tmp_path)
         assert isinstance(json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"], str)
 
+    @pytest.mark.slow
     def test_float64(self, images: Tensor, tmp_path: Path) -> None:
         model = trained(lambda: small_vit().double(), scope="layer")
         check(model, small_vit().double(), (images.double(),), tmp_path)
@@ -102,6 +103,7 @@ class TestLora:
         config = json.loads((tmp_path / "adapter_config.json").read_text())
         assert config["bias"] == "all" and {"head", "norm", "blocks.0.norm1"} <= set(config["modules_to_save"])
 
+    @pytest.mark.slow
     def test_statistics_of_batch_norms_that_moved(self, tmp_path: Path) -> None:
         plain = timm.create_model("mobilevitv2_050", num_classes=3).eval()
         model = uora.inject(copy.deepcopy(plain), rank=4, targets="mlp")
@@ -109,6 +111,7 @@ class TestLora:
         wake(model.train(), 0.3)(x)
         check(model.eval(), plain, (x,), tmp_path)
 
+    @pytest.mark.slow
     def test_spatial_convolutions(self, tmp_path: Path) -> None:
         plain = timm.create_model("resnet10t", num_classes=3).eval()
         model = wake(uora.inject(copy.deepcopy(plain), rank=4, targets="conv"), 3.0)

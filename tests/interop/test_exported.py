@@ -29,6 +29,7 @@ def test_onnx_runs_on_any_batch_size(images: Tensor, tmp_path: Path, reversible:
     torch.testing.assert_close(torch.from_numpy(got), want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_torch_export_gives_the_graph_of_the_base(images: Tensor) -> None:
     model = trained()
     want = model(images)
@@ -39,6 +40,7 @@ def test_torch_export_gives_the_graph_of_the_base(images: Tensor) -> None:
     torch.testing.assert_close(exported.module()(images), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_torchscript(images: Tensor) -> None:
     model = trained()
     want = model(images)

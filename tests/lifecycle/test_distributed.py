@@ -224,6 +224,7 @@ class TestDdp:
     @pytest.mark.parametrize(
         ("kind", "scope"), [pytest.param("vit", "shared", marks=pytest.mark.slow), ("vit", "layer")]
     )
+    @pytest.mark.slow
     def test_two_processes_train_what_one_trains(self, spawn: Spawn, kind: str, scope: str) -> None:
         assert_same(spawn(trained, kind=kind, wrap=ddp, scope=scope), reference(kind, scope))
 
@@ -266,6 +267,7 @@ class TestFsdp2:
             ("attention", sharded, "shared"),
         ],
     )
+    @pytest.mark.slow
     def test_two_processes_train_what_one_trains(self, spawn: Spawn, kind: str, wrap: Wrap, scope: str) -> None:
         got = spawn(trained, kind=kind, wrap=wrap, scope=scope)
         assert got[0]["types"] == {"DTensor"}
@@ -315,6 +317,7 @@ def llamas(rank: int, world: int) -> list[dict[str, Any]]:
 
 class TestCheckpoint:
     @pytest.mark.parametrize("wrap", [pytest.param(ddp, marks=pytest.mark.slow), sharded])
+    @pytest.mark.slow
     def test_from_two_processes_into_one_and_back(self, spawn: Spawn, tmp_path: Path, wrap: Wrap) -> None:
         folders = [tmp_path / n for n in ("one", "two")]
         first_half(0, 1, wrap=alone, folder=folders[0])

@@ -125,6 +125,7 @@ class TestRows:
 
         assert decrease(informed()) > 2 * decrease(fresh())
 
+    @pytest.mark.slow
     def test_the_model_computes_with_the_rounded_rows(self) -> None:
         assert {narrowest(a) for a in rows(informed()).values()} == {"int8"}
         assert {narrowest(a) for a in rows(informed(store="float16")).values()} == {"float16"}
@@ -275,6 +276,7 @@ class TestFiles:
         first, second = load_file(tmp_path / TENSOR_FILE), load_file(again / TENSOR_FILE)
         assert first.keys() == second.keys() and all(torch.equal(t, second[name]) for name, t in first.items())
 
+    @pytest.mark.slow
     def test_the_file_is_as_large_as_its_rows(self, tmp_path: Path) -> None:
         size = {}
         for name, model in {
@@ -299,6 +301,7 @@ class TestFiles:
         uora.save(model, tmp_path)
         assert torch.equal(uora.load(small_vit(), tmp_path)(x), model.eval()(x))
 
+    @pytest.mark.slow
     def test_one_of_the_same_rows_shares_the_bank_and_others_do_not(self, tmp_path: Path) -> None:
         uora.save(wake(informed()), tmp_path / "a")
         uora.save(wake(informed(share="width")), tmp_path / "b")
@@ -328,6 +331,7 @@ class TestFiles:
         there = peft.PeftModel.from_pretrained(small_vit(), tmp_path).eval()
         torch.testing.assert_close(there(x), model.eval()(x), atol=1e-4, rtol=1e-4)
 
+    @pytest.mark.slow
     def test_a_state_dict_goes_to_a_model_with_the_same_rows_alone(self) -> None:
         model, (x, _) = wake(informed()), batches(1)[0]
         same = informed()
@@ -339,6 +343,7 @@ class TestFiles:
                 other.load_state_dict(model.state_dict())
             assert_same(before, other)
 
+    @pytest.mark.slow
     def test_a_checkpoint_puts_rows_back(self, tmp_path: Path) -> None:
         model = informed(store="float16")
         state = copy.deepcopy(informed_rows(model))

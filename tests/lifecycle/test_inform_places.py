@@ -63,6 +63,7 @@ def test_checkpointing_gives_the_same_rows(reentrant: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.slow
 def test_autocast_gives_them_to_its_precision(dtype: torch.dtype) -> None:
     def cast(model: nn.Module, pair: Batch) -> Tensor:
         with torch.autocast("cpu", dtype):

@@ -20,6 +20,7 @@ Make = Callable[..., nn.Module]
 
 class TestParameters:
     @pytest.mark.parametrize(("name", "count"), [("vit_base_patch16_224", 24_576), ("vit_large_patch16_224", 61_440)])
+    @pytest.mark.slow
     def test_q_and_v_at_rank_256_train_the_published_number(self, name: str, count: int) -> None:
         with torch.device("meta"):
             model = timm.create_model(name)

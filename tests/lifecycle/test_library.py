@@ -89,6 +89,7 @@ class TestSwitching:
             add(vit, name, seed)
             assert all(vit.get_parameter(name) is p for name, p in weights.items())
 
+    @pytest.mark.slow
     def test_remove_gives_the_base_back(self, vit: nn.Module, images: Tensor) -> None:
         vit.blocks[0].requires_grad_(False)
         before, want = snapshot(vit), vit(images)
@@ -118,6 +119,7 @@ class TestSwitching:
         add(many, "plain", 0)
         assert torch.equal(many(images), alone("plain", 0, images))
 
+    @pytest.mark.slow
     def test_copies_and_pickles_are_their_own(self, many: nn.Module, images: Tensor) -> None:
         wanted = {name: uora.activate(many, name)(images) for name in KINDS}
         for other in (copy.deepcopy(many), pickle.loads(pickle.dumps(many))):
@@ -142,6 +144,7 @@ class TestTraining:
         for name in KINDS.keys() - {"qv"}:
             assert torch.equal(uora.activate(many, name)(images), wanted[name])
 
+    @pytest.mark.slow
     def test_training_by_turns_is_training_one_after_the_other(self, images: Tensor) -> None:
         def run(turns: list[str]) -> list[Tensor]:
             model = add(add(small_vit(), "redrawn", 1), "qv", 2)
@@ -173,6 +176,7 @@ class TestTraining:
 
 
 class TestFiles:
+    @pytest.mark.slow
     def test_each_is_saved_and_loaded_as_it_is(self, many: nn.Module, images: Tensor, tmp_path: Path) -> None:
         wanted = {}
         for name in KINDS:
@@ -226,6 +230,7 @@ class TestErrors:
 
 class TestMerging:
     @pytest.mark.parametrize("shares", [{"plain": 0.3, "own rows": -1.5, "redrawn": 2.0}, {"qv": 1.0}])
+    @pytest.mark.slow
     def test_shares_of_several(self, shares: dict[str, float], images: Tensor) -> None:
         """Against dW = diag(b) B diag(d) A of each, and heads, written out in float64."""
         model, base = small_vit().double(), small_vit().double()

@@ -306,6 +306,7 @@ class TestTraining:
         loss(got).backward()
         assert close(got, want) and close([p.grad for p in vectors(model)], gradients(model, want))
 
+    @pytest.mark.slow
     def test_threads_with_and_without_gradients_do_not_meet(self) -> None:
         _, model, args = both("mixtral, eager")
         want = run(model, args)
@@ -344,6 +345,7 @@ class TestCompilers:
 
     @pytest.mark.parametrize("how", ["trace", "export"])
     @pytest.mark.parametrize("name", ["vit", "lstm"])
+    @pytest.mark.slow
     def test_a_merged_model_can_be_traced_and_exported(self, name: str, how: str) -> None:
         _, model, args = both(name)
         want, plain = run(model, args), merged(model)

@@ -253,6 +253,7 @@ class TestStateDicts:
         with pytest.warns(UserWarning, match="not its redraws"):
             made().load_state_dict(state, strict=False)
 
+    @pytest.mark.slow
     def test_it_is_small_whatever_the_width_and_grows_with_the_log(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model, early = redraw(made(), times=2), made()
         monkeypatch.setattr(carried, "banks", lambda: [model.uora, early.uora])  # the room is that of all in a process

@@ -137,6 +137,7 @@ class TestVectors:
 
 
 class TestLife:
+    @pytest.mark.slow
     def test_files_hold_none_of_them_and_load_to_the_bit(self, images: Tensor, tmp_path: Path) -> None:
         base = small_vit()
         model = wake(fresh(base=copy.deepcopy(base)), 2.0)
@@ -156,6 +157,7 @@ class TestLife:
         assert torch.equal(outputs(copy.deepcopy(model), images), outputs(model, images))
         torch.testing.assert_close(outputs(merged(model), images), outputs(loaded, images), atol=1e-5, rtol=1e-5)
 
+    @pytest.mark.slow
     def test_another_base_is_refused_and_a_file_with_all_loads_there(self, images: Tensor, tmp_path: Path) -> None:
         model, other = wake(fresh(), 2.0), small_vit(seed=5)
         uora.save(model, tmp_path / "a")
@@ -200,6 +202,7 @@ class TestLife:
 
     @pytest.mark.parametrize("scope", ["shared", "layer"])
     @pytest.mark.parametrize("source", ["random", "informed"])
+    @pytest.mark.slow
     def test_redraws_are_of_one_projection_and_go_on(self, scope: str, source: str, tmp_path: Path) -> None:
         if (scope, source) == ("shared", "informed"):
             scope = "layer"

@@ -59,6 +59,7 @@ def same(one: list[Tensor], two: list[Tensor]) -> bool:
 class TestSaliency:
     @settings(max_examples=15, deadline=None)
     @given(every=st.integers(1, 3), tau=st.floats(0.1, 1.5), seed=st.integers(0, 99))
+    @pytest.mark.slow
     def test_the_rule_one_direction_at_a_time(self, every: int, tau: float, seed: int) -> None:
         """A running mean of |d g| in float64, in plain Python."""
         model, g = fresh(), torch.Generator().manual_seed(seed)
@@ -134,6 +135,7 @@ class TestFunction:
         init=st.sampled_from(["haar", "kaiming"]),
         seed=st.integers(0, 99),
     )
+    @pytest.mark.slow
     def test_it_changes_by_what_the_fired_directions_did_alone(
         self, source: str, criterion: str, init: str, seed: int
     ) -> None:
@@ -235,6 +237,7 @@ class TestInformed:
 class TestRun:
     @pytest.mark.parametrize("options", [{**INFORMED, **SALIENT}, {**SALIENT, "scope": "layer"}, SALIENT],
                              ids=["informed", "random", "shared"])  # fmt: skip
+    @pytest.mark.slow
     def test_resumed_it_is_the_same_run(self, options: dict[str, Any], tmp_path: Path) -> None:
         model = fresh(awake=False)
         optimizer = adam(model)
@@ -254,6 +257,7 @@ class TestRun:
         assert reinit.history().tolist() == resumed.history().tolist()
 
     @pytest.mark.parametrize("informed", [False, True], ids=["drawn", "informed before"])
+    @pytest.mark.slow
     def test_files_copies_and_averages_hold_the_rows(self, informed: bool, tmp_path: Path) -> None:
         model = fresh(awake=False)
         if informed:

@@ -133,6 +133,9 @@ def test_mistakes_change_nothing() -> None:
     with pytest.raises(uora.StateError, match="no adapter"):
         uora.strength(small_vit(), 0.5)
     assert_same(start, model)
+    model.patch_embed.proj.bias.requires_grad_(True)
+    with pytest.raises(uora.StateError, match="trains, but not as a part"):
+        uora.strength(model, 0.5)
     other = uora.inject(small_vit(), rank=4)
     other.reset_classifier(5)
     with pytest.raises(uora.StateError, match=r"shape \(5, 64\)"):

@@ -107,6 +107,7 @@ def test_training_learns_and_leaves_the_frozen_base_to_the_bit(options: dict[str
         assert torch.equal(p, before[name]) != p.requires_grad, name
 
 
+@pytest.mark.slow
 def test_autocast_trains_in_bfloat16_with_float32_vectors() -> None:
     model = uora.inject(small_vit(depth=1), rank=16).train()
     optimizer = torch.optim.AdamW(uora.param_groups(model, lr=2e-2, head_lr=1e-2))
@@ -138,6 +139,7 @@ def test_autocast_gradients_are_those_of_float32_to_within_bfloat16(images: Tens
         assert (got[name] - grad).norm() < 0.05 * grad.norm(), name
 
 
+@pytest.mark.slow
 def test_a_bfloat16_base_trains() -> None:
     model = uora.inject(small_vit(depth=1).bfloat16(), rank=16, train=()).train()
     optimizer = torch.optim.AdamW(uora.param_groups(model, lr=1e-1))
@@ -175,6 +177,7 @@ class TestDropout:
             nn.init.zeros_(adapter.b)
         assert torch.equal(model(images), model(images)), "the frozen branch sees the whole input"
 
+    @pytest.mark.slow
     def test_keeps_the_mean(self) -> None:
         model = injected(dropout=0.5)
         adapter, x = uora.adapters(model)["blocks.0.mlp.fc1"], torch.randn(4, 64)

@@ -60,6 +60,7 @@ def test_the_second_adapter_trains_under_checkpoints_as_the_first(images: Tensor
         assert torch.equal(adapter.b.grad, uora.adapters(beside)[path].b.grad)
 
 
+@pytest.mark.slow
 def test_many_turns_are_remembered(images: Tensor) -> None:
     both = model()
     add(both)

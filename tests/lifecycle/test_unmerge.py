@@ -44,6 +44,7 @@ class TestUnmerge:
         assert_same(before, uora.unmerge(model))
         assert torch.equal(model(images), want)
 
+    @pytest.mark.slow
     def test_many_rounds_lose_nothing_in_bfloat16(self) -> None:
         model = trained(lambda: small_vit().bfloat16())
         before = snapshot(model)
@@ -51,6 +52,7 @@ class TestUnmerge:
             uora.unmerge(merged(model, reversible=True))
         assert_same(before, model)
 
+    @pytest.mark.slow
     def test_optimizer_and_reinitialisation_go_on(self, images: Tensor) -> None:
         def train(model: nn.Module, merged: bool) -> nn.Module:
             optimizer = torch.optim.AdamW(uora.param_groups(model, lr=1e-2))

@@ -182,6 +182,7 @@ def test_checkpoints_whose_inputs_need_gradients_pass(vit: nn.Module, images: Te
     assert uora.verify(uora.inject(vit.train(), rank=8), images)
 
 
+@pytest.mark.slow
 def test_layers_that_chance_leaves_out_are_tried_again(vit: nn.Module, images: Tensor) -> None:
     class Skips(nn.Module):
         def __init__(self, block: nn.Module) -> None:

@@ -105,6 +105,7 @@ def test_output_and_gradients_follow_the_formula(
 
 @pytest.mark.parametrize("tokens", [FEW, 30])
 @pytest.mark.parametrize("rank", [2, 30])
+@pytest.mark.slow
 def test_gradcheck(tokens: int, rank: int) -> None:
     c = case(((0, 4), (6, 5)), 12, 5, rank)
     x = torch.randn(tokens, 5, dtype=torch.float64, requires_grad=True)

@@ -14,6 +14,7 @@ from uora_vision.maths.rounding import pack_rows, round_rows, unpack_rows
 
 class TestRounding:
     @given(st.integers(0, 2**32), st.floats(-20, 20))
+    @pytest.mark.slow
     def test_int8_with_powers_of_two_is_exact_once_rounded(self, seed: int, log: float) -> None:
         t = torch.randn(5, 33, generator=torch.Generator().manual_seed(seed)) * 2.0**log
         once = round_rows(t, "int8")

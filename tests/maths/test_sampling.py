@@ -71,6 +71,7 @@ def test_runs_of_equal_tokens_give_the_exact_gradient(form: str) -> None:
         torch.testing.assert_close(got[name], value, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_over_a_layer_that_computes_its_own_output() -> None:
     c = case(spans=((0, 48),))
     x, g = torch.randn(203, 20, dtype=torch.float64), torch.randn(203, 48, dtype=torch.float64)
@@ -124,6 +125,7 @@ def test_recomputed_blocks_draw_the_same_tokens(images: Tensor, reentrant: bool)
     assert not torch.equal(torch.get_rng_state(), state), "the next step would draw the same tokens"
 
 
+@pytest.mark.slow
 def test_only_training_is_sampled(images: Tensor) -> None:
     model = wake(uora.inject(small_vit(), rank=8, token_sampling=4))
     plain = wake(uora.inject(small_vit(), rank=8))

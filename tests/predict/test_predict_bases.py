@@ -19,6 +19,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(tmp_path_factory.mktemp("bases"))
 
 
+@pytest.mark.slow
 def test_a_model_of_transformers_and_one_that_is_there_already(made: Run, tmp_path: Path) -> None:
     from transformers import ViTConfig, ViTForImageClassification
 

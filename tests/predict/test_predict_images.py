@@ -161,6 +161,7 @@ def test_its_card_and_inspect_tell_classes_and_task(made: Run, capsys: pytest.Ca
     assert json.loads(capsys.readouterr().out)["labels"] == NAMES
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_bytes(
     made: Run, predict: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,6 +80,7 @@ def predict(made: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     yield call
 
 
+@pytest.mark.slow
 def test_pairs_of_texts_have_a_class(made: Run, predict: Callable[..., Any]) -> None:
     pairs = list(zip(TEXTS, reversed(TEXTS), strict=True))
     predictor = uora.load_predictor(made.folder / "pairs", device="cpu")
@@ -113,6 +114,7 @@ def test_lines_have_a_value_and_the_base_another(made: Run, predict: Callable[..
     assert [row["base_value"] for row in rows] != [row["value"] for row in rows]
 
 
+@pytest.mark.slow
 def test_prompts_have_answers(made: Run, predict: Callable[..., Any]) -> None:
     pd.DataFrame({"asked": [*TEXTS[:3], ""], "other": ["x"] * 4}).to_csv("asked.csv", index=False)
     code, said = predict("written", "asked.csv", "--columns", "asked", "--output", "out.csv", "--batch", 1)
@@ -136,6 +138,7 @@ def offline(*_: object, **__: object) -> None:
     raise OSError("no network here")
 
 
+@pytest.mark.slow
 def test_what_is_for_another_task_is_told(
     made: Run, predict: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -88,6 +88,7 @@ class TestChat:
         turns = [*self.SAID["messages"], {"role": "assistant", "content": "red"}, {"role": "user", "content": "owl ?"}]
         assert ask(talks["uora"], {"side": "adapter", "messages": turns})[0][0] == 200
 
+    @pytest.mark.slow
     def test_bad_prompts(self, talks: dict[str, chat.Talk]) -> None:
         user = {"role": "user", "content": "x"}
         bodies = {

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 import uora_vision as uora
 from uora_vision.maths.bank import Bank
-from uora_vision.predict.dual import load_dual
+from uora_vision.predict.dual import Dual, load_dual
 
 TEXTS = prompts(dual_demo.TEMPLATE, dual_demo.WORDS)
 DIGITS = ("--data", "digits", "--template", dual_demo.TEMPLATE, "--names", ",".join(dual_demo.WORDS))
@@ -91,6 +91,16 @@ def metrics(folder: Path) -> dict:
     return json.loads((folder / "metrics.json").read_text())
 
 
+def accuracy_of(dual: Dual, classes: range) -> float:
+    """Of the test images of some digits, the share whose own text is the nearest."""
+    data = load_images("digits", "test", classes)
+    mean, std = (torch.tensor(v)[:, None, None] for v in (dual.form.mean, dual.form.std))
+    images = (torch.from_numpy(data.images).permute(0, 3, 1, 2) / 255 - mean) / std
+    with torch.no_grad():
+        scores = dual.encode_image(images) @ dual.encode_text(dual.tokenize([TEXTS[i] for i in classes])).T
+    return float((scores.argmax(1).numpy() == data.labels).mean())
+
+
 @pytest.mark.parametrize("method", [m for m in Method if m is not Method.vera_peft])
 @pytest.mark.slow
 def test_every_method_leaves_its_results(method: Method, recipe: Call, tmp_path: Path) -> None:
@@ -105,6 +115,27 @@ def test_every_method_leaves_its_results(method: Method, recipe: Call, tmp_path:
     page = (folder / "report.html").read_text()
     assert "Before and after" in page and "zero-shot, other classes" in page
     assert weights(folder)
+    assert (
+        ("Strength of the adapter" in page)
+        == (folder / "strengths.json").exists()
+        == (method in (Method.uora, Method.vera))
+    )
+
+
+@pytest.mark.slow
+def test_shares_of_the_adapter_are_measured(recipe: Call, tiny: Path, tmp_path: Path) -> None:
+    words = ("--rank", 8, "--lr", 0.2, "--shots", 20, "--epochs", 4, "--augment", "none", "--strengths", "0.7,0.2")
+    assert recipe(*CLASSES, *words, "--output", tmp_path)[0] == 0
+    points, found = json.loads((tmp_path / "strengths.json").read_text()), metrics(tmp_path)
+    assert [point["strength"] for point in points] == [0, 0.2, 0.7, 1]
+    for key in ("accuracy", "other_accuracy"):
+        assert (points[0][key], points[-1][key]) == (found[f"{key}_before"], found[key])
+    dual = load_dual(str(tiny))
+    uora.load(dual.model, tmp_path / "adapter").eval()
+    uora.strength(dual.model, 0.7)
+    for key, classes in (("accuracy", range(5, 10)), ("other_accuracy", range(5))):
+        assert accuracy_of(dual, classes) == pytest.approx(points[2][key], abs=0.004)
+    assert len({point["accuracy"] for point in points}) > 2
 
 
 @pytest.mark.slow
@@ -115,14 +146,8 @@ def test_the_saved_adapter_gives_the_measured_accuracy(recipe: Call, tiny: Path,
     before = dual.model.logit_scale.item()
     uora.load(dual.model, tmp_path / "adapter").eval()
     assert dual.model.logit_scale.item() != before
-    data = load_images("digits", "test", range(5, 10))
-    mean, std = (torch.tensor(v)[:, None, None] for v in (dual.form.mean, dual.form.std))
-    images = (torch.from_numpy(data.images).permute(0, 3, 1, 2) / 255 - mean) / std
-    with torch.no_grad():
-        scores = dual.encode_image(images) @ dual.encode_text(dual.tokenize(TEXTS[5:])).T
-    accuracy = (scores.argmax(1).numpy() == data.labels).mean()
-    found = metrics(tmp_path)
-    assert accuracy == pytest.approx(found["accuracy"], abs=0.004)
+    data, found = load_images("digits", "test", range(5, 10)), metrics(tmp_path)
+    assert accuracy_of(dual, range(5, 10)) == pytest.approx(found["accuracy"], abs=0.004)
     assert found["loss"] < found["loss_before"]
     predictor = uora.load_predictor(tmp_path / "adapter", device="cpu")
     told = predictor(list(data.images))
@@ -291,6 +316,8 @@ BAD = {
     "vera of peft": (lambda p: (*DIGITS, "--method", "vera-peft"), "use --method vera"),
     "uora beside lora": (lambda p: (*DIGITS, "--method", "lora", "--image-tower", "uora"), "leave it out"),
     "full beside linear": (lambda p: (*DIGITS, "--method", "linear", "--text-tower", "full"), "leave it out"),
+    "strength of 1": (lambda p: (*DIGITS, "--strengths", "0.5,1"), "between 0 and 1.*got '0.5,1'"),
+    "strength of no number": (lambda p: (*DIGITS, "--strengths", "half"), "between 0 and 1.*got 'half'"),
     "all frozen": (lambda p: (*DIGITS, "--image-tower", "frozen", "--text-tower", "frozen"), "no tower is left"),
 }
 

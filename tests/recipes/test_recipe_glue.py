@@ -63,6 +63,7 @@ SHORT = ("--epochs", 2, "--batch", 8, "--quiet")  # 2 x 3 steps
 FIRES = ("--relative", "--threshold", "0.7", "--lr", "0.1", "--rank", 8)
 
 
+@pytest.mark.slow
 def test_the_options_reach_the_adapter_and_its_reinitialisation(recipe: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_the_options_reach_uora(recipe, monkeypatch, *SHORT)
 

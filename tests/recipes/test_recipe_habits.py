@@ -134,6 +134,7 @@ def teach(**how: Any) -> tuple[nn.Module, Any]:
     return model, outcome
 
 
+@pytest.mark.slow
 def test_the_best_evaluation_is_kept_and_patience_ends_a_run() -> None:
     model, outcome = teach(best="loss", lr=1.0)  # too high: the loss soon rises
     losses = [entry["test_loss"] for entry in outcome.progress.history]
@@ -151,6 +152,7 @@ def test_the_best_evaluation_is_kept_and_patience_ends_a_run() -> None:
     assert early.progress.step == 3 * (stop + 1)
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_add_up_to_the_batch() -> None:
     (one, _), (three, _) = teach(epochs=1), teach(epochs=1, accumulate=3)
     pairs = [(p, q) for p, q in zip(one.parameters(), three.parameters(), strict=True) if p.requires_grad]

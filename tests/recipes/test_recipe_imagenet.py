@@ -75,6 +75,7 @@ def test_the_options_reach_the_adapter_and_its_reinitialisation(recipe: Call, mo
     assert_the_options_reach_uora(recipe, monkeypatch, *SHORT)
 
 
+@pytest.mark.slow
 def test_it_redraws_by_uora_alone(recipe: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_it_redraws_by_uora_alone(recipe, monkeypatch, *SHORT)
 

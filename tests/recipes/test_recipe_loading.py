@@ -74,6 +74,7 @@ def test_augmentation_is_the_same_for_the_same_key_whatever_was_read_before() ->
     assert any(different)
 
 
+@pytest.mark.slow
 def test_workers_change_nothing() -> None:
     alone, helped = (list(train_loader(training_images(), Batches(12, 5, 2, seed=4), workers)) for workers in (0, 2))
     assert len(alone) == 6

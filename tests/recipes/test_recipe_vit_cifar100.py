@@ -97,6 +97,7 @@ def test_every_method_leaves_its_results(method: Method, recipe: Call, tmp_path:
     assert trained(folder)
 
 
+@pytest.mark.slow
 def test_the_saved_adapter_gives_the_measured_accuracy(recipe: Call, tiny: str, tmp_path: Path) -> None:
     from common.command.choices import Domain
     from common.data.augment import DomainShift, ModelInput

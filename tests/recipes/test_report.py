@@ -113,6 +113,7 @@ def test_a_run_without_firings_says_so_and_gives_the_smallest_d(tmp_path: Path) 
     assert "the threshold is 0.1 of a layer's median |d|" in unescape(page(report, tmp_path))
 
 
+@pytest.mark.slow
 def test_a_run_with_firings_counts_them_and_names_the_busiest_layer(tmp_path: Path) -> None:
     firings = np.array([[4, 5, 0], [9, 5, 7], [17, 0, 3]])
     text = page(replace(a_report(), firings=firings), tmp_path)
@@ -176,6 +177,7 @@ def test_the_most_confused_classes_are_kept() -> None:
     assert confusion[0, 0] == 9  # the caller's counts are left as they were
 
 
+@pytest.mark.slow
 def test_the_table_of_methods_shows_every_column_and_the_plot_every_point(tmp_path: Path) -> None:
     rows = [
         {"method": "uora", "accuracy": 0.925, "trained_parameters": 9866, "adapter_bytes": 37_000, "firings": 8},
@@ -194,6 +196,7 @@ def test_a_single_evaluation_is_seen_above_the_training_line() -> None:
     assert legend and drawn.rindex(figures.BLUE) > drawn.rindex(figures.ORANGE)  # what comes later is above
 
 
+@pytest.mark.slow
 def test_every_column_of_panels_has_numbers_below() -> None:
     layers = [f"blocks.{block}.{role}" for block in range(3) for role in ("q", "k", "v")]
     for roles, numbers in ((2, 6), (3, 6), (1, 3)):  # three blocks under each column

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import fuzz
 
 
+@pytest.mark.slow
 def test_some_cases_are_read_and_some_refused(capsys: pytest.CaptureFixture[str]) -> None:
     fuzz.main(cases=600, start=0, seed=0)
     told = capsys.readouterr().out

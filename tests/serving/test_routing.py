@@ -203,6 +203,7 @@ def _with(model: nn.Module, name: str | None, function: Callable[[Tensor], Tenso
     return function(inputs)
 
 
+@pytest.mark.slow
 def test_generation_with_a_cache() -> None:
     model = teach(LANGUAGE["llama"]().double().eval(), "attention")
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -220,6 +221,7 @@ def test_norms_and_biases_that_train() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.slow
 def test_other_types(dtype: torch.dtype) -> None:
     exact = teach(small_vit().double(), "attention")
     images = torch.randn(len(BATCH), 3, 32, 32, dtype=torch.float64)
@@ -232,6 +234,7 @@ def test_other_types(dtype: torch.dtype) -> None:
     assert (got.double() - want).norm() < (0.05 if dtype is torch.bfloat16 else 1e-5) * want.norm()
 
 
+@pytest.mark.slow
 def test_autocast() -> None:
     model = teach(small_vit(), "attention")
     images = torch.randn(len(BATCH), 3, 32, 32)
@@ -255,6 +258,7 @@ def test_heads_of_other_classes_are_filled_up(tmp_path: Path) -> None:
     torch.testing.assert_close(out[[0, 2], :3], three(images[[0, 2]]))
 
 
+@pytest.mark.slow
 def test_the_same_image_for_everyone() -> None:
     """Where samples are is found by changing them, so it does not matter that they are equal."""
     model = teach(small_vit().double(), "attention")

@@ -117,6 +117,7 @@ class TestRoundTrip:
         for one, two in zip(uora.adapters(model).values(), uora.adapters(again).values(), strict=True):
             assert torch.equal(one.b.float(), two.b) and torch.equal(one.d.float(), two.d)
 
+    @pytest.mark.slow
     def test_a_bfloat16_base(self, images: Tensor, tmp_path: Path) -> None:
         make = lambda: small_vit().bfloat16()  # noqa: E731
         model = trained(make, scope="layer")
@@ -138,6 +139,7 @@ class TestRoundTrip:
         assert torch.equal(model.uora.a(64), again.uora.a(64)) and torch.equal(model(images), again(images))
 
     @pytest.mark.parametrize(("targets", "limit"), [("attention+mlp", 421_000), ("qv", 105_500)])
+    @pytest.mark.slow
     def test_sizes_at_rank_256_on_vit_base(self, tmp_path: Path, targets: str, limit: int) -> None:
         with torch.device("meta"):
             model = timm.create_model("vit_base_patch16_224")
@@ -246,6 +248,7 @@ class TestBanks:
         monkeypatch.setattr(bank, "initial_rows", initial)
         monkeypatch.setattr(save_load, "initial_rows", initial)
 
+    @pytest.mark.slow
     def test_banks_that_come_out_otherwise_are_refused(self, tmp_path: Path, request: pytest.FixtureRequest) -> None:
         uora.save(trained(scope="layer"), tmp_path)
         request.getfixturevalue("other_qr")

@@ -204,6 +204,7 @@ class TestNoRoom:
         assert (tmp_path / "a").read_text() == "here"
 
 
+@pytest.mark.slow
 def test_of_two_processes_that_save_at_once_either_wins_whole(tmp_path: Path, adapters: tuple[Stored, Stored]) -> None:
     write_folder(adapters[0], tmp_path)
     writers = [

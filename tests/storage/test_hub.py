@@ -154,6 +154,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 class TestRoundTrip:
     @pytest.mark.parametrize("scope", [None, "layer"])
+    @pytest.mark.slow
     def test_a_model_there_and_back(self, hub: Hub, images: Tensor, scope: str | None) -> None:
         model = trained(scope=scope)
         address = uora.push_to_hub(model, "me/digits", data="digits 5 to 9", metrics={"accuracy": 0.75})
@@ -180,6 +181,7 @@ class TestRoundTrip:
         assert torch.equal(uora.load(small_vit(), "me/digits")(images), second(images))
         assert torch.equal(uora.load(small_vit(), "me/digits", revision=f"{1:040x}")(images), first(images))
 
+    @pytest.mark.slow
     def test_an_adapter_of_version_2_and_one_file_alone(self, hub: Hub) -> None:
         files = {f.name: f.read_bytes() for f in (DATA / "adapter_v2").iterdir()}
         hub.commit("me/old", files)

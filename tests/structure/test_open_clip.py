@@ -110,6 +110,7 @@ def test_a_base_converted_to_a_half_type(dtype: torch.dtype) -> None:
         assert a.dtype == dtype and (a - m).norm() < 0.05 * m.norm() < (a - b).norm()
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     grads = []
     model, example = clip()

@@ -120,6 +120,7 @@ class TestPlan:
         train=st.sets(st.sampled_from(["head", "norm", "bias"])), layout=st.sampled_from(["shape", "slice"]),
         dropout=st.floats(0, 0.9),
     )  # fmt: skip
+    @pytest.mark.slow
     def test_a_configuration_survives_json(self, **options: Any) -> None:
         config = uora.UoraConfig(**options)
         assert uora.UoraConfig(**json.loads(json.dumps(config.to_dict()))) == config
@@ -135,6 +136,7 @@ TRAPS = {
 
 
 @pytest.mark.parametrize("name", TRAPS)
+@pytest.mark.slow
 def test_what_only_looks_like_a_projection_is_left(name: str) -> None:
     model = meta(name, num_classes=10)
     paths = [p.path for p in uora.plan(model).projections]
@@ -153,6 +155,7 @@ HEADS = {
 
 
 @pytest.mark.parametrize("name", HEADS)
+@pytest.mark.slow
 def test_heads_train_and_are_not_adapted(name: str) -> None:
     model = meta(name)
     paths = {p.path for p in uora.plan(model).projections}

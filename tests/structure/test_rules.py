@@ -80,6 +80,7 @@ class TestTraps:
         kernels = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.weight.shape[1] > 1]
         assert list(found) == [n for n in kernels if n.split(".")[0] not in ("fc", "head", "classifier")]
 
+    @pytest.mark.slow
     def test_what_is_outside_is_adapted_on_request(self) -> None:
         model = meta("swin_tiny_patch4_window7_224")
         found = roles(model, targets="other")

@@ -153,6 +153,7 @@ def test_a_model_that_is_one_tower_says_so() -> None:
     assert uora.plan(small_vit()).towers == () and "Adapted by tower" not in str(uora.plan(small_vit()))
 
 
+@pytest.mark.slow
 def test_plan_and_summary_count_by_tower_also_those_of_which_nothing_trains() -> None:
     model = multimodal("llava")
     plan = uora.plan(model, rank=4, targets="vision:qv", train=())

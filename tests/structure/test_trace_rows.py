@@ -18,6 +18,7 @@ from uora_vision.structure.trace import trace
 
 @settings(deadline=None, max_examples=25)
 @given(heads=st.integers(1, 4), sizes=st.lists(st.integers(1, 5), min_size=2, max_size=4), first=st.booleans())
+@pytest.mark.slow
 def test_any_split_is_found(heads: int, sizes: list[int], first: bool) -> None:
     def use(y: Tensor) -> list[Tensor]:
         y = y.view(*y.shape[:-1], heads, sum(sizes))
@@ -34,6 +35,7 @@ def test_partition_is_the_finest_that_the_uses_make() -> None:
     assert found.rows["packed.weight"] == ((0, 8, 9), (1, 2, 3), (4, 5), (6, 7))
 
 
+@pytest.mark.slow
 def test_a_thousand_parts_are_no_trouble() -> None:
     found = trace(Packed(1024, lambda y: [part.sum() for part in y.unbind(-1)]), torch.randn(1, 1, 6))
     assert found.rows["packed.weight"] == tuple((k,) for k in range(1024))

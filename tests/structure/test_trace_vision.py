@@ -119,6 +119,7 @@ def test_cnn_has_uses_but_no_groups() -> None:
     assert only_use(found, "stages.0.blocks.0.mlp.fc1.weight").op == "linear"
 
 
+@pytest.mark.slow
 def test_lstm_weights_are_found_in_the_list_they_come_in() -> None:
     make = partial(Sequencer2d, layers=(1,) * 4, embed_dims=(16,) * 4, hidden_sizes=(4,) * 4, num_classes=5)
     found = traced(make, (1, 3, 56, 56))
@@ -129,6 +130,7 @@ def test_lstm_weights_are_found_in_the_list_they_come_in() -> None:
     assert found.unused == ()
 
 
+@pytest.mark.slow
 def test_convolutional_separable_attention() -> None:
     found = traced(timm_model("mobilevitv2_050"), (1, 3, 64, 64))
     name = "stages.2.1.transformer.0.attn.qkv_proj.weight"

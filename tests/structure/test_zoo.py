@@ -49,6 +49,7 @@ def test_a_pattern_selects_by_library_and_name() -> None:
 
 
 @pytest.mark.parametrize("name", CHEAP)
+@pytest.mark.slow
 def test_a_real_model_is_alive_tame_and_the_same_each_time(name: str) -> None:
     model, example = one(name).real()
     again, _ = one(name).real()
@@ -65,6 +66,7 @@ def test_a_real_model_is_alive_tame_and_the_same_each_time(name: str) -> None:
         torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_deep_network_with_batch_norm_does_not_magnify_small_changes() -> None:
     model, images = one("timm/resnet50").real()
     with torch.no_grad():

@@ -70,6 +70,7 @@ def test_a_model_that_transformers_loads_quantised(bits: int, tokens: Tensor, tm
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "torchao" not in kind])
+@pytest.mark.slow
 def test_peft_takes_the_adapter_over_the_same_codes(kind: str, tokens: Tensor, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = wake(uora.inject(quantised_llama(kind), rank=8, train=()), scale=0.3)

@@ -12,7 +12,7 @@ from ..errors import ConfigError, StateError
 from ..structure.survey import Survey
 from .entry import Entry, Learnt
 from .inference_mode import outside_inference_mode
-from .library import Library, active_entry, check_movable, check_outside, known_name, library_of
+from .library import Library, active_entry, check_movable, check_outside, known_name, library_of, strangers
 
 
 @outside_inference_mode
@@ -35,7 +35,7 @@ def strength(model: nn.Module, share: float, name: str | None = None) -> float:
 
     Raises:
         StateError: the model is not injected, is merged, is spread over processes or has a mixed batch; there is no
-            such adapter; or it has a head of another shape than the base.
+            such adapter; it has a head of another shape than the base; or something trains that is no part of it.
         ConfigError: `share` is not finite.
 
     Source:
@@ -56,6 +56,11 @@ def strength(model: nn.Module, share: float, name: str | None = None) -> float:
     check_outside(library)
     entry = active_entry(model) if name is None else known_name(library, name)
     check_movable(survey, library)
+    if entry is library.entries.get(library.active or "") and (strange := strangers(survey, library)):
+        raise StateError(
+            f"{strange[0]} trains, but not as a part of the adapter, so what the base has there is not known. Freeze "
+            "it, or name it in train= of inject()."
+        )
     learnt = _learnt(library, entry)
     if share == learnt.share:
         return learnt.share

@@ -23,7 +23,7 @@ from ..training.find_rate import Sweep
 from ..training.folder import CHECKPOINT, CHECKPOINTS, METRICS, write_json
 from ..training.methods import AdaptedModel
 from ..training.parts import Outcome
-from .page import RunReport, show, write_report
+from .page import Picture, RunReport, show, write_report
 from .sweep import picture
 from .usage import usage
 
@@ -54,6 +54,7 @@ def finish(
     score: str = "accuracy",
     comparison: list[dict[str, Any]] | None = None,
     sweep: Sweep | None = None,
+    pictures: Sequence[Picture] = (),
     labels: Sequence[str] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
     **sections: Any,
@@ -65,6 +66,7 @@ def finish(
         score: the one of them to compare methods by.
         comparison: rows of other methods, as `compared` makes them; this run's own comes last.
         sweep: over learning rates, where one was made.
+        pictures: beside the learning curves.
         labels, preprocessing: for the adapter; see `uora.save`.
         sections: parts of `RunReport`: `confusion` and `names`, `samples`, `tables`.
 
@@ -95,7 +97,7 @@ def finish(
         b=b,
         d=d,
         comparison=comparison,
-        pictures=[] if sweep is None else [picture(sweep)],
+        pictures=[*(() if sweep is None else (picture(sweep),)), *pictures],
         usage=usage(folder / "adapter", preprocessing or {}) if adapted.is_uora else [],
         **sections,
     )
