@@ -16,7 +16,6 @@ same command with --resume goes on, to the same weights as if nothing had happen
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from common.command import cli
 from common.command.choices import Augment, Domain, Method, Tower
 from common.command.display import Display
 from common.command.options import MethodChoice, MethodOptions, RunChoice, TableChoice, TrainChoice
-from common.errors import DataError, RecipeError
+from common.errors import DataError
 from typer import Option
 
 
@@ -89,6 +88,7 @@ from common.training.tracking import tracking
 from common.vision.evaluation import sections
 from common.vision_language.contrastive import Matching, Naming, prompts, zero_shot
 from common.vision_language.pairs import PairImages, Pairs, load_pairs
+from common.vision_language.strengths import along, parse_strengths
 from common.vision_language.towers import DEFAULTS, Towers, adapt_towers, plan_towers, trains, with_whole_parts
 from rich.console import Console
 from torch.utils.data import Dataset
@@ -196,7 +196,9 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
             return None
         raise cli.stopped(console, outcome.stopped, outcome.progress.step, folder)
     after = measure(work, dual, accelerator, options, outcome.evaluation.scores)
-    points = along(shares, work, dual, accelerator, options, before, after) if adapted.is_uora else []
+    points: strength.Points = []
+    if adapted.is_uora and work.others is not None and not towers.whole:
+        points = along(shares, dual.model, lambda: measure(work, dual, accelerator, options), before, after)
     if not main_process:
         return None
     if points:
@@ -352,43 +354,6 @@ def measure(
         return dict(scores)
     found = zero_shot(dual, *work.others, accelerator, options.batch, options.workers)
     return {**scores, "other_accuracy": found.scores["accuracy"]}
-
-
-def parse_strengths(text: str) -> list[float]:
-    """`0.25,0.5` as numbers between 0 and 1, each once.
-
-    Raises:
-        RecipeError: it has something else.
-    """
-    try:
-        found = sorted({float(part) for part in text.split(",") if part.strip()})
-    except ValueError:
-        found = [math.nan]
-    if not all(0 < share < 1 for share in found):
-        raise RecipeError(f"--strengths takes numbers between 0 and 1 such as 0.25,0.5,0.75, got {text!r}")
-    return found
-
-
-def along(
-    shares: list[float],
-    work: Work,
-    dual: Dual,
-    accelerator: Accelerator,
-    options: Options,
-    before: dict[str, float],
-    after: dict[str, float],
-) -> strength.Points:
-    """What is measured with shares of the adapter; nothing where no classes are left out, or more trains than it."""
-    whole = Tower.full in (options.image_tower, options.text_tower) or options.train_logit_scale
-    if work.others is None or whole or not shares:
-        return []
-    points = [(0.0, before["accuracy"], before["other_accuracy"])]
-    for share in shares:
-        uora.strength(dual.model, share)
-        found = measure(work, dual, accelerator, options)
-        points.append((share, found["accuracy"], found["other_accuracy"]))
-    uora.strength(dual.model, 1)
-    return [*points, (1.0, after["accuracy"], after["other_accuracy"])]
 
 
 def told(scores: dict[str, float]) -> str:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from common.command import cli
-from common.command.choices import Method
 from common.errors import RecipeError
 from common.report import figures
 from safetensors.torch import load_file
@@ -54,12 +53,6 @@ def trained(folder: Path) -> dict[str, torch.Tensor]:
     """What the run in a folder has trained, by name."""
     (file,) = (folder / "adapter").glob("*.safetensors")
     return load_file(file)
-
-
-def shorten_the_demo(patch: pytest.MonkeyPatch, place: ModuleType, *methods: Method, rows: str = "ROWS") -> set[str]:
-    """Let a demo try some methods only; `.ci/run` runs the demos whole. Gives their names."""
-    patch.setattr(place, rows, {method: getattr(place, rows)[method] for method in methods})
-    return {method.value for method in methods}
 
 
 CHOSEN = ("--rank", 3, "--targets", "attention", "--seed", 5, "--init", "svd", "--token-sampling", 2,

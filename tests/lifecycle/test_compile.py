@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import kill, wake
+from conftest import kill, small_vit, wake
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch.nn.functional import cross_entropy
@@ -110,3 +110,53 @@ def test_activations_kept_on_the_host_give_the_same_bits(images: Tensor) -> None
     want = gradients(model, images)
     with torch.autograd.graph.save_on_cpu():
         assert_equal(want, gradients(model, images))
+
+
+@pytest.mark.slow
+def test_equal_blocks_share_their_graphs() -> None:
+    """One for the first block, whose input needs no gradient, and one for all others; so for each further size."""
+    model, plain = injected(depth=4).train(), injected(depth=4).train()
+    backend = Counting()
+    for block in model.blocks:
+        block.compile(fullgraph=True, backend=backend)
+    graphs = []
+
+    def compare(n: int, scope: str | None = None) -> None:
+        for one in (model, plain) if scope else ():
+            reinit = uora.Reinitializer(one, threshold=1e-3, scope=scope)  # type: ignore[arg-type]
+            kill(one, {layer: [1, 2] for layer in reinit.layers})
+            assert reinit.step()
+        assert_equal(gradients(model, batch(n)), gradients(plain, batch(n)), atol=1e-5, rtol=1e-4)
+        graphs.append(backend.graphs)
+
+    compare(3)
+    compare(3, "shared")
+    compare(5)
+    compare(7)
+    for one in (model, plain):
+        wake(uora.inject(one, rank=8, seed=1, name="two"), seed=7)
+    compare(7)
+    for one in (model, plain):
+        uora.activate(one, "default")
+    compare(7)
+    assert graphs == [2, 2, 4, 4, 4, 4]
+
+
+@pytest.mark.parametrize("path", ["", "blocks.1", "blocks.1.attn.qkv"])
+@pytest.mark.slow
+def test_parts_that_were_compiled_in_place_can_be_adapted(path: str) -> None:
+    for ran in (True, False):
+        model, base = small_vit(), small_vit()(batch(3))
+        model.get_submodule(path).compile(backend=Counting())
+        if ran:
+            close(model(batch(3)), base)
+        wake(uora.inject(model, rank=4))
+        want = wake(uora.inject(small_vit(), rank=4))
+        close(model(batch(3)), want(batch(3)))
+        with uora.disabled(model):
+            close(model(batch(3)), base)
+        for one in (model, want):
+            wake(one, seed=5)
+        close(model(batch(3)), want(batch(3)))
+        uora.merge(model)
+        torch.testing.assert_close(model(batch(3)), want(batch(3)), rtol=1e-4, atol=1e-4)

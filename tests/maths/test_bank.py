@@ -121,7 +121,6 @@ def test_matrices_that_were_given_are_known_by_their_numbers() -> None:
 
 
 class TestLaw:
-    @pytest.mark.slow
     def test_haar_entries_have_the_moments_of_a_uniform_unit_vector(self) -> None:
         n = 24
         rows = torch.cat([bank(8, (n,), (n,), seed=s).a(n) for s in range(400)]).double()
@@ -129,7 +128,6 @@ class TestLaw:
         assert (rows**2).mean() == pytest.approx(1 / n, rel=1e-5)
         assert (rows**4).mean() == pytest.approx(3 / (n * (n + 2)), rel=0.03)
 
-    @pytest.mark.slow
     def test_haar_is_the_same_seen_from_any_rotation(self) -> None:
         """A QR without the sign correction, or a fixed first column, changes these moments of rotated entries."""
         n, draws = 6, 1500
@@ -159,7 +157,6 @@ class TestLaw:
         assert sizes[0] / sizes[1] == pytest.approx(3.5, abs=0.15)
 
     @pytest.mark.parametrize("width", [12, 40])
-    @pytest.mark.slow
     def test_fresh_haar_rows_have_the_law_of_the_rows_that_they_replace(self, width: int) -> None:
         first = torch.stack([bank(20, (width,), (4,), seed=s).a(width)[3] for s in range(300)]).double()
         later = []
@@ -256,7 +253,6 @@ class TestRedraw:
         torch.testing.assert_close((old * new).sum(1)[::3], torch.full((8,), math.cos(angle)), rtol=0, atol=1e-5)
         assert torch.equal(new[1::3], old[1::3]) and gram_error(new) < 1e-6
 
-    @pytest.mark.slow
     def test_spherical_stays_orthonormal_after_many_firings(self) -> None:
         b = bank(24, (30,), (30,))
         g = torch.Generator().manual_seed(0)
@@ -343,7 +339,6 @@ class TestLog:
 
     @settings(max_examples=40, deadline=None)
     @given(events)
-    @pytest.mark.slow
     def test_seed_and_packed_log_rebuild_the_bank_to_the_bit(self, what: list) -> None:
         b, again = bank(), bank()
         play(b, what)
@@ -360,7 +355,6 @@ class TestLog:
 
     @settings(max_examples=40, deadline=None)
     @given(events)
-    @pytest.mark.slow
     def test_packing_loses_nothing(self, what: list) -> None:
         b = bank()
         play(b, what)

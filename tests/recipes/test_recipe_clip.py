@@ -20,7 +20,7 @@ from common.vision_language.contrastive import pair_loss, prompts, recalls
 from common.vision_language.pairs import load_pairs
 from common.vision_language.towers import Towers, trains
 from PIL import Image
-from recipe_runs import Call, run, shorten_the_demo
+from recipe_runs import Call, run
 from safetensors.torch import load_file
 
 import uora_vision as uora
@@ -344,13 +344,3 @@ def test_without_network(model: str, recipe: Call, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     code, told = recipe(*DIGITS, "--output", tmp_path / "out", model=model)
     assert code == 2 and "without a network" in told and "--model" in told
-
-
-@pytest.mark.slow
-def test_the_demo(recipe: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    methods = shorten_the_demo(monkeypatch, dual_demo, Method.linear, Method.uora)
-    code, told = recipe("--demo", "--output", tmp_path / "out")
-    assert code == 0 and "report.html" in told
-    rows = {row["method"]: row for row in metrics(tmp_path / "out")["comparison"]}
-    assert set(rows) == methods
-    assert rows["uora"]["accuracy"] > 0.4 and all(0 <= row["other_accuracy"] <= 1 for row in rows.values())

@@ -18,7 +18,6 @@ from recipe_runs import (
     assert_it_redraws_by_uora_alone,
     assert_the_options_reach_uora,
     caller,
-    shorten_the_demo,
     trained,
 )
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -257,12 +256,3 @@ def test_without_network_it_says_what_to_do(recipe: Call, monkeypatch: pytest.Mo
     assert code == 2 and "no data set 'tuetschek/nothing-of-this-name'" in error and "--demo" in error
     code, error = recipe(*SHORT, model="nobody/no-such-model")
     assert code == 2 and "no tokenizer 'nobody/no-such-model'" in error
-
-
-@pytest.mark.slow
-def test_the_demo_compares_methods(recipe: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    methods = shorten_the_demo(monkeypatch, toy_restaurants, Method.bitfit, Method.uora)
-    assert recipe("--demo", "--quiet", "--output", tmp_path / "out")[0] == 0
-    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    scores = {row["method"]: row["bleu"] for row in metrics["comparison"]}
-    assert scores.keys() == methods and scores["uora"] > scores["bitfit"]

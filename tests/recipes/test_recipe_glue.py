@@ -17,8 +17,6 @@ from recipe_runs import (
     assert_it_redraws_by_uora_alone,
     assert_the_options_reach_uora,
     caller,
-    run,
-    shorten_the_demo,
     trained,
 )
 from sklearn.metrics import f1_score, matthews_corrcoef
@@ -223,12 +221,3 @@ def test_files_without_header(recipe: Call, tmp_path: Path) -> None:
         "--output", tmp_path / "out", data=SHARED,
     )  # fmt: skip
     assert code == 0, error
-
-
-@pytest.mark.slow
-def test_the_demo_compares_methods(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    methods = shorten_the_demo(monkeypatch, toy, Method.linear, Method.uora, rows="ENCODER_ROWS")
-    assert run(glue, ("--demo", "--quiet", "--output", tmp_path), monkeypatch) == 0
-    rows = {row["method"]: row for row in json.loads((tmp_path / "metrics.json").read_text())["comparison"]}
-    assert rows.keys() == methods
-    assert rows["uora"]["accuracy"] > rows["linear"]["accuracy"] + 0.05  # what the demo is there to show

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from common.command.choices import Augment, Method
+from common.command.choices import Augment
 from common.data.augment import InputFormat, ModelInput
 from common.data.images import load_images
 from PIL import Image
@@ -22,7 +22,6 @@ from recipe_runs import (
     assert_it_redraws_by_uora_alone,
     assert_the_options_reach_uora,
     run,
-    shorten_the_demo,
     trained,
 )
 
@@ -175,12 +174,3 @@ def test_data_of_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = load_images("timm:torch/things", "test").few_shot(1, 0)
     assert found.names == ("0", "1", "2") and sorted(found.labels) == [0, 1, 2]
     assert found.read(1).shape[1:] == (9, 3)
-
-
-@pytest.mark.slow
-def test_the_demo_learns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    methods = shorten_the_demo(monkeypatch, imagenet_subset, Method.uora)
-    assert run(imagenet_subset, ("--demo", "--quiet", "--output", tmp_path), monkeypatch) == 0
-    rows = {row["method"]: row["accuracy"] for row in json.loads((tmp_path / "metrics.json").read_text())["comparison"]}
-    assert rows.keys() == methods
-    assert rows["uora"] > 0.5 and (tmp_path / "adapter").is_dir()

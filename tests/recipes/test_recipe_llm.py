@@ -16,7 +16,6 @@ from common.command.choices import Method
 from common.command.options import MethodOptions
 from common.data.tables import load_table
 from common.errors import DataError
-from common.language import toy
 from common.language.answers import held_out_loss
 from common.language.dialogues import encode, prepare_template, prompt_ids, read_dialogues
 from common.language.models import load_tokenizer
@@ -29,8 +28,6 @@ from recipe_runs import (
     assert_it_redraws_by_uora_alone,
     assert_the_options_reach_uora,
     caller,
-    run,
-    shorten_the_demo,
     trained,
 )
 
@@ -327,13 +324,3 @@ def test_a_real_model_on_real_instructions(recipe: Call, tmp_path: Path) -> None
     assert metrics["loss"] < metrics["loss_before"] - 0.03
     assert metrics["cut"] > 0 and metrics["cut"] + metrics["left_out"] <= 40
     assert (tmp_path / "out" / "chat_template.jinja").is_file()
-
-
-@pytest.mark.slow
-def test_the_demo_compares_methods(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    methods = shorten_the_demo(monkeypatch, toy, Method.lora, Method.uora, rows="LM_ROWS")
-    assert run(llm_instruct, ("--demo", "--quiet", "--output", tmp_path), monkeypatch) == 0
-    metrics = told(tmp_path)
-    rows = {row["method"]: row for row in metrics["comparison"]}
-    assert rows.keys() == methods
-    assert all(row["loss"] < 0.8 * metrics["loss_before"] for row in rows.values())

@@ -23,7 +23,6 @@ from recipe_runs import (
     assert_it_redraws_by_uora_alone,
     assert_the_options_reach_uora,
     run,
-    shorten_the_demo,
     trained,
 )
 from rich.console import Console
@@ -344,29 +343,18 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ("data", "model"), [("cifar100", None), ("someone/photos", None), ("digits", "vit_tiny_patch16_224")]
 )
 @pytest.mark.slow
-def test_without_network_it_says_demo_at_once(data: str, model: str | None, recipe: Call) -> None:
-    started = time.monotonic()
+def test_without_network_it_says_demo_at_once(
+    data: str, model: str | None, recipe: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)  # what asks again waits first
     code, said = recipe(data=data, model=model)
     assert code == 2
     assert "--demo" in said
     assert len(said.splitlines()) == 1
-    assert time.monotonic() - started < 10
+    assert sum(waits) < 5
 
 
 def test_a_misspelt_model_is_guessed(recipe: Call) -> None:
     code, said = recipe(model="vit_smal_patch16_224")
     assert (code, "did you mean vit_small_patch16_224" in said) == (2, True)
-
-
-@pytest.mark.slow
-def test_demo_compares_the_methods_and_leaves_a_report(monkeypatch: Any, capsys: Any, tmp_path: Path) -> None:
-    methods = shorten_the_demo(monkeypatch, vit_cifar100, Method.linear, Method.uora)
-    assert run(vit_cifar100, ("--demo", "--output", tmp_path), monkeypatch, pictures=True) == 0
-    assert str(tmp_path / "report.html") in capsys.readouterr().out.replace("\n", "")
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    rows = {row["method"]: row for row in metrics["comparison"]}
-    assert rows.keys() == methods
-    assert rows["uora"]["accuracy"] > rows["linear"]["accuracy"] + 0.05
-    assert (tmp_path / "report.html").read_text().count("data:image/svg+xml;base64,PD94") >= 2  # the start of a drawing
-    backbone = timm.create_model(f"local-dir:{tmp_path / 'backbone'}", pretrained=True, num_classes=5)
-    assert uora.load(backbone, tmp_path / "adapter")

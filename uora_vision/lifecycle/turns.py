@@ -48,7 +48,7 @@ class Turns:
         Raises:
             StateError: it is not.
         """
-        if self._always or torch.compiler.is_compiling() or not in_backward():
+        if torch.compiler.is_compiling() or self._always or not in_backward():
             return
         node = node_in_backward()
         if node is not None:

@@ -67,9 +67,10 @@ class Widths(NamedTuple):
             width: of its input for A, its rows for B.
             of: the path of its weight when it was injected, and its role.
         """
-        if of is not None and side == "A" and of[0] in self.informed:
+        # A compiler that looks up no path has one graph for all blocks: their paths are all that differs.
+        if self.informed and of is not None and side == "A" and of[0] in self.informed:
             return self.informed[of[0]]
-        if of is not None and (path := ".".join(of)) in self.of_weights:
+        if self.of_weights and of is not None and (path := ".".join(of)) in self.of_weights:
             return f"{side}{width}@{_as_name(path)}"
         return f"{side}{width if layout == 'shape' else max(self.A if side == 'A' else self.B)}"
 

@@ -51,8 +51,11 @@ def find_hidden(modules: Mapping[str, nn.Module]) -> Iterator[Hidden]:
         if _is_wrapper(module):
             error: UoraError = StateError(f"{where} is a {name}. Inject into the model first, wrap it after.")
             yield Hidden(path, None, True, error)
-        elif "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None:
-            error = StateError(f"{where} is compiled ({name}). Inject into the model first, compile it after.")
+        elif "_orig_mod" in module._modules:
+            error = StateError(
+                f"{where} is compiled ({name}). Inject into the model first and compile it after, or compile its parts "
+                "in place: part.compile()."
+            )
             yield Hidden(path, None, True, error)
         elif isinstance(module, torch.jit.ScriptModule):
             continue

@@ -48,6 +48,11 @@ class Towers:
     last: int | None = None
     scale: bool = False
 
+    @property
+    def whole(self) -> bool:
+        """Whether more trains than what a method adds."""
+        return self.scale or Tower.full in (self.image, self.text)
+
 
 @dataclass(frozen=True)
 class TowerPlan:
