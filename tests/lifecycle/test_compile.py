@@ -160,3 +160,51 @@ def test_parts_that_were_compiled_in_place_can_be_adapted(path: str) -> None:
         close(model(batch(3)), want(batch(3)))
         uora.merge(model)
         torch.testing.assert_close(model(batch(3)), want(batch(3)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", ["informed", "svd"])
+@pytest.mark.slow
+def test_equal_blocks_share_their_graphs_with_rows_of_their_own(way: str) -> None:
+    """As with shared matrices; and whatever replaces the tensors of the bank is followed."""
+    models = []
+    for _ in range(2):
+        model = uora.inject(small_vit(depth=4).train(), rank=4, init="svd" if way == "svd" else "haar")
+        if way == "informed":
+            uora.inform(model, [batch(4)], lambda model, x: model(x).square().mean())
+        models.append(wake(model))
+    model, plain = models
+    backend = Counting()
+    for block in model.blocks:
+        block.compile(fullgraph=True, backend=backend)
+
+    def compare() -> None:
+        close(model(batch(3)), plain(batch(3)))
+
+    reinits = [uora.Reinitializer(one, threshold=1e-3) for one in models]
+
+    def redraw() -> None:
+        for one, reinit in zip(models, reinits, strict=True):
+            kill(one, {layer: [1, 2] for layer in reinit.layers})
+            assert reinit.step()
+            wake(one, seed=3)
+
+    compare()
+    assert backend.graphs <= 2
+    state = model.state_dict()
+    for one in models:
+        one.double().float()
+    redraw()
+    compare()
+    for one in models:
+        wake(uora.inject(one, rank=4, name="two"), seed=7)
+    compare()
+    for one in models:
+        uora.activate(one, "default")
+    redraw()
+    compare()
+    for one in models:
+        one.load_state_dict(state)
+    compare()
+    assert backend.graphs <= 4  # two of the second adapter, whose matrices are shared
+    with pytest.raises(AssertionError):  # that it was no other all the time
+        close(model(batch(3)), small_vit(depth=4)(batch(3)))

@@ -152,6 +152,8 @@ class Adapter(nn.Module):
         for role in range(len(self.roles)):
             if self.bank.draws(self.own(role)[0].name).any():
                 self.refresh_own(role)
+        if self.bank.by_path:
+            self.renew()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start without views of the bank."""
@@ -171,9 +173,28 @@ class Adapter(nn.Module):
         passing = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if not passing:
             self.settle()
-            kept = self._kept
-            if kept is not None and kept.holds(self.bank, self.b.device):
-                return kept.A, kept.B
+        kept = self._kept
+        if kept is not None and (self._is_held(kept) if passing else kept.holds(self.bank, self.b.device)):
+            return kept.A, kept.B
+        return self._looked_up(passing)
+
+    def _is_held(self, kept: Kept) -> bool:
+        """Whether a graph may take the tensors that the bank had renewed. One that looks up no path is one for all
+        blocks; where no path is looked up anyway, and in a program that is exported, the bank's buffers are taken."""
+        return self.bank.by_path and kept.device == self.b.device and not self._own and not _is_traced()
+
+    def renew(self) -> None:
+        """Take the matrices as the bank has them now, for compiled code, which does not look."""
+        self._kept = None
+        if not self._own:
+            self._looked_up(passing=False)
+
+    def _looked_up(self, passing: bool) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """See `matrices`.
+
+        Args:
+            passing: nothing can be kept.
+        """
         of, device = self._of, self.b.device
         rows = [(role.rows, one) for role, one in zip(self.roles, of, strict=True)]
         if not self._own:
@@ -240,6 +261,12 @@ class Adapter(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{', '.join(role.label for role in self.roles)}, rank={self.d.shape[1]}"
+
+
+def _is_traced() -> bool:
+    """Whether what is computed now becomes a graph that has the bank's buffers as its own."""
+    exporting = getattr(torch.compiler, "is_exporting", None)  # since torch 2.7
+    return torch.jit.is_tracing() or exporting is None or exporting()
 
 
 def child(tensor: str) -> str:

@@ -21,6 +21,7 @@ def house(model: nn.Module, bank: Bank, modules: Sequence[nn.Module]) -> None:
         modules[0]._modules["shared"] = bank
     else:
         model._modules[CHILD] = bank
+    bank.follow([m for m in modules if isinstance(m, Adapter)] if bank.by_path else ())
 
 
 def housed(model: nn.Module) -> tuple[str, Bank]:

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,12 @@ from .mark import digest
 from .redraw_log import BankState, Interpolation, Redraw, check_log
 from .rounding import round_rows
 from .widths import OwnMatrix, Side, Widths
+
+
+class Follower(Protocol):
+    """What holds tensors of a bank."""
+
+    def renew(self) -> None: ...
 
 
 class Bank(Carried):
@@ -70,6 +76,7 @@ class Bank(Carried):
         self._own: dict[str, Tensor] = {}
         self._draws: dict[str, Tensor] = {}
         self._views: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+        self._followers: tuple[Follower, ...] = ()
         for name, width in self.matrices.items():
             if torch.device(device).type == "meta":
                 rows = torch.empty(config.rank, width, device="meta")
@@ -83,6 +90,26 @@ class Bank(Carried):
     def given(self) -> bool:
         """Whether it can neither be drawn again from the seed nor taken from the base."""
         return bool(self._given - self.taken)
+
+    @property
+    def by_path(self) -> bool:
+        """Whether it has matrices for some weights alone, which are found by the path of the weight."""
+        return bool(self.widths.informed or self.widths.of_weights)
+
+    def follow(self, followers: Iterable[Follower]) -> None:
+        """Have these renewed now, and whenever buffers are replaced by others."""
+        self.__dict__["_followers"] = tuple(followers)
+        self._renew()
+
+    def _renew(self) -> None:
+        for follower in self._followers:
+            follower.renew()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Bank:
+        """As in nn.Module, which moves and casts buffers by it."""
+        super()._apply(fn, recurse)
+        self._renew()
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """The input: the bank is a child of the model, and an nn.Sequential runs all of its children."""
@@ -125,7 +152,7 @@ class Bank(Carried):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start without views."""
-        return {**super().__getstate__(), "_views": {}}
+        return {**super().__getstate__(), "_views": {}, "_followers": ()}
 
     @property
     def log(self) -> list[Redraw]:
@@ -258,6 +285,7 @@ class Bank(Carried):
         self._state |= states
         self._buffers.update(buffers)
         self._sign(known)
+        self._renew()
         return old
 
     def has_given(self, digest: object) -> bool:
