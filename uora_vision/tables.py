@@ -20,7 +20,7 @@ def render(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]],
         table.add_column(Text(name), footer=Text(foot), justify="right" if numeric else "left")
     for row in cells:
         table.add_row(*(Text(cell) for cell in row))
-    console = Console(width=200)
+    console = Console(width=200, force_jupyter=False)  # which would show the table itself, empty
     with console.capture() as captured:
         console.print(table)
     return "\n".join(line.rstrip() for line in captured.get().rstrip().splitlines())

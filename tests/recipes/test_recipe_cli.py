@@ -7,7 +7,6 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any, get_type_hints
 
 import pytest
@@ -18,6 +17,7 @@ from common.command.options import MethodChoice, RunChoice, TrainChoice
 from common.errors import RecipeError
 from common.training.folder import CONFIG, prepare_folder, record_config
 from common.training.methods import DEFAULTS
+from recipe_options import options_of
 from typer import Option
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -117,13 +117,10 @@ def test_a_run_is_continued_with_the_options_that_it_recorded(tmp_path: Path) ->
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.py")), ids=lambda path: path.stem)
 def test_the_docs_have_every_option_as_the_help_says_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = ModuleType(path.stem)
-    monkeypatch.setitem(sys.modules, path.stem, recipe)
-    options = path.read_text().partition("if __name__ ==")[0]  # what is imported below takes long
-    exec(compile(options, path.name, "exec"), vars(recipe))
+    options = options_of(path, monkeypatch)
     page = (RECIPES.parent / "docs" / "recipes.md").read_text()
-    hints = get_type_hints(recipe.Options, include_extras=True)
-    for field in dataclasses.fields(recipe.Options):
+    hints = get_type_hints(options, include_extras=True)
+    for field in dataclasses.fields(options):
         (option,) = hints[field.name].__metadata__
         name, told = f"--{field.name.replace('_', '-')}", option.help.replace("|", "\\|")
         assert re.search(rf"^\| `{name}` \|[^|]*\| {re.escape(told)} \|$", page, re.M), f"{name}: {told}"

@@ -101,11 +101,11 @@ def prepare_reinitializer(
     """A reinitializer whose state `accelerator.save_state` and `load_state` keep.
 
     They keep, of this model, only what training changes, in `uora_model.pt`. One adapted model per accelerator.
+    All other options are those of `Reinitializer`.
 
     Args:
-        model, optimizer: as `accelerator.prepare` returned them.
-        threshold, alpha, every, scope, quorum, interpolation, relative, reset_moments, criterion,
-            source, batches, loss: see `Reinitializer`.
+        model: as `accelerator.prepare` returned it.
+        optimizer: likewise.
 
     Raises:
         StateError: the model is not injected, or was not prepared by this accelerator.

@@ -37,8 +37,6 @@ class UoraCallback(Callback):
         inform: how many batches of the training data give the adapter informed rows before the first step (see
             `uora.inform`); 0: none.
         inform_loss: the loss of a batch, `inform_loss(model, batch)` with the injected model; see `uora.inform`.
-        threshold, alpha, every, scope, quorum, interpolation, relative, reset_moments, criterion,
-            source, batches, loss: see `Reinitializer`.
 
     Raises, in fit:
         StateError: the module holds no injected model, no optimizer trains it, or a checkpoint has no such state.

@@ -40,8 +40,6 @@ class UoraCallback(TrainerCallback):
         inform: how many batches of the training data give the adapter informed rows before the first step (see
             `uora.inform`); 0: none. It needs a trainer of `adapter_only`, whose checkpoints hold the rows.
         inform_loss: the loss of a batch, `inform_loss(model, batch)` with the injected model; see `uora.inform`.
-        threshold, alpha, every, scope, quorum, interpolation, relative, reset_moments, criterion,
-            source, batches, loss: see `Reinitializer`.
 
     Raises, when training begins:
         StateError: the model is not injected, or there is no state to resume from.
