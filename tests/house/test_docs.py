@@ -182,8 +182,8 @@ def test_every_row_beside_other_tools_is_yes_or_has_a_reason() -> None:
     table = rows("docs/comparison.md", "# Beside other tools")
     assert len(table) > 25 and {len(row) for row in table} == {7}
     for row in table:
-        yes = re.match(r"\[yes\]\(([\w/]+\.md)(?:#[\w.-]+)?\)", row[6])
-        assert (yes and (ROOT / "docs" / yes[1]).exists()) or re.match(r"no(?: recipe)?: .{15,}", row[6]), row
+        yes = re.match(r"\[yes\]\(([\w/]+\.md)(?:#[\w.-]+)?\)", row[1])
+        assert (yes and (ROOT / "docs" / yes[1]).exists()) or re.match(r"no(?: recipe)?: .{15,}", row[1]), row
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +192,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("zensical", reason="zensical is not installed")
     folder = tmp_path_factory.mktemp("site")
     shutil.copytree(ROOT / "docs", folder / "docs")
-    for name in ("zensical.toml", "uora_vision", "scripts"):
+    shutil.copy(ROOT / "zensical.toml", folder)  # a link would be followed, and the site made here
+    for name in ("uora_vision", "scripts"):
         (folder / name).symlink_to(ROOT / name)
     done = subprocess.run(
         [sys.executable, "-m", "zensical", "build", "--strict", "--clean"],
