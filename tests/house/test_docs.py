@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -187,8 +187,8 @@ def test_every_row_beside_other_tools_is_yes_or_has_a_reason() -> None:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, built strictly: links and anchors that lead nowhere are errors."""
+def site(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The pages of the site, built strictly: links and anchors that lead nowhere are errors."""
     pytest.importorskip("zensical", reason="zensical is not installed")
     folder = tmp_path_factory.mktemp("site")
     shutil.copytree(ROOT / "docs", folder / "docs")
@@ -201,22 +201,25 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "griffe" not in done.stdout + done.stderr, "a docstring was not understood"
-    return folder / "site"
+    return {page.relative_to(folder / "site").as_posix(): page.read_text() for page in folder.rglob("site/**/*.html")}
 
 
 @pytest.mark.slow
-def test_the_site_has_every_page_and_public_name_and_fetches_nothing(site: Path) -> None:
-    nav = (ROOT / "zensical.toml").read_text()
-    assert sorted(re.findall(r'"([\w/]+\.md)"', nav)) == sorted(p.removeprefix("docs/") for p in PAGES if "docs" in p)
-    html = {page.relative_to(site).as_posix(): page.read_text() for page in site.rglob("*.html")}
-    reference = "".join(text for name, text in html.items() if name.startswith("reference/"))
+def test_the_site_has_every_page_and_every_public_name(site: dict[str, str]) -> None:
+    nav = re.findall(r'"([\w/]+)\.md"', (ROOT / "zensical.toml").read_text())
+    assert sorted(nav) == sorted(p.removeprefix("docs/").removesuffix(".md") for p in PAGES if p.startswith("docs/"))
+    assert {f"{page}.html" for page in nav} <= site.keys()
+    reference = "".join(text for name, text in site.items() if name.startswith("reference/"))
     names = set(re.findall(r'<h2 id="uora_vision\.([\w.]+)"', reference))
     public = set(uora.__all__) - {"export", "integrations", "__version__"}
-    assert public | {f"export.{name}" for name in uora.export.__all__} <= names
-    assert {name for name in names if not name.startswith(("export.", "integrations."))} == public
-    assert reference.count("<p>Examples:</p>") + reference.count("Examples:</span>") > 40
-    fetched: Callable[[str], list[str]] = re.compile(
-        r'<(?:script|img|link|iframe)[^>]+(?:src|href)="?(https?:[^" >]+)'
-    ).findall
-    assert {name: found for name, text in html.items() if (found := fetched(text))} == {}
-    assert not [name for name, text in html.items() if 'class="mermaid"' in text], "drawn by a script from elsewhere"
+    assert {name for name in names if "." not in name} == public
+    assert {name for name in names if name.startswith("export.")} == {f"export.{name}" for name in uora.export.__all__}
+    assert reference.count("Examples:</span>") > 40, "what a docstring shows is code"
+    anchors = re.findall(r"\(docs/([\w/]+)\.md#([\w.-]+)\)", PAGES["README.md"].read_text())
+    assert len(anchors) > 3 and [(page, a) for page, a in anchors if f'id="{a}"' not in site[f"{page}.html"]] == []
+
+
+@pytest.mark.slow
+def test_the_site_fetches_nothing_from_elsewhere(site: dict[str, str]) -> None:
+    elsewhere = re.compile(r'<(?:script|img|link|iframe)[^>]+(?:src|href)="?https?:[^" >]+|class="mermaid"')
+    assert {name: elsewhere.findall(text) for name, text in site.items() if elsewhere.search(text)} == {}

@@ -53,7 +53,7 @@ def param_groups(
 
     Args:
         lr: learning rate of the adapter. That of b is divided by the gain of its banks, so that the best one hardly
-            depends on rank, width, layout or law, and `d_init` is a mere unit: see above.
+            depends on rank, width, layout or law, and `d_init` is a mere unit: `docs/method.md`.
         head_lr: of heads, of what `train` named by its path, and of norms and biases of the base that train.
         weight_decay: of the head's matrices. Vectors never decay: a decaying d would fire by itself.
         scaled: False for the plain rate of the papers: `lr` for every b and d.
