@@ -102,7 +102,8 @@ REDRAWS: dict[str, dict[str, Any]] = {
 PAIRS = (
     ("informed r64", "VeRA r64"), ("informed r64", "random r64"), ("informed r64", "LoRA r8"),
     ("informed r16", "random r64"), ("informed r16", "random r256"), ("informed r16", "VeRA r64"),
-    ("informed r64, by width", "VeRA r64"), ("random r64", "VeRA r64"),
+    ("informed r64, by width", "VeRA r64"), ("random r64", "VeRA r64"), ("svd r64", "VeRA r64"),
+    ("svd r64", "random r64"), ("svd r64", "LoRA r8"),
 )  # fmt: skip
 """What is compared; the first is the primary comparison: as many trained parameters on both sides."""
 BEDS: dict[str, tuple[Callable[[], Bed], int]] = {
