@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -32,16 +29,3 @@ def test_no_function_of_the_maths_has_more_than_six_parameters() -> None:
 def test_a_file_of_the_maths_starts_with_a_legend_of_shapes(path: Path) -> None:
     text = ast.get_docstring(ast.parse(path.read_text())) or ""
     assert re.search(r"^Shapes: .*|\. Shapes: ", text, re.MULTILINE)
-
-
-@pytest.mark.slow
-def test_the_code_of_extending_runs() -> None:
-    """All blocks, and that of the page on towers, in a process of their own: they change the library."""
-    text = "\n".join((ROOT / "docs" / page).read_text() for page in ("towers.md", "extending.md"))
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 6
-    done = subprocess.run(
-        [sys.executable, "-c", "\n".join(blocks)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
