@@ -93,9 +93,11 @@ def test_a_wrong_value_is_told_before_anything_heavy() -> None:
 def test_the_command_uora_imports_nothing_heavy() -> None:
     words = [
         "--help", "plan --help", "export --help", "plan --ranc", "plan", "plan timm/vit_base_patch16_22", "plan bertt",
-        "predict --help", "predict a --adapter b --output a.xls", "upgrade no-such-folder", "--version",
+        "predict --help", "predict a --adapter b --output a.xls", "train", "train glue --help", "train glue --ranc",
+        "train glu", "upgrade no-such-folder", "--version",
     ]  # fmt: skip
     calls = [("uora", *line.split()) for line in words]
     for line, (code, said, imported) in zip(words, answers(calls), strict=True):
-        assert (line, code, imported) == (line, 0 if line.startswith("--") or "--help" in line else 2, []), said
+        good = line.startswith("--") or "--help" in line or line == "train"
+        assert (line, code, imported) == (line, 0 if good else 2, []), said
     assert "no-such-folder is no folder" in answers([calls[-2]])[0][1] and f"uora_vision {uora.__version__}" in said

@@ -131,9 +131,11 @@ def test_the_pattern_that_is_named_matches() -> None:
     assert len(uora.plan(small_vit(), targets="*.qkv").projections) == 2
 
 
-def test_the_wheel_has_its_types(tmp_path: Path) -> None:
+def test_the_wheel_has_its_types_and_the_recipes(tmp_path: Path) -> None:
     wheel = pytest.importorskip("hatchling.builders.wheel", reason="hatchling is not installed")
     (built,) = wheel.WheelBuilder(str(Path(__file__).parents[2])).build(directory=str(tmp_path), versions=["standard"])
     names = zipfile.ZipFile(built).namelist()
-    assert {"uora_vision/py.typed", "uora_vision/__init__.pyi"} <= set(names)
+    files = [p for p in (Path(__file__).parents[2] / "recipes").rglob("*") if p.is_file() and p.suffix != ".pyc"]
+    recipes = {f"uora_vision/{p.relative_to(Path(__file__).parents[2]).as_posix()}" for p in files}
+    assert len(recipes) > 50 and {"uora_vision/py.typed", "uora_vision/__init__.pyi"} | recipes <= set(names)
     assert all(name.startswith("uora_vision") for name in names)

@@ -23,6 +23,7 @@ from .names import FORMS as NAMES
 from .names import resolved
 from .predict import local_folder, predict
 from .runs import runs
+from .train import train
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from ..storage.stored import Stored
 
 app = typer.Typer(
-    help="Adapters of uora_vision: plan, inspect, predict, runs, merge, export, verify, upgrade.",
+    help="Adapters of uora_vision: plan, train, predict, runs, inspect, merge, export, verify, upgrade.",
     epilog="Exit codes: 0 all is well, 1 a check failed, 2 bad input.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -143,6 +144,7 @@ def inspect(
 
 app.command("predict")(predict)
 app.command("runs")(runs)
+app.command("train", context_settings={"allow_interspersed_args": False})(train)
 
 
 @app.command("merge")

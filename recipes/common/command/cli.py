@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 import typer
 import yaml
 
+from uora_vision.cli.train import command as started
+
 from ..errors import RecipeError
 
 if TYPE_CHECKING:
@@ -57,7 +59,9 @@ def read(kind: type[Options], words: Sequence[str] | None, doc: str | None = Non
         SystemExit: help was asked for.
     """
     try:
-        found = _application(kind, doc)(words, standalone_mode=False)
+        usual, own = f"python recipes/{Path(sys.argv[0]).name}", shlex.join(started())
+        told = doc if doc is None or started()[0] == "python" else doc.replace(usual, own)
+        found = _application(kind, told)(words, prog_name=own.removeprefix("python "), standalone_mode=False)
     except typer.TyperException as error:
         raise RecipeError(error.format_message() if hasattr(error, "format_message") else str(error)) from error
     return found if isinstance(found, kind) else sys.exit(found)
@@ -110,11 +114,11 @@ def plain(options: Any) -> dict[str, Any]:
 
 def stopped(console: Console, reason: str, step: int, folder: Path) -> typer.Exit:
     """Say how an unfinished run is continued; to be raised."""
-    line = shlex.join(word for word in sys.argv if word != "--resume")
+    line = shlex.join([*started(), *(word for word in sys.argv[1:] if word != "--resume")])
     words = shlex.split(re.sub(r" --max-(steps|seconds)[ =]\S+", "", line))
     if "--output" not in " ".join(words):
         words += ["--output", str(folder)]
-    text = f"stopped after step {step} ({reason}). To go on: {shlex.join(['python', *words, '--resume'])}"
+    text = f"stopped after step {step} ({reason}). To go on: {shlex.join([*words, '--resume'])}"
     console.print(text, soft_wrap=True, highlight=False)
     return typer.Exit(INTERRUPTED if reason == "interrupted" else 0)
 
