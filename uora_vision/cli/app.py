@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,6 +24,7 @@ from .names import FORMS as NAMES
 from .names import resolved
 from .predict import local_folder, predict
 from .runs import runs
+from .saying import as_text, check_free, need, numbers, say, size_of
 from .train import train
 
 if TYPE_CHECKING:
@@ -56,6 +58,8 @@ Revision = Annotated[str | None, typer.Option(help="Of a hub repository: branch,
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write over what is there.")]
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in place of text.")]
+
 
 class Kind(StrEnum):
     """Forms that `uora export` writes."""
@@ -80,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
         return leaving.code if isinstance(leaving.code, int) else 0
     except (UoraError, ImportError, OSError) as error:
         lines = printable(str(error)).splitlines()
-        _say(f"error: {lines[0] if lines else repr(error)}", sys.stderr)
+        say(f"error: {lines[0] if lines else repr(error)}", sys.stderr)
         return 2
     return 0
 
@@ -90,7 +94,7 @@ def _options(
     show_version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
 ) -> None:
     if show_version:
-        _say(f"uora_vision {version}")
+        say(f"uora_vision {version}")
         raise typer.Exit
 
 
@@ -99,52 +103,60 @@ def plan(
     model: Annotated[str, typer.Argument(help=f"The base: {NAMES}.")],
     targets: Annotated[str, typer.Option(help="What to adapt, as for inject.")] = "+".join(UoraConfig().targets),
     exclude: Annotated[str, typer.Option(help="What to leave, as for inject.")] = "",
+    blocks: Annotated[
+        str | None, typer.Option(help="Only these: 0-5,11; negative from the end, as --blocks=-1. Default: all.")
+    ] = None,
     rank: Annotated[int, typer.Option(help="Number of directions of every projection.")] = UoraConfig().rank,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")] = False,
+    as_json: AsJson = False,
     diff: Annotated[bool, typer.Option("--diff", help="Trace a run and compare it with the rules.")] = False,
 ) -> None:
-    """What would be adapted in a model, and how large the adapter would be. Builds no weights."""
+    """Show what would be adapted in a model. Builds no weights:
+    `uora plan timm/vit_base_patch16_224 --targets qv --blocks 6-11`."""
     from .models import on_meta
 
+    chosen = None if blocks is None else numbers(blocks)
     made, example = on_meta(model)  # a wrong name is answered before anything large is imported
 
     from ..lifecycle.trained_parts import base_parameters
     from ..structure.planning import plan as plan_of
     from ..structure.survey import Survey
 
-    what = plan_of(made, rank=rank, targets=targets, exclude=exclude or (), example_input=example if diff else None)
+    what = plan_of(
+        made, rank=rank, targets=targets, exclude=exclude or (), blocks=chosen, example_input=example if diff else None
+    )
     if as_json:
-        _say(what.to_json())
+        say(what.to_json())
         return
-    _say(what)
+    say(what)
     trained = [made.get_parameter(name) for name in base_parameters(Survey(made), what.config.train)]
     vectors, head = 4 * what.parameters, sum(p.numel() * p.element_size() for p in trained)
-    _say(f"\nA file of about {_bytes(vectors)}, and {_bytes(head)} for trained parts of the base (its head).")
+    say(f"\nA file of about {size_of(vectors)}, and {size_of(head)} for trained parts of the base (its head).")
+
+
+app.command("train", context_settings={"allow_interspersed_args": False})(train)
+app.command("predict")(predict)
+app.command("runs")(runs)
 
 
 @app.command()
 def inspect(
     folder: Folder,
     png: Annotated[Path | None, typer.Option(help="Draw |b|, |d| and redraws into this file.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of text.")] = False,
+    as_json: AsJson = False,
     revision: Revision = None,
 ) -> None:
-    """What a saved adapter is: base, options, parameters, redraws, |b| and |d| by layer."""
+    """Tell what a saved adapter is. Its base, options, parameters, redraws, |b| and |d| by layer:
+    `uora inspect runs/photos/adapter --png vectors.png`."""
     from ..storage.folder import read_folder
     from .describe import describe, facts, plot
 
     there = local_folder(folder, revision)
     stored = read_folder(there)
     size = sum(p.stat().st_size for p in there.iterdir() if p.is_file())
-    _say(json.dumps(facts(stored, size), indent=2) if as_json else describe(stored, size))
+    say(json.dumps(facts(stored, size), indent=2) if as_json else describe(stored, size))
     if png is not None:
-        _needs("matplotlib")
+        need("matplotlib")
         plot(stored, png)
-
-
-app.command("predict")(predict)
-app.command("runs")(runs)
-app.command("train", context_settings={"allow_interspersed_args": False})(train)
 
 
 @app.command("merge")
@@ -155,12 +167,13 @@ def merge_into(
     checkpoint: Checkpoint = None,
     revision: Revision = None,
     overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Add an adapter to the weights of its base, and write the plain model:
+    """Write the base with the adapter in its weights. It is a plain model:
     `uora merge runs/photos/adapter --output merged/`."""
     from ..lifecycle.merging import merge
 
-    _check_free(output / "model.safetensors", overwrite)
+    check_free(output / "model.safetensors", overwrite)
     made, example = _loaded(folder, revision, model, checkpoint)
     report = merge(made, example)
     output.mkdir(parents=True, exist_ok=True)
@@ -171,8 +184,8 @@ def merge_into(
         from safetensors.torch import save_model
 
         save_model(made, str(output / "model.safetensors"))
-    _say(report)
-    _say(f"wrote {output / 'model.safetensors'}")
+    written = output / "model.safetensors"
+    say(as_text(output=written, **asdict(report)) if as_json else f"{report}\nwrote {written}")
 
 
 @app.command()
@@ -185,8 +198,9 @@ def export(
     checkpoint: Checkpoint = None,
     revision: Revision = None,
     overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Write an adapter for PEFT, or the merged model as ONNX:
+    """Write the adapter for PEFT, or as ONNX. ONNX has the merged model:
     `uora export runs/photos/adapter --to onnx --output photos.onnx`."""
     if rank is not None and to != Kind.lora:
         raise ConfigError(f"--rank goes with --to peft-lora, not with {to.value}")
@@ -196,19 +210,22 @@ def export(
     from ..lifecycle.merging import merge
     from ..storage.folder import TENSOR_FILE
 
-    _check_free(output if to == Kind.onnx else output / TENSOR_FILE, overwrite)
+    check_free(output if to == Kind.onnx else output / TENSOR_FILE, overwrite)
     if to == Kind.onnx:
-        _needs("onnx", "onnxscript")
+        need("onnx", "onnxscript")
     made, example = _loaded(folder, revision, model, checkpoint)
     if to == Kind.onnx:
         merge(made)
         error = to_onnx(made, example, output)
-        if error is None:
-            _say(f"wrote {output}; pip install onnxruntime to have it compared with the model")
+        if as_json:
+            say(as_text(output=output, kind="ONNX", output_error=error))
+        elif error is None:
+            say(f"wrote {output}; pip install onnxruntime to have it compared with the model")
         else:
             _verdict([(error < 1e-3, f"wrote {output}: relative difference of outputs in onnxruntime {error:.2g}")])
-        return
-    _say(to_peft_lora(made, output, rank) if to == Kind.lora else to_peft_vera(made, output))
+        raise typer.Exit(int(error is not None and error >= 1e-3))
+    report = to_peft_lora(made, output, rank) if to == Kind.lora else to_peft_vera(made, output)
+    say(as_text(output=output, **{k: v for k, v in asdict(report).items() if k != "folder"}) if as_json else report)
 
 
 @app.command()
@@ -217,9 +234,9 @@ def verify(
     model: Model = None,
     checkpoint: Checkpoint = None,
     revision: Revision = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of text.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Check a saved adapter: its files, whether A and B come out as they were, and whether it fits its base, if that is
+    """Check a saved adapter. Its files, whether A and B come out as they were, and whether it fits its base, if that is
     to be had: `uora verify runs/photos/adapter`."""
     from ..storage.base import Base
     from ..storage.fit import fit
@@ -256,8 +273,11 @@ def verify(
 
 
 @app.command()
-def upgrade(folder: Annotated[Path, typer.Argument(help="Folder of an adapter.")]) -> None:
-    """Rewrite an adapter of an earlier format version, in place."""
+def upgrade(
+    folder: Annotated[Path, typer.Argument(help="Folder of an adapter.")],
+    as_json: AsJson = False,
+) -> None:
+    """Rewrite an adapter of an earlier format. In place: `uora upgrade runs/old/adapter`."""
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder")
 
@@ -265,7 +285,10 @@ def upgrade(folder: Annotated[Path, typer.Argument(help="Folder of an adapter.")
     from ..storage.schema import FORMAT_VERSION
 
     done = upgrade_folder(folder)
-    _say(f"{folder} is of format version {FORMAT_VERSION} now" if done else f"{folder} needs no upgrade")
+    if as_json:
+        say(as_text(folder=folder, upgraded=done, format_version=FORMAT_VERSION))
+        return
+    say(f"{folder} is of format version {FORMAT_VERSION} now" if done else f"{folder} needs no upgrade")
 
 
 def _loaded(folder: str, revision: str | None, model: str | None, checkpoint: str | None) -> tuple[nn.Module, Any]:
@@ -324,36 +347,11 @@ def _checked(checks: Checks, what: str, check: Callable[[], Any]) -> Any:
     return result
 
 
-def _say(what: object, where: TextIO | None = None) -> None:
-    """Print what may hold strings out of foreign files: as text, without control of the terminal."""
-    stream = where or sys.stdout
-    coding = getattr(stream, "encoding", None) or "utf-8"
-    text = printable(str(what), sys.maxsize)
-    print(text.encode(coding, "backslashreplace").decode(coding), file=stream)
-
-
 def _verdict(checks: Checks, as_json: bool = False) -> None:
     """Print checks, and leave with 1 if one failed."""
     if as_json:
-        _say(json.dumps([{"passed": passed, "check": what} for passed, what in checks], indent=2))
+        say(json.dumps([{"passed": passed, "check": what} for passed, what in checks], indent=2))
     for passed, what in () if as_json else checks:
-        _say(f"{'FAILED' if passed is False else 'ok    ' if passed else '-     '}  {what}")
+        say(f"{'FAILED' if passed is False else 'ok    ' if passed else '-     '}  {what}")
     if any(passed is False for passed, _ in checks):
         raise typer.Exit(1)
-
-
-def _check_free(path: Path, overwrite: bool) -> None:
-    if path.exists() and not overwrite:
-        raise ConfigError(f"{path} is there already; --overwrite replaces it")
-
-
-def _needs(*packages: str) -> None:
-    from importlib.util import find_spec
-
-    missing = [name for name in packages if find_spec(name) is None]
-    if missing:
-        raise ConfigError(f"this needs {' and '.join(missing)}: pip install {' '.join(missing)}")
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ import typer
 from ..errors import ConfigError, DataError
 from ..predict.models import FORMS
 from ..version import __version__
+from .names import resolved
 
 if TYPE_CHECKING:
     from ..predict.results import Done, Item
@@ -41,14 +43,17 @@ def predict(
     strict: Annotated[bool, typer.Option("--strict", help="Stop at an input that cannot be read.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over what is there.")] = False,
     revision: Annotated[str | None, typer.Option(help="Of a hub repository: branch, tag or commit.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of text.")] = False,
 ) -> None:
-    """Predict with an adapter: `uora predict photos/ --adapter runs/photos/adapter --output photos.csv`.
+    """Write what an adapter predicts. Of images, or of texts:
+    `uora predict photos/ --adapter runs/photos/adapter --output photos.csv`.
 
     A run that was stopped goes on with the same command, to the same file.
     """
     from ..predict.results import Asked, check_output, write_results
 
     check_output(output, overwrite)
+    model = None if model is None else "/".join(resolved(model))
     names = None if classes is None else _names(classes)
     there = local_folder(adapter, revision)
     if (there / OTHER_METHODS).is_file():
@@ -82,7 +87,7 @@ def predict(
         except KeyboardInterrupt:
             print("stopped; the same command goes on", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None
-    _tell(done, output)
+    _tell(done, output, as_json)
 
 
 def local_folder(folder: str, revision: str | None) -> Path:
@@ -154,14 +159,18 @@ def _bar(total: int) -> Iterator[Callable[[int], None]]:
         yield lambda count: bar.update(task, completed=count)
 
 
-def _tell(done: Done, output: Path) -> None:
+def _tell(done: Done, output: Path, as_json: bool) -> None:
     from ..tables import render
 
+    counts = Counter(row["class"] for row in done.rows if "class" in row)
+    if as_json:
+        told = {"output": str(output), "predictions": len(done.rows), "skipped": dict(done.skipped), "classes": counts}
+        print(json.dumps(told, indent=2))
+        return
     for _, reason in done.skipped:
         print(f"skipped: {reason}", file=sys.stderr)
     skipped = f", {len(done.skipped):,} could not be read" if done.skipped else ""
     print(f"wrote {output}: {len(done.rows):,} predictions{skipped}")
-    counts = Counter(row["class"] for row in done.rows if "class" in row)
     if counts:
         shown: list[tuple[Any, int]] = counts.most_common(10)
         print(render("", ("class", "inputs"), shown))

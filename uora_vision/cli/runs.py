@@ -23,10 +23,11 @@ NAMES = {"trained_parameters_without_head": "trained", "seconds": "time"}
 def runs(
     folder: Annotated[Path, typer.Argument(help="Where the runs are, at any depth.")] = Path("runs"),
     sort: Annotated[str | None, typer.Option(help="The best of this first: accuracy, loss, seconds, lr, ...")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of text.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page with the table, and all curves in one.")] = None,
 ) -> None:
-    """Compare the runs of recipes in a folder: `uora runs runs/ --sort accuracy --html runs.html`."""
+    """Compare the runs of recipes in a folder. A table, or a page:
+    `uora runs runs/ --sort accuracy --html runs.html`."""
     from .run_data import METRICS, find_runs, main_measure, ranked
 
     if not folder.is_dir():

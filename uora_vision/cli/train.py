@@ -29,7 +29,7 @@ def train(
     where: Annotated[bool, typer.Option("--where", help="Print where its file is, or the folder of all.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="List the recipes as JSON.")] = False,
 ) -> None:
-    """Train by one of the recipes: `uora train vit_cifar100 --data photos/`. Without a name: which there are.
+    """Train by one of the recipes. Without a name, list them: `uora train vit_cifar100 --data photos/`.
 
     On several GPUs: `torchrun --nproc-per-node 2 $(uora train --where vit_cifar100) --data photos/`.
     """
