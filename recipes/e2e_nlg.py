@@ -220,8 +220,8 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
             **scores, **outcome.evaluation.scores, "train_examples": len(train_set), "left_out": left_out,
             "test_meanings": len(meanings), "test_references": len(told),
         },
-        config, f"{options.method} on {Path(options.data).name}",
-        f"{options.method} on {Path(options.model).name}, {data}",
+        config, f"{options.method.shown} on {Path(options.data).name}",
+        f"{options.method.shown} on {Path(options.model).name}, {data}",
         score="bleu", comparison=comparison, **about, tables=[samples(written)],
     )  # fmt: skip
     shown = ", ".join(f"{name} {value:.4g}" for name, value in scores.items() if value is not None)

@@ -208,7 +208,8 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
     metrics = finish(
         folder, adapted, outcome,
         {**outcome.evaluation.scores, "train_examples": len(train_set), "test_examples": len(test_set)},
-        config, f"{options.method} on {options.task}", f"{options.method} on {Path(options.model).name}, {told}",
+        config, f"{options.method.shown} on {options.task}",
+        f"{options.method.shown} on {Path(options.model).name}, {told}",
         score=names[0], comparison=comparison, **about,
     )  # fmt: skip
     display.say(f"{names[0]} {metrics[names[0]]:.4f}, loss {metrics['loss']:.3f}. Report: {folder / 'report.html'}")

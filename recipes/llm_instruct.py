@@ -221,8 +221,8 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
             "train_examples": len(train_set.rows), "test_examples": len(test_set.rows),
             "cut": train_set.cut + test_set.cut, "left_out": left_out, "max_length": length,
         },
-        config, f"{options.method} on {Path(options.data).name}",
-        f"{options.method} on {Path(options.model).name}, {trained_on}"
+        config, f"{options.method.shown} on {Path(options.data).name}",
+        f"{options.method.shown} on {Path(options.model).name}, {trained_on}"
         f"{trimmed(train_set.cut + test_set.cut, left_out, length)}.",
         score="loss", comparison=comparison, **about, tables=[sheet(written)] if written else [],
     )  # fmt: skip
@@ -296,7 +296,7 @@ def serve(options: Options) -> None:
         limit = longest(adapted.base, None, sys.maxsize)
         talk = chat.Talk(adapted.base, tokenizer, off, options.max_new_tokens, limit, made.precision)
         Display(Console(), options.quiet).say(f"{made.method} on {made.model}. Ctrl-C ends it.")
-        chat.serve(talk, door, f"{made.method} on {Path(made.model).name}")
+        chat.serve(talk, door, f"{made.method.shown} on {Path(made.model).name}")
 
 
 def restore(options: Options, folder: Path) -> tuple[AdaptedModel, Any, dict[torch.nn.Parameter, torch.Tensor]]:

@@ -41,5 +41,6 @@ def test_the_library_imports_no_training_tool() -> None:
     tool = re.compile(
         r"^(?:try:\n    )?(?:from|import) (?:transformers|trl|lightning|pytorch_lightning|accelerate)", re.M
     )
-    found = {p.name for p in package.rglob("*.py") if tool.search(p.read_text())}
+    files = [p for p in package.rglob("*.py") if p.relative_to(package).parts[0] != "recipes"]  # the wheel has those
+    found = {p.name for p in files if tool.search(p.read_text())}
     assert found == {"accelerate.py", "lightning.py", "transformers.py"}

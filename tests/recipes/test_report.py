@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from common.report import figures
 from common.report.page import RunReport, show, write_report
+from common.report.trust import calibration, mistakes
 
 LAYERS = [f"blocks.{block}.{role}" for block in range(2) for role in ("attn.q", "attn.v", "mlp.fc1")]
 HOSTILE = "</td><script>alert('$\\frac')</script>&\"\x00--> ]]> 猫 $x$ \ud800"
@@ -186,7 +187,55 @@ def test_the_table_of_methods_shows_every_column_and_the_plot_every_point(tmp_pa
     ]
     text = page(replace(a_report(), comparison=rows), tmp_path)
     assert "44 ms" in text and "Redraws" in text
-    assert "uora 92.5% with 9,866; full 95.0% with 1,204,000" in text
+    assert (
+        "UORA 92.5% with 9,866; Full fine-tuning 95.0% with 1,204,000" in text and "<td>Full fine-tuning</td>" in text
+    )
+
+
+@pytest.mark.slow
+def test_what_a_person_asks_of_a_run(tmp_path: Path) -> None:
+    """How the methods came along, what the model is sure of and wrong in, whose memory it was, and how it was run."""
+    history = [{"epoch": e, "test_accuracy": e / 10} for e in (1, 2)]
+    rows = [{"method": m, "accuracy": 0.2, "trained_parameters": 9, "trained_parameters_without_head": 9} for m in "ab"]
+    error, trusted = calibration(
+        np.array([0.95] * 10 + [0.55] * 10), np.array([True] * 6 + [False] * 4 + [True] * 6 + [False] * 4)
+    )
+    assert error == pytest.approx(0.5 * 0.35 + 0.5 * 0.05)
+    report = replace(
+        a_report(), comparison=rows, histories={"uora": history, "lora": history}, trusted=trusted,
+        mistakes=[(np.zeros((8, 8, 3), dtype=np.uint8), "cat", "dog", 0.99)], ran={"command": "uora train x --lr 1e-3"},
+    )  # fmt: skip
+    report.metrics |= {
+        "trained_parameters_without_head": 24576,
+        "device": "cpu",
+        "peak_memory_bytes": 10**9,
+        "model_bytes": 4000,
+    }
+    text = unescape(without_pictures(page(report, tmp_path)))
+    assert "on the test set over the epochs, at the end: UORA 20.0%; LoRA 20.0%." in text
+    assert "the confidence is 75% and 60% are right; by confidence, the two differ by 20.0 points" in text
+    assert "✗ dog</b> <span>99%</span><br><span>is cat" in text and "<td>uora train x --lr 1e-3</td>" in text
+    assert "of the whole process; 4 kB are weights" in text
+    top, _, below = text.partition("</header>")
+    assert "without the head" not in top and "Trained, without head</th>" not in below.partition('id="details"')[0]
+    report.metrics["device"] = "cuda:0"
+    assert "on the GPU; 4 kB are weights" in page(report, tmp_path)
+
+
+def test_the_surest_mistakes_come_first() -> None:
+    confidence = np.array([0.9, 0.2, 0.8, 1.0, 0.8])
+    assert mistakes(confidence, np.array([False, False, False, True, False])) == [0, 2, 4, 1]
+    assert len(mistakes(np.ones(50), np.zeros(50, dtype=bool))) == 12
+    full, _ = calibration(np.ones(4), np.ones(4, dtype=bool))  # a confidence of 1 has a bin, too
+    assert full == 0
+
+
+def test_labels_are_wrapped_rather_than_cut() -> None:
+    for name in ("intermediate.dense.intermediate", "great white shark, white shark", "attn.q", "a b", "", "x" * 30):
+        rows = figures.wrapped(name, 16).split("\n")
+        assert "".join(rows).replace(" ", "") == name.replace(" ", "")
+        assert len(rows) <= 3 and (all(rows) or not name)
+        assert max(map(len, rows)) <= max(16, max(map(len, re.split(r"[\s._/-]", name))) + 1)
 
 
 def test_a_single_evaluation_is_seen_above_the_training_line() -> None:

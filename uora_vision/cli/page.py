@@ -26,6 +26,7 @@ LABELS = {
     "loss": "Loss",
     "lr": "Learning rate",
     "meteor_stem": "METEOR, no synonyms",
+    "model_bytes": "Weights of the model",
     "nist": "NIST",
     "peak_memory": "Peak memory",
     "peak_memory_bytes": "Peak memory",

@@ -14,6 +14,17 @@ class Method(StrEnum):
     full = "full"
     bitfit = "bitfit"
 
+    @property
+    def shown(self) -> str:
+        """Its name as people write it."""
+        return METHODS[self.value]
+
+
+METHODS = {
+    "uora": "UORA", "vera": "VeRA", "vera-peft": "PEFT's VeRA", "lora": "LoRA", "linear": "Linear head",
+    "full": "Full fine-tuning", "bitfit": "BitFit",
+}  # fmt: skip
+
 
 class Scope(StrEnum):
     """Which layers a redrawn direction changes. `never` redraws none; `informed` takes rows of A from the gradient of

@@ -32,7 +32,17 @@ def _short(paths: Sequence[str], longest: int = 24) -> list[str]:
     shared = 0
     if max(map(len, paths)) > longest:
         shared = next((n for n, level in enumerate(zip(*parts, strict=False)) if len(set(level)) > 1), 0)
-    return [shorten(".".join(names[shared:]), longest) for names in parts]
+    return [shorten(".".join(names[shared:]), 2 * longest) for names in parts]
+
+
+def wrapped(name: str, width: int, lines: int = 3) -> str:
+    """A name in lines of about `width` characters, broken behind spaces, dots and the like."""
+    rows = [""]
+    for part in re.findall(r"[^\s._/-]*[\s._/-]*", shorten(name, width * lines)):
+        if rows[-1] and len(rows[-1]) + len(part.rstrip()) > width:
+            rows.append("")
+        rows[-1] += part
+    return "\n".join(row.strip() for row in rows)
 
 
 @drawn
@@ -146,7 +156,7 @@ def magnitudes(sizes: Sequence[np.ndarray], layers: Sequence[str], symbol: str, 
     figure = Figure(figsize=(WIDTH, 0.5 + 1.25 * rows))
     panels = figure.subplots(rows, min(2, len(roles)), sharex=True, sharey=True, squeeze=False).ravel()
     for panel, (role, values) in zip(panels, roles.items(), strict=False):
-        panel.set_title(shorten(role, 30), loc="left", fontsize=8.5, color=INK)
+        panel.set_title(wrapped(role, 24), loc="left", fontsize=8.5, color=INK)
         panel.grid(axis="y")
         if start is not None:
             panel.axhline(start, color=ORANGE, linewidth=1, linestyle="--")
@@ -211,7 +221,7 @@ def confusion_matrix(confusion: np.ndarray, names: Sequence[str], classes: np.nd
             dark = shares[i, j] > 0.6 * (1 if i == j else worst)
             text = engineering(float(counts[i, j]))
             axes.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if dark else INK)
-    labels = [shorten(names[int(c)], 14) for c in classes]
+    labels = [wrapped(names[int(c)], 16) for c in classes]
     font = 8 if size <= 20 else 7
     axes.set_xticks(range(size), labels, rotation=0 if few and max(map(len, labels)) < 4 else 90, fontsize=font)
     axes.set_yticks(range(size), labels, fontsize=font)

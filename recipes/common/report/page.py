@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from uora_vision.cli.drawing import overlay
 from uora_vision.cli.page import LOWER, label, show, templates, write_page
 
+from ..command.choices import METHODS
 from . import figures
 
 MOST_CLASSES = 40  # in the picture of the confusion matrix
@@ -62,6 +64,10 @@ class RunReport:
         tables: more tables, such as what a model wrote before and after.
         usage: how to use what was trained: pairs of a sentence and lines of code.
         pictures: more pictures beside the learning curves.
+        histories: of each method of the comparison, as `history`.
+        mistakes: as `samples`: those that are wrong, the most confident first.
+        trusted: how far the confidences can be trusted.
+        ran: when and how the run was made, in words.
     """
 
     title: str
@@ -83,6 +89,10 @@ class RunReport:
     tables: list[Sheet] = field(default_factory=list)
     usage: list[tuple[str, str]] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
+    histories: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    mistakes: list[tuple[np.ndarray, str, str, float]] = field(default_factory=list)
+    trusted: Picture | None = None
+    ran: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -109,6 +119,7 @@ def write_report(report: RunReport, path: Path) -> None:
 def render(report: RunReport) -> str:
     """The page as a string."""
     environment = templates(Path(__file__).parent)
+    environment.filters["method"] = _method
     return environment.get_template("report.html.j2").render(
         report=report,
         tiles=_tiles(report),
@@ -120,11 +131,20 @@ def render(report: RunReport) -> str:
         learned=_learned(report),
         confused=_confused(report),
         pairs=_pairs(report),
-        samples=[
-            {"uri": figures.thumbnail(image), "true": true, "predicted": predicted, "confidence": confidence}
-            for image, true, predicted, confidence in report.samples[:MOST_SAMPLES]
-        ],
+        samples=_thumbnails(report.samples[:MOST_SAMPLES]),
+        mistakes=_thumbnails(report.mistakes),
     )
+
+
+def _thumbnails(samples: list[tuple[np.ndarray, str, str, float]]) -> list[dict[str, Any]]:
+    return [
+        {"uri": figures.thumbnail(image), "true": true, "predicted": predicted, "confidence": confidence}
+        for image, true, predicted, confidence in samples
+    ]
+
+
+def _method(name: Any) -> str:
+    return METHODS.get(str(name), str(name))
 
 
 def _axis(key: str) -> str:
@@ -156,16 +176,20 @@ def _tiles(report: RunReport) -> list[dict[str, str]]:
     metrics, tested = report.metrics, int(report.confusion.sum())
     trained, total = metrics.get("trained_parameters"), metrics.get("total_parameters")
     alone = metrics.get("trained_parameters_without_head")
-    spent = [f"{alone:,} without the head"] if alone is not None else []
+    spent = [f"{alone:,} without the head"] if alone not in (None, trained) else []
     spent += [f"{100 * trained / total:.2g}% of the model"] if trained and total else []
+    on_gpu = str(metrics.get("device", "cuda")).startswith("cuda")
+    held = "on the GPU" if on_gpu else "of the whole process"
+    if metrics.get("model_bytes"):
+        held += f"; {show('model_bytes', metrics['model_bytes'])} are weights"
     notes = {
         report.score: f"{tested:,} test images" if tested else "",
         "loss": "mean over test images" if tested else "mean over the test set",
         "trained_parameters": ", ".join(spent),
         "adapter_bytes": "to save and share",
         "seconds_per_step": f"{report.steps:,} steps in all" if report.steps else "",
-        "peak_memory": "during training",
-        "peak_memory_bytes": "during training",
+        "peak_memory": held,
+        "peak_memory_bytes": held,
         "firings": f"{len(report.layers) * report.rank:,} directions in {len(report.layers)} layers"
         if report.rank
         else "",
@@ -189,23 +213,46 @@ def _compared(report: RunReport) -> dict[str, Any] | None:
     if not report.comparison:
         return None
     score, columns = report.score, list(dict.fromkeys(key for row in report.comparison for key in row))
+    alone = "trained_parameters_without_head"
+    if all(row.get(alone) == row.get("trained_parameters") for row in report.comparison):
+        columns = [key for key in columns if key != alone]  # there is no head
     rows = [r for r in report.comparison if r.get("trained_parameters") and math.isfinite(r.get(score) or math.nan)]
     picture = None
     if len(rows) > 1:
         picture = Picture(
             f"{label(score)} for the parameters spent",
-            figures.comparison(rows, score, _axis(score)),
+            figures.comparison([{**row, "method": _method(row["method"])} for row in rows], score, _axis(score)),
             f"Further {'down' if score in LOWER else 'up'} is better, further left is cheaper. Trained parameters, "
             "head included, grow tenfold from one labelled step of the axis to the next.",
             f"{label(score)} and trained parameters: "
             + "; ".join(
-                f"{r['method']} {show(score, r[score])} with {show('', r['trained_parameters'])}" for r in rows
+                f"{_method(r['method'])} {show(score, r[score])} with {show('', r['trained_parameters'])}" for r in rows
             ),
         )
     numeric = {
         c for c in columns if all(isinstance(r.get(c), int | float | np.number | None) for r in report.comparison)
     }
-    return {"columns": columns, "numeric": numeric, "picture": picture}
+    pictures = [one for one in (picture, _overlaid(report)) if one is not None]
+    return {"columns": columns, "numeric": numeric, "pictures": pictures}
+
+
+def _overlaid(report: RunReport) -> Picture | None:
+    """The score of every method over the epochs; None where there is only one."""
+    key = f"test_{report.score}"
+    lines = [
+        (_method(name), [(row["epoch"], float(row[key])) for row in rows if row.get(key) is not None])
+        for name, rows in report.histories.items()
+    ]
+    lines = [(name, points) for name, points in lines if points]
+    if len(lines) < 2:
+        return None
+    ends = "; ".join(f"{name} {show(key, points[-1][1])}" for name, points in lines)
+    return Picture(
+        f"{label(report.score)} of every method over the epochs",
+        overlay(lines, _axis(report.score), percent="accuracy" in key),
+        "On the test set, whenever it was measured.",
+        f"{label(report.score)} on the test set over the epochs, at the end: {ends}.",
+    )
 
 
 def _curves(report: RunReport) -> list[Picture]:

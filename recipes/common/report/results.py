@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import json
 import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from safetensors.torch import save as to_bytes
 
 import uora_vision as uora
+from uora_vision.cli.drawing import engineering
 
 from ..command.choices import Method
 from ..command.display import Display
@@ -24,6 +27,7 @@ from ..training.folder import CHECKPOINT, CHECKPOINTS, METRICS, write_json
 from ..training.methods import AdaptedModel
 from ..training.parts import Outcome
 from .page import Picture, RunReport, show, write_report
+from .ran import ran
 from .sweep import picture
 from .usage import usage
 
@@ -38,6 +42,8 @@ COMPARED = {  # what stands beside the score in a comparison of methods, and its
     "seconds_per_step": "step",
     "firings": "redrawn",
 }
+OTHERS = "methods"
+"""Folder of the other methods of a comparison, within that of the run."""
 KEPT = {"other_accuracy": "other classes"}
 """What stands there besides, in the recipes that measure it."""
 
@@ -97,6 +103,8 @@ def finish(
         b=b,
         d=d,
         comparison=comparison,
+        histories={adapted.options.method.value: progress.history, **histories(folder, comparison or [])},
+        ran=ran(outcome.device) | {"versions": ", ".join(f"{name} {v}" for name, v in versions().items())},
         pictures=[*(() if sweep is None else (picture(sweep),)), *pictures],
         usage=usage(folder / "adapter", preprocessing or {}) if adapted.is_uora else [],
         **sections,
@@ -110,6 +118,12 @@ def finish(
     return metrics
 
 
+def histories(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """A row per epoch of the other methods of a comparison, whose own comes last, as far as the folder has them."""
+    files = {row["method"]: folder / OTHERS / row["method"] / "history.json" for row in rows[:-1]}
+    return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
+
+
 def measures(adapted: AdaptedModel, outcome: Outcome) -> dict[str, Any]:
     """What a run spent: sizes in parameters and bytes, times in seconds."""
     return {
@@ -117,6 +131,7 @@ def measures(adapted: AdaptedModel, outcome: Outcome) -> dict[str, Any]:
         "trained_parameters_without_head": adapted.trained_without_head,
         "total_parameters": sum(p.numel() for p in adapted.model.parameters()),
         "adapter_bytes": adapted.adapter_bytes,
+        "model_bytes": sum(p.nbytes for p in adapted.base.parameters()),
         "seconds_per_step": outcome.seconds_per_step,
         "seconds": outcome.progress.seconds,
         "peak_memory_bytes": outcome.peak_memory_bytes,
@@ -158,19 +173,26 @@ def compare(
     for method in sorted(rows, key=lambda m: m is Method.uora):
         own, last = rows[method], method is Method.uora
         chosen = {"method": method, "rank": own.rank, "lr": own.lr, "head_lr": own.head_lr}
-        output = folder if last else folder / "methods" / method.value
+        output = folder if last else folder / OTHERS / method.value
         metrics = run(dataclasses.replace(base, output=output, **chosen), comparison=told if last else None)
         assert metrics is not None
         told.append(compared(method.value, metrics, score))
         display.say(f"{method}: {score} {show(score, metrics[score])}")
-    table = Table()
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for key in told[0]:
-        table.add_column((COMPARED | KEPT).get(key, key), justify="left" if key == "method" else "right")
+        justify: Literal["left", "right"] = "left" if key == "method" else "right"
+        table.add_column((COMPARED | KEPT).get(key, key), justify=justify, overflow="fold")
     for row in told:
-        table.add_row(*(show(key, value) for key, value in row.items()))
+        table.add_row(*(_brief(key, value) for key, value in row.items()))
     display.say(table)
     display.say(f"Report: {folder / 'report.html'}")
     return metrics
+
+
+def _brief(key: str, value: Any) -> str:
+    """As in the report, large counts in few digits: 80 columns are to be enough."""
+    many = isinstance(value, int) and value >= 1e6 and "bytes" not in key
+    return engineering(value) if many else show(key, value)
 
 
 def save_trained(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from ..data.loading import Images, eval_loader
+from ..report.trust import calibration, mistakes
 
 SAMPLES = 36
 
@@ -85,7 +87,10 @@ def _interleave(parts: list[np.ndarray]) -> np.ndarray:
 def sections(images: Images, evaluation: Evaluation) -> dict[str, Any]:
     """The parts of a report that show classified images."""
     names = list(images.data.names)
+    right = evaluation.labels == evaluation.predicted
     return {
+        "mistakes": pictures(images, evaluation, mistakes(evaluation.confidence, right)),
+        "trusted": calibration(evaluation.confidence, right)[1],
         "confusion": confusion(evaluation, len(names)),
         "names": names,
         "samples": samples(images, evaluation),
@@ -101,8 +106,13 @@ def confusion(evaluation: Evaluation, classes: int) -> np.ndarray:
 
 def samples(images: Images, evaluation: Evaluation) -> list[tuple[np.ndarray, str, str, float]]:
     """Images spread evenly over the test set, with what they are and what the model says."""
-    names = images.data.names
     chosen = np.linspace(0, len(images) - 1, min(SAMPLES, len(images))).round().astype(int)
+    return pictures(images, evaluation, chosen.tolist())
+
+
+def pictures(images: Images, evaluation: Evaluation, chosen: Sequence[int]) -> list[tuple[np.ndarray, str, str, float]]:
+    """Some images, with what they are and what the model says."""
+    names = images.data.names
     return [
         (
             images.picture(i),
@@ -110,5 +120,5 @@ def samples(images: Images, evaluation: Evaluation) -> list[tuple[np.ndarray, st
             names[p] if (p := int(evaluation.predicted[i])) < len(names) else f"output {p}",
             float(evaluation.confidence[i]),
         )
-        for i in chosen.tolist()
+        for i in chosen
     ]
