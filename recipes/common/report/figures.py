@@ -38,7 +38,7 @@ def _short(paths: Sequence[str], longest: int = 24) -> list[str]:
 def wrapped(name: str, width: int, lines: int = 3) -> str:
     """A name in lines of about `width` characters, broken behind spaces, dots and the like."""
     rows = [""]
-    for part in re.findall(r"[^\s._/-]*[\s._/-]*", shorten(name, width * lines)):
+    for part in re.findall(r"[^\s._/-]+[\s._/-]*|[\s._/-]+", shorten(name, width * lines)):
         if rows[-1] and len(rows[-1]) + len(part.rstrip()) > width:
             rows.append("")
         rows[-1] += part
