@@ -56,7 +56,15 @@ def test_every_command_speaks_json(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_a_plan_of_some_blocks(capsys: pytest.CaptureFixture[str]) -> None:
     plan = told(capsys, "plan", "timm/test_vit", "--blocks", "0-1,3, -1", "--targets", "qv")
     assert {one["block"] for one in plan["projections"]} == {0, 1, 3, 5}
-    wrong = {"2-1": "0-5,11, or", "a": "not 'a'", "": "not ''", "1,,2": "ranges such as", "1-": "", "99": "99"}
+    wrong = {
+        "2-1": "0-5,11, or",
+        "a": "not 'a'",
+        "": "not ''",
+        "1,,2": "ranges such as",
+        "1-": "",
+        "99": "99",
+        "0-999999999": "ranges",
+    }
     for given, said in wrong.items():
         assert main(["plan", "timm/test_vit", f"--blocks={given}"]) == 2
         assert said in (error := capsys.readouterr().err) and error.startswith("error: ") and error.count("\n") == 1

@@ -228,6 +228,9 @@ def test_the_surest_mistakes_come_first() -> None:
     assert len(mistakes(np.ones(50), np.zeros(50, dtype=bool))) == 12
     full, _ = calibration(np.ones(4), np.ones(4, dtype=bool))  # a confidence of 1 has a bin, too
     assert full == 0
+    assert calibration(np.full(3, np.nan), np.zeros(3, dtype=bool))[1] is None  # of a run that diverged
+    assert calibration(np.array([np.nan, 1.0]), np.array([False, True]))[0] == 0
+    assert mistakes(np.array([np.nan, 0.5]), np.zeros(2, dtype=bool)) == [1, 0]
 
 
 def test_labels_are_wrapped_rather_than_cut() -> None:

@@ -31,7 +31,7 @@ def numbers(text: str) -> list[int]:
     """
     found: list[int] = []
     for part in text.split(","):
-        ends = re.fullmatch(r"(-?\d+)|(\d+)-(\d+)", part.strip())
+        ends = re.fullmatch(r"(-?\d{1,5})|(\d{1,5})-(\d{1,5})", part.strip())
         if ends is None or (ends[2] and int(ends[2]) > int(ends[3])):
             raise ConfigError(f"--blocks takes numbers and ranges such as 0-5,11, or --blocks=-1, not {text!r}")
         found += [int(ends[1])] if ends[1] else range(int(ends[2]), int(ends[3]) + 1)

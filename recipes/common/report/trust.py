@@ -15,13 +15,19 @@ MOST = 12
 """Mistakes that are shown."""
 
 
-def calibration(confidence: np.ndarray, right: np.ndarray) -> tuple[float, Picture]:
+def calibration(confidence: np.ndarray, right: np.ndarray) -> tuple[float, Picture | None]:
     """The expected calibration error (Guo et al., arXiv 1706.04599; 10 bins of equal width), and its diagram.
+
+    Of a run that diverged, confidences that are no numbers are left out; where there are no others, there is none.
 
     Args:
         confidence: the probability given to each prediction (n,).
         right: whether it was right (n,).
     """
+    finite = np.isfinite(confidence)
+    confidence, right = confidence[finite], right[finite]
+    if not len(confidence):
+        return float("nan"), None
     which = np.minimum((confidence * BINS).astype(int), BINS - 1)
     counts = np.bincount(which, minlength=BINS)
     said, found = (np.bincount(which, part, BINS) / np.maximum(counts, 1) for part in (confidence, right))
