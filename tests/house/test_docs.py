@@ -107,6 +107,8 @@ def known_options(words: list[str], monkeypatch: pytest.MonkeyPatch) -> set[str]
         KeyError, FileNotFoundError: the project has no such command.
     """
     match words:
+        case ["uora", "train", recipe, *_]:
+            return known_options(["python", f"recipes/{recipe}.py"], monkeypatch)
         case ["uora", name, *_]:
             return {option for p in COMMANDS[name].params for option in (*p.opts, *p.secondary_opts)}
         case ["python" | "python3" | "accelerate", *rest] if recipes := [w for w in rest if w.startswith("recipes/")]:
