@@ -46,11 +46,14 @@ class Options(ImageChoice):
         bool, Option("--demo", help="digits as JPEG files, a tiny model, every method; needs nothing else")
     ] = False
     data: Annotated[
-        str, Option(help="cifar100, food101, flowers102, resisc45, a folder, a data set on the hub, or timm:NAME")
+        str, Option(help="cifar100, food101, flowers102, resisc45, a folder, a table, a data set on the hub, timm:NAME")
     ] = "cifar100"
     model: Annotated[str, Option(help="a timm model, or local-dir:FOLDER")] = "vit_base_patch16_224.augreg_in21k"
     img_size: Annotated[int | None, Option(min=8, help="pixels; by default what the model was pretrained on")] = None
-    shots: Annotated[int, Option(min=0, help="training images per class; 0 for all")] = 10
+    shots: Annotated[
+        int | None,
+        Option(min=0, help="per class, to train on; 0 for all; 10 by default, where images have one class"),
+    ] = None
     targets: Annotated[str, Option(help="projections to adapt: attention+mlp, attention, qv, ...")] = "qv"
     augment: Annotated[
         Augment | None, Option(help="of training images; resized-crop+flip by default, crop+flip up to 64 pixels")
@@ -75,6 +78,7 @@ from common.training.methods import DEFAULTS, AdaptedModel, apply_method
 from common.vision.backbone import create_backbone, crop_share, input_format
 from common.vision.classify import load_sets, train_images
 from common.vision.demo import NEW, OLD, ROWS, SHOTS, pretrain
+from common.vision.learn import make_task, outputs
 from PIL import Image
 from rich.console import Console
 
@@ -85,6 +89,8 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
     """Train and measure; returns the metrics, or None where there are none to tell."""
     if options.demo:
         return demo(options)
+    if options.shots is None:
+        options = dataclasses.replace(options, shots=10 if options.task.one_class else 0)
     chosen = options.method_options(DEFAULTS)
     config = cli.plain(options) | {"rank": chosen.rank, "lr": chosen.lr, "head_lr": chosen.head_lr}
     name = f"{Path(options.data).name.removeprefix('timm:')}-{options.method}"
@@ -96,14 +102,15 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
 
     # The model, and how an image gets into it: photos by a random part in training, and by their centre in tests.
     torch.manual_seed(options.seed)
-    model = create_backbone(options.model, len(train_set.names), options.keep_head, options.img_size, options.drop_path)
+    needed = outputs(options.task, train_set.names)
+    model = create_backbone(options.model, needed, options.keep_head, options.img_size, options.drop_path)
     base = digest_of(model)
     photos = max(train_set.read(0).shape) > SMALL
     form = dataclasses.replace(input_format(model), crop=crop_share(model) if photos else 1.0)
     augment = options.augment or (Augment.resized if photos else Augment.flip)
     whole = DomainShift(Domain.none)
     data = Images(train_set, whole, ModelInput(form, augment, options.aa, options.reprob), options.seed)
-    tests = Images(test_set, whole, ModelInput(form))
+    task = make_task(options, splits, Images(test_set, whole, ModelInput(form)))
 
     # What of it trains: by UORA, or by a method to compare it with.
     if chosen.method is Method.uora:
@@ -122,7 +129,8 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
         uora.verify(model, data[0, 0][0][None])
     adapted.model.to(PartialState().device)
     if chosen.informs:
-        uora.inform(model, train_loader(data, Batches(len(data), options.batch, 1, options.seed), options.workers))
+        batches = train_loader(data, Batches(len(data), options.batch, 1, options.seed), options.workers)
+        uora.inform(model, batches, lambda model, batch: task.loss(model, batch)[0])
     optimizer = make_optimizer(adapted, options.opt)
     reinit = None
     if chosen.redraws:
@@ -130,7 +138,7 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
             model, optimizer=optimizer, scope=chosen.scope.value, threshold=chosen.threshold,
             relative=chosen.relative, alpha=chosen.alpha, every=chosen.every,
         )  # fmt: skip
-    return train_images(options, adapted, optimizer, reinit, data, tests, splits, base, folder, config, comparison)
+    return train_images(options, adapted, optimizer, reinit, data, task, splits, base, folder, config, comparison)
 
 
 def demo(options: Options) -> dict[str, Any] | None:

@@ -45,6 +45,7 @@ from common.training.methods import DEFAULTS, AdaptedModel, apply_method
 from common.vision.backbone import create_backbone, input_format
 from common.vision.classify import load_sets, train_images
 from common.vision.demo import NEW, OLD, ROWS, SHOTS, pretrain
+from common.vision.learn import make_task, outputs
 from rich.console import Console
 
 import uora_vision as uora
@@ -64,11 +65,12 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
 
     # The model, and how an image gets into it.
     torch.manual_seed(options.seed)
-    model = create_backbone(options.model, len(train_set.names), options.keep_head, drop_path=options.drop_path)
+    needed = outputs(options.task, train_set.names)
+    model = create_backbone(options.model, needed, options.keep_head, drop_path=options.drop_path)
     base = digest_of(model)
     form, shift = input_format(model), DomainShift(options.domain)
     data = Images(train_set, shift, ModelInput(form, options.augment, options.aa, options.reprob), options.seed)
-    tests = Images(test_set, shift, ModelInput(form))
+    task = make_task(options, splits, Images(test_set, shift, ModelInput(form)))
 
     # What of it trains: by UORA, or by a method to compare it with.
     if chosen.method is Method.uora:
@@ -87,7 +89,8 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
         uora.verify(model, data[0, 0][0][None])
     adapted.model.to(PartialState().device)
     if chosen.informs:
-        uora.inform(model, train_loader(data, Batches(len(data), options.batch, 1, options.seed), options.workers))
+        batches = train_loader(data, Batches(len(data), options.batch, 1, options.seed), options.workers)
+        uora.inform(model, batches, lambda model, batch: task.loss(model, batch)[0])
     optimizer = make_optimizer(adapted, options.opt)
     reinit = None
     if chosen.redraws:
@@ -95,7 +98,7 @@ def run(options: Options, comparison: list[dict[str, Any]] | None = None) -> dic
             model, optimizer=optimizer, scope=chosen.scope.value, threshold=chosen.threshold,
             relative=chosen.relative, alpha=chosen.alpha, every=chosen.every,
         )  # fmt: skip
-    return train_images(options, adapted, optimizer, reinit, data, tests, splits, base, folder, config, comparison)
+    return train_images(options, adapted, optimizer, reinit, data, task, splits, base, folder, config, comparison)
 
 
 def demo(options: Options) -> dict[str, Any] | None:

@@ -25,7 +25,8 @@ from .lifecycle.schedules import AlphaDecay, ThresholdWave
 from .lifecycle.selection import activate, active_adapter, adapter_names, delete
 from .lifecycle.shares import strength
 from .lifecycle.verification import verify
-from .predict.predictor import Prediction, Predictor, load_predictor
+from .predict.answers import Prediction
+from .predict.predictor import Predictor, load_predictor
 from .serving.routing import route
 from .storage.base import Base
 from .storage.folder import upgrade

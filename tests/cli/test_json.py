@@ -14,7 +14,7 @@ from predicting import NAMES, Run
 
 from uora_vision.__main__ import main
 
-COMMANDS = ("plan", "train", "predict", "runs", "inspect", "merge", "export", "verify", "upgrade")
+COMMANDS = ("plan", "train", "predict", "features", "runs", "inspect", "merge", "export", "verify", "upgrade")
 
 
 def told(capsys: pytest.CaptureFixture[str], *words: object) -> Any:

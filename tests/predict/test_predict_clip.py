@@ -83,3 +83,19 @@ def test_it_needs_a_name_and_says_what_is_there(made: Run, capsys: Any) -> None:
         uora.load_predictor(made.adapter, model=torch.nn.Linear(1, 1))
     with pytest.raises(uora.ConfigError, match="open_clip has no model 'ViT-Z-1'"):
         uora.load_predictor(made.adapter, model="open_clip/ViT-Z-1", checkpoint="openai")
+
+
+def test_features_are_those_of_the_image(made: Run, tmp_path: Path) -> None:
+    rows = [f"{path},{label}" for path, label in zip(made.files, "abab", strict=True)]
+    table, out = tmp_path / "a.csv", tmp_path / "f.npz"
+    table.write_text("\n".join(["path,label", *rows]))
+    words = ["features", str(table), "--adapter", str(made.adapter), "--held-out", "0.5", "--output", str(out)]
+    assert main([*words, "--device", "cpu"]) == 0
+    found = np.load(out)
+    x = torch.stack([torch.tensor((np.asarray(Image.open(path)) / 255 - made.dual.form.mean) / made.dual.form.std)
+                     for path in made.files]).float().permute(0, 3, 1, 2)  # fmt: skip
+    with torch.no_grad():
+        np.testing.assert_allclose(found["after"], made.dual.encode_image(x), atol=1e-5)
+        with uora.disabled(made.dual.model):
+            np.testing.assert_allclose(found["before"], made.dual.encode_image(x), atol=1e-5)
+    assert np.abs(found["after"] - found["before"]).max() > 0.05

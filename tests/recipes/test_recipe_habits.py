@@ -192,7 +192,7 @@ def test_a_tracker_without_its_package_is_told(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_measure_that_is_not_measured_is_told_before_training(recipe: Call, tmp_path: Path) -> None:
     code, said = recipe("--best", "f1", "--output", tmp_path / "out")
-    assert code == 2 and "--best f1 is not measured here; there are accuracy, loss" in said
+    assert code == 2 and "--best f1 is not measured here; there are accuracy, f1_macro, loss" in said
     assert not (tmp_path / "out" / "checkpoint.pt").exists()
 
 

@@ -20,6 +20,7 @@ from ..config import UoraConfig
 from ..errors import ConfigError, FormatError, UoraError, printable
 from ..predict.models import FORMS
 from ..version import __version__ as version
+from .features import features
 from .names import FORMS as NAMES
 from .names import resolved
 from .predict import local_folder, predict
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from ..storage.stored import Stored
 
 app = typer.Typer(
-    help="Adapters of uora_vision: plan, train, predict, runs, inspect, merge, export, verify, upgrade.",
+    help="Adapters of uora_vision: plan, train, predict, features, runs, inspect, merge, export, verify, upgrade.",
     epilog="Exit codes: 0 all is well, 1 a check failed, 2 bad input.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -135,6 +136,7 @@ def plan(
 
 app.command("train", context_settings={"allow_interspersed_args": False})(train)
 app.command("predict")(predict)
+app.command("features")(features)
 app.command("runs")(runs)
 
 

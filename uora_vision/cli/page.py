@@ -14,7 +14,7 @@ import numpy as np
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-LOWER = ("loss", "perplexity", "mae")
+LOWER = ("loss", "perplexity", "mae", "rmse")
 """Measures of which less is better."""
 LABELS = {
     "accuracy": "Accuracy",
@@ -22,14 +22,21 @@ LABELS = {
     "adapter_bytes": "Adapter size",
     "bleu": "BLEU",
     "cider": "CIDEr",
+    "f1_macro": "Macro F1",
+    "f1_micro": "Micro F1",
     "firings": "Redraws",
+    "kappa": "Quadratic kappa",
     "loss": "Loss",
     "lr": "Learning rate",
+    "mae": "Mean absolute error",
+    "map": "mAP",
     "meteor_stem": "METEOR, no synonyms",
     "model_bytes": "Weights of the model",
     "nist": "NIST",
     "peak_memory": "Peak memory",
     "peak_memory_bytes": "Peak memory",
+    "r2": "R²",
+    "rmse": "Root mean square error",
     "rouge_l": "ROUGE-L",
     "seconds": "Time",
     "seconds_per_step": "Time per step",

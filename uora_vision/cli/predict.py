@@ -80,7 +80,7 @@ def predict(
         "adapter": hashlib.sha256((there / TENSOR_FILE).read_bytes()).hexdigest(), "model": model,
         "checkpoint": checkpoint, "classes": names, "device": device or default_device(), "version": __version__,
     }  # fmt: skip
-    with _bar(len(items)) as seen:
+    with progress(len(items)) as seen:
         try:
             asked = Asked(batch, top, embeddings, compare, strict)
             done = write_results(made, items, output, asked, made_of, overwrite, seen)
@@ -114,11 +114,11 @@ def _items(inputs: Sequence[str], task: str, columns: Sequence[str]) -> list[Ite
     from ..predict.frames import SUFFIXES
     from ..predict.images import IMAGE_SUFFIXES, find_images
     from ..predict.results import file_item, text_items
-    from ..predict.tasks import CLIP, IMAGES
+    from ..predict.tasks import OF_IMAGES
 
     tables = {*SUFFIXES, ".txt"}
     endings = {Path(name).suffix.lower() for name in inputs}
-    if task in (IMAGES, CLIP):
+    if task in OF_IMAGES:
         if endings & tables:
             raise DataError(f"the adapter is of the task {task}: give images, or folders of images, not a table")
         return [file_item(path) for path in find_images(inputs)]
@@ -145,7 +145,7 @@ def _names(path: Path) -> list[str]:
 
 
 @contextmanager
-def _bar(total: int) -> Iterator[Callable[[int], None]]:
+def progress(total: int, doing: str = "predicting") -> Iterator[Callable[[int], None]]:
     """A bar on the terminal; nothing where there is none."""
     from rich.console import Console
     from rich.progress import Progress
@@ -155,7 +155,7 @@ def _bar(total: int) -> Iterator[Callable[[int], None]]:
         yield lambda count: None
         return
     with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("predicting", total=total)
+        task = bar.add_task(doing, total=total)
         yield lambda count: bar.update(task, completed=count)
 
 
@@ -163,6 +163,7 @@ def _tell(done: Done, output: Path, as_json: bool) -> None:
     from ..tables import render
 
     counts = Counter(row["class"] for row in done.rows if "class" in row)
+    counts.update(name for row in done.rows if isinstance(row.get("labels"), list) for name in row["labels"])
     if as_json:
         told = {"output": str(output), "predictions": len(done.rows), "skipped": dict(done.skipped), "classes": counts}
         print(json.dumps(told, indent=2))

@@ -12,7 +12,18 @@ from torch import nn
 from ..errors import ConfigError
 from ..storage.stored import Stored
 from .models import FORMS, named, with_weights
-from .tasks import CLIP, GENERATION, IMAGES, TASKS, TEXTS, VALUES, ImageClassification, Task, ZeroShotClassification
+from .tasks import (
+    CLIP,
+    GENERATION,
+    IMAGES,
+    NUMBERS,
+    TASKS,
+    TEXTS,
+    VALUES,
+    ImageClassification,
+    Task,
+    ZeroShotClassification,
+)  # fmt: skip
 
 
 def task_of(stored: Stored) -> str:
@@ -41,7 +52,7 @@ def labels_of(stored: Stored, given: Sequence[str] | None) -> tuple[str, ...]:
         ConfigError: none are there, or those that are given are not as many as those that are.
     """
     known, task = stored.about.get("labels"), task_of(stored)
-    if task in (VALUES, GENERATION):
+    if task in (NUMBERS, VALUES, GENERATION):
         if given is not None:
             raise ConfigError(f"the task {task} has no classes, so there are none to name")
         return ()
@@ -101,13 +112,18 @@ def make_task(
                 f"the adapter does not say how images are prepared for {stored.identity.shown}; save it again with "
                 "save(model, folder, preprocessing={'input_size': ..., 'mean': ..., 'std': ...})"
             )
-        from timm.data import resolve_model_data_config
-
-        known = resolve_model_data_config(made)
-        if (size := getattr(getattr(made, "patch_embed", None), "img_size", None)) is not None:
-            known["input_size"] = (known["input_size"][0], *size)  # older ones tell that of the pretrained weights
-        config = known | config
+        config = data_config(made) | config
     return made, ImageClassification(made, config)
+
+
+def data_config(model: Any) -> dict[str, Any]:
+    """How images are prepared for a model of timm."""
+    from timm.data import resolve_model_data_config
+
+    known: dict[str, Any] = resolve_model_data_config(model)
+    if (size := getattr(getattr(model, "patch_embed", None), "img_size", None)) is not None:
+        known["input_size"] = (known["input_size"][0], *size)  # older ones tell that of the pretrained weights
+    return known
 
 
 def _named(

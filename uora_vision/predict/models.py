@@ -20,6 +20,9 @@ FORMS = "timm/NAME, timm/local-dir:FOLDER, open_clip/NAME or transformers/FOLDER
 
 CLASSES = {
     "image-classification": "AutoModelForImageClassification",
+    "image-multilabel-classification": "AutoModelForImageClassification",
+    "image-regression": "AutoModelForImageClassification",
+    "image-ordinal-regression": "AutoModelForImageClassification",
     "text-classification": "AutoModelForSequenceClassification",
     "text-regression": "AutoModelForSequenceClassification",
     "text-generation": "AutoModelForCausalLM",
@@ -39,11 +42,11 @@ def on_meta(spec: str) -> tuple[nn.Module, Any]:
         return _create(spec, None, None, False)
 
 
-def with_weights(spec: str, stored: Stored, checkpoint: str | None = None) -> tuple[nn.Module, Any]:
+def with_weights(spec: str, stored: Stored | None, checkpoint: str | None = None) -> tuple[nn.Module, Any]:
     """A model in eval mode that a saved adapter can be loaded into, and an input of two samples for it.
 
     Args:
-        stored: the adapter; the model gets as many classes as its trained head has.
+        stored: the adapter; the model gets as many classes as its trained head has. None for its own.
         checkpoint: a file with the weights, as state dict (safetensors, or what torch.save wrote), or for open_clip the
             tag of published ones. None for those that timm or the folder has.
 
@@ -197,7 +200,8 @@ def _transformers(name: str, stored: Stored | None, checkpoint: str | None, weig
     cls: Any = next((made for made in known if made is not None), None)
     if about.get("task") in CLASSES:
         cls = getattr(transformers, CLASSES[about["task"]])
-        config.num_labels = len(labels or (None,))
+        steps = about["task"] == "image-ordinal-regression"  # from each class to the next
+        config.num_labels = len(about.get("targets") or labels or (None,)) - steps
     if weights and checkpoint is None:
         with _quiet():
             model, told = (cls or transformers.AutoModel).from_pretrained(

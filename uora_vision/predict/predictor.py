@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import StateError
 from ..lifecycle.library import adapters
@@ -18,41 +17,9 @@ from ..lifecycle.merging import merge as merge_in
 from ..storage.folder import read_folder
 from ..storage.hub import is_repository, there
 from ..storage.save_load import load
+from .answers import Prediction, answers
 from .making import labels_of, make_task, task_of
-from .tasks import Computed, Task, check_classes
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a model says of one input.
-
-    Args:
-        answer: the name of the likeliest class; of a regression the value; of a language model the text.
-        probability: of that class; None where there are no classes.
-        probabilities: of every class, (classes,) float32, in the order of `Predictor.classes`.
-        embedding: what the head was given, (width,) float32, where asked for.
-        classes: their names.
-
-    Example:
-        >>> import torch, uora_vision as uora
-        >>> found = uora.Prediction("dog", 0.75, torch.tensor([0.25, 0.75]), classes=("cat", "dog"))
-        >>> found.top(2)
-        [('dog', 0.75), ('cat', 0.25)]
-    """
-
-    answer: str | float
-    probability: float | None = None
-    probabilities: Tensor | None = None
-    embedding: Tensor | None = None
-    classes: tuple[str, ...] = ()
-
-    def top(self, count: int) -> list[tuple[str, float]]:
-        """The likeliest classes with their probabilities, the likeliest first."""
-        if self.probabilities is None:
-            return []
-        best = self.probabilities.sort(descending=True, stable=True)
-        values, places = best.values[:count].tolist(), best.indices[:count].tolist()
-        return [(self.classes[place], value) for place, value in zip(places, values, strict=True)]
+from .tasks import Computed, Task
 
 
 class Predictor:
@@ -64,6 +31,7 @@ class Predictor:
         name: of the task, as the hub has it.
         classes: their names, in the order of the outputs; empty where the task has none.
         merged: whether the adapter is merged, so that the model cannot compute as its base.
+        about: what the adapter says besides, as its `preprocessing`: names and units of numbers.
 
     Example:
         >>> import uora_vision as uora
@@ -74,8 +42,11 @@ class Predictor:
         'cat'
     """
 
-    def __init__(self, model: nn.Module, task: Task, name: str, classes: Sequence[str], merged: bool) -> None:
-        self.model, self.task, self.name, self.merged = model, task, name, merged
+    def __init__(
+        self, model: nn.Module, task: Task, name: str, classes: Sequence[str], merged: bool,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.task, self.name, self.merged, self.about = model, task, name, merged, about or {}
         self.classes = tuple(classes)
 
     def __call__(self, inputs: Any, *, batch: int = 32, embeddings: bool = False) -> Any:
@@ -113,28 +84,14 @@ class Predictor:
         if not inputs:
             return []
         if not base:
-            return self._told(self.task.compute(inputs, embeddings))
+            return self._answers(self.task.compute(inputs, embeddings))
         if self.merged:
             raise StateError("the adapter is merged, so there is no base to compare with; load with merge=False")
         with without_update(self.model):
-            return self._told(self.task.compute(inputs, embeddings, base=True))
+            return self._answers(self.task.compute(inputs, embeddings, base=True))
 
-    def _told(self, computed: Computed) -> list[Prediction]:
-        features = computed.features
-        rows = [None] * len(computed.texts) if computed.logits is None else list(computed.logits)
-        kept = list(features) if features is not None else [None] * len(rows)
-        if computed.logits is None:
-            return [Prediction(text, embedding=e) for text, e in zip(computed.texts, kept, strict=True)]
-        if not self.classes:
-            return [Prediction(float(row[0]), embedding=e) for row, e in zip(computed.logits, kept, strict=True)]
-        check_classes(computed.logits, self.classes)
-        outputs = computed.logits.shape[1]
-        classes = self.classes + tuple(f"output {i}" for i in range(len(self.classes), outputs))
-        shares = computed.logits.softmax(1)
-        return [
-            Prediction(classes[int(p.argmax())], float(p.max()), p, e, classes)
-            for p, e in zip(shares, kept, strict=True)
-        ]
+    def _answers(self, computed: Computed) -> list[Prediction]:
+        return answers(computed, self.name, self.classes, self.about)
 
 
 def load_predictor(
@@ -184,7 +141,7 @@ def load_predictor(
     if merge:
         merge_in(made)
     made.to(device or default_device()).eval()
-    return Predictor(made, running, task, names, merge)
+    return Predictor(made, running, task, names, merge, stored.about.get("preprocessing"))
 
 
 def default_device() -> str:

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from ..errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from .predictor import Prediction, Predictor
+    from .answers import Prediction
+    from .predictor import Predictor
     from .tasks import Task
 
 FORMS = (".csv", ".json", ".parquet")
@@ -189,7 +190,7 @@ def printable(text: str) -> str:
 
 def _computed(predictor: Predictor, batch: Sequence[Item], asked: Asked) -> Done:
     kept, inputs, skipped = [], [], []
-    for item, value in zip(batch, _read(predictor.task, batch), strict=True):
+    for item, value in zip(batch, read_items(predictor.task, batch), strict=True):
         if isinstance(value, DataError):
             why = str(value) if item.name in str(value) else f"{item.name}: {value}"
             if asked.strict:
@@ -204,7 +205,7 @@ def _computed(predictor: Predictor, batch: Sequence[Item], asked: Asked) -> Done
     return Done(rows, skipped)
 
 
-def _read(task: Task, batch: Sequence[Item]) -> list[Any]:
+def read_items(task: Task, batch: Sequence[Item]) -> list[Any]:
     """What the model reads of each, or why it cannot be read."""
 
     def read(item: Item) -> Any:
@@ -229,12 +230,21 @@ def _row(item: Item, found: Prediction, base: Prediction | None, asked: Asked) -
 
 
 def _answer(found: Prediction, top: int) -> dict[str, Any]:
+    if isinstance(found.answer, tuple) and found.probabilities is not None:  # several labels
+        shares = zip(found.classes, found.probabilities.tolist(), strict=True)
+        return {"labels": list(found.answer)} | {f"probability_{name}": round(share, 6) for name, share in shares}
+    if isinstance(found.answer, tuple):
+        return {f"value_{name}": float(f"{value:.7g}") for name, value in (found.values or {}).items()}
     if found.probabilities is None:
         return {"answer": found.answer} if isinstance(found.answer, str) else {"value": float(f"{found.answer:.7g}")}
     row: dict[str, Any] = {}
-    for place, (name, share) in enumerate(found.top(top), 1):
+    named = found.top(top)
+    if found.rank is not None:  # the answer need not be the likeliest class
+        likeliest = [pair for pair in found.top(top + 1) if pair[0] != found.answer]
+        named = [(str(found.answer), float(found.probability or 0)), *likeliest][:top]
+    for place, (name, share) in enumerate(named, 1):
         row |= {f"class{f'_{place}' * (place > 1)}": name, f"probability{f'_{place}' * (place > 1)}": round(share, 6)}
-    return row
+    return row if found.rank is None else row | {"rank": round(found.rank, 4)}
 
 
 def _read_partial(path: Path, head: str, stamps: Sequence[str], overwrite: bool) -> list[Done]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError, FormatError, StateError
+from ..errors import DataError, StateError
 from ..structure.heads import head_names
 
 if TYPE_CHECKING:
@@ -20,9 +20,12 @@ if TYPE_CHECKING:
     from .dual import Dual
 
 IMAGES, CLIP = "image-classification", "zero-shot-image-classification"
+LABELS, NUMBERS, RANKS = "image-multilabel-classification", "image-regression", "image-ordinal-regression"
 TEXTS, VALUES, GENERATION = "text-classification", "text-regression", "text-generation"
-"""Tasks, as the hub names them; it has no name for texts that are given a value."""
-TASKS = (IMAGES, CLIP, TEXTS, VALUES, GENERATION)
+"""Tasks, as the hub names them; it has no names for images of several labels, of numbers or of ranks, nor for texts
+that are given a value."""
+OF_IMAGES = (IMAGES, LABELS, NUMBERS, RANKS, CLIP)
+TASKS = (*OF_IMAGES, TEXTS, VALUES, GENERATION)
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Computed:
     """What came out for a batch of n inputs.
 
     Args:
-        logits: (n, classes) float32; of a regression (n, 1); None where texts are written.
+        logits: (n, outputs) float32; None where texts are written.
         texts: what was written, (n).
         features: what the head was given, (n, width) float32, where asked for.
     """
@@ -176,13 +179,3 @@ def head_inputs(model: nn.Module, wanted: bool) -> Iterator[Callable[[], Tensor]
 
 def _no_head() -> Tensor:
     raise StateError("features were not asked for")
-
-
-def check_classes(logits: Tensor, classes: Sequence[str]) -> None:
-    """Whether there are outputs for all classes; there may be more, as of a head that was kept.
-
-    Raises:
-        FormatError: there are fewer.
-    """
-    if logits.shape[1] < len(classes):
-        raise FormatError(f"there are names of {len(classes)} classes, and the model tells {logits.shape[1]} apart")

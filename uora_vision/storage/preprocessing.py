@@ -164,6 +164,11 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "crop_pct": (lambda v: _is_number(v) and 0 < v <= 1, "a share above 0, at most 1"),
     "crop_mode": (_is_word, "a word such as center, squash or border"),
     "transform": (lambda v: v in ("timm", "albumentations"), "timm or albumentations: which of them resizes"),
+    # Images with several labels, or with numbers.
+    "cutoff": (lambda v: _is_number(v) and 0 < v < 1, "a probability from which a label counts as there"),
+    "targets": (_are_texts, "a name for each number that is told of an image"),
+    "target_mean": (lambda v: _are_channels(v, -math.inf), "a number for each target"),
+    "target_std": (lambda v: _are_channels(v, 0), "a number above 0 for each target"),
     # CLIP.
     "template": (lambda v: _is_text(v) and "{}" in v, "a text with {} for the name of a class"),
     "prompts": (_are_texts, "a text for each class"),

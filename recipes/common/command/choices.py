@@ -55,6 +55,21 @@ class Domain(StrEnum):
     noise = "noise"
 
 
+class Target(StrEnum):
+    """What is told of an image: its class, labels of which any number may be there, numbers, or one of ordered
+    classes."""
+
+    classification = "classification"
+    multilabel = "multilabel"
+    regression = "regression"
+    ordinal = "ordinal"
+
+    @property
+    def one_class(self) -> bool:
+        """Whether every image has one class."""
+        return self in (Target.classification, Target.ordinal)
+
+
 class Tower(StrEnum):
     frozen = "frozen"
     uora = "uora"

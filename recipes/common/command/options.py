@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from typer import Option
 
 from ..errors import RecipeError
-from .choices import Method, Scope
+from .choices import Method, Scope, Target
 
 FREE = {"output", "resume", "workers", "checkpoint_every", "max_steps", "max_seconds", "track", "quiet", "demo"}
 """Options that may change when a run is resumed: they do not change what it computes."""
@@ -25,6 +25,21 @@ POLICY = (
     rf"augmix(-([mw]\d+|d-?\d+|b[01]|(a|mstd){NUMBER}))*"
 )
 """Automatic augmentation, in the words of timm."""
+
+_M, _R, _O, _C = Target.multilabel, Target.regression, Target.ordinal, Target.classification
+UNFIT = {
+    "shots": ((_M, _R), "images are counted by their class, and here an image has none, or several"),
+    "classes": ((_R,), "numbers have no classes"),
+    "keep_head": ((_M, _R, _O), "a pretrained head tells classes apart"),
+    "smoothing": ((_M, _R, _O), "it spreads the share of one class over all others"),
+    "mixup": ((_O,), "between two ranks lie others"),
+    "cutmix": ((_O,), "between two ranks lie others"),
+    "class_weights": ((_R,), "numbers have no classes"),
+    "sampler": ((_R,), "numbers have no classes"),
+    "demo": ((_M, _R, _O), "the demo tells classes apart"),
+    "separator": ((_C, _R, _O), "it is between several labels of an image"),
+}
+"""Options that some tasks of images cannot have, and why."""
 
 LR = 0.05
 """Rate of UORA and our VeRA, in the scale of `uora.param_groups`: one for all models, ranks and tasks."""
@@ -228,10 +243,50 @@ class TableChoice:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageChoice(RunChoice, TrainChoice, MethodChoice):
+class TargetChoice(Choice):
+    """What is learned of images, and from which columns of a table."""
+
+    task: Annotated[Target, Option(help="what is learned of an image")] = Target.classification
+    path_column: Annotated[str | None, Option(help="of a table: the images; by default path, file_name, ...")] = None
+    target_columns: Annotated[
+        str | None, Option(help="of a table: what is learned, with commas; by default label, target, ...")
+    ] = None
+    split_column: Annotated[str | None, Option(help="of a table: train or test; by default split, if there")] = None
+    separator: Annotated[str | None, Option(help="multilabel: between labels in one column; by default | ; or ,")] = (
+        None
+    )
+    class_weights: Annotated[
+        Literal["none", "balanced"], Option(help="balanced: the rarer a class, the more it counts in the loss")
+    ] = "none"
+    sampler: Annotated[
+        Literal["none", "balanced"], Option(help="balanced: images are drawn so that all classes come equally often")
+    ] = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._need("separator", self.separator != "", "at least one character")
+        _ = self.target_names
+
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        """The columns asked for; none where the default is."""
+        if self.target_columns is None:
+            return ()
+        names = tuple(name.strip() for name in self.target_columns.split(","))
+        if "" in names or len(set(names)) < len(names):
+            raise RecipeError(f"--target-columns takes names with commas, each once, got {self.target_columns!r}")
+        if len(names) > 1 and self.task.one_class:
+            raise RecipeError(f"--task {self.task} has one column of targets, got {self.target_columns!r}")
+        return names
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageChoice(RunChoice, TrainChoice, MethodChoice, TargetChoice):
     """Which images, and which model learns them."""
 
-    data: Annotated[str, Option(help="cifar100, digits, a folder, or a data set on the Hugging Face hub")] = "cifar100"
+    data: Annotated[str, Option(help="cifar100, digits, a folder, a table, or a data set on the Hugging Face hub")] = (
+        "cifar100"
+    )
     model: Annotated[str, Option(help="a timm model, or local-dir:FOLDER")] = "vit_small_patch16_224"
     classes: Annotated[str | None, Option(help="only these classes: 60-99 or apple,bear")] = None
     shots: Annotated[int | None, Option(min=1, help="training images per class; all by default")] = None
@@ -255,6 +310,9 @@ class ImageChoice(RunChoice, TrainChoice, MethodChoice):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, (tasks, why) in UNFIT.items():
+            if self.task in tasks and getattr(self, name, None) not in (None, 0, False, "none"):
+                raise RecipeError(f"--{name.replace('_', '-')} does not go with --task {self.task}: {why}")
         for name in ("mixup", "cutmix"):
             self._need(name, 0 <= getattr(self, name) <= 100, "from 0 to 100")
         for name in ("smoothing", "drop_path"):

@@ -42,8 +42,9 @@ class ImageSet:
 
     Args:
         items: one entry per image.
-        labels: (n,) int64, indices into `names`.
-        names: what each class is called.
+        labels: (n,) int64, indices into `names`; of several labels (n, labels) 0 or 1, of numbers (n, targets), both
+            float64.
+        names: what each class, label or target is called.
         notes: what a person should know of them, in sentences.
     """
 
@@ -74,10 +75,11 @@ class ImageSet:
         return replace(self, items=[self.items[i] for i in indices], labels=self.labels[indices])
 
     def keep_classes(self, classes: Sequence[int | str]) -> ImageSet:
-        """Only these classes (numbers or names), renumbered from 0 in the order given."""
+        """Only these classes (numbers or names), renumbered from 0 in the order given. A number that is the name of a
+        class is that class."""
         numbers = []
         for name in classes:
-            number = self.names.index(name) if isinstance(name, str) and name in self.names else name
+            number = self.names.index(str(name)) if str(name) in self.names else name
             if not isinstance(number, int) or not 0 <= number < len(self.names):
                 shown = ", ".join(self.names[:8])
                 raise DataError(f"no class {name!r}; there are {len(self.names)}, numbered from 0: {shown}, ...")

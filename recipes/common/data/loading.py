@@ -18,7 +18,7 @@ Key = tuple[int, int]  # (epoch, index)
 
 
 class Images(Dataset):
-    """(epoch, index) -> (image (3, H, W) float32, label)."""
+    """(epoch, index) -> (image (3, H, W) float32, label: a class, or a tensor of float32)."""
 
     def __init__(self, data: ImageSet, shift: DomainShift, prepare: ModelInput, seed: int = 0) -> None:
         self.data, self.shift, self.prepare, self.seed = data, shift, prepare, seed
@@ -30,16 +30,19 @@ class Images(Dataset):
         """The image before it is fitted to the model, (h, w, 3) uint8."""
         return self.shift(self.data.read(index))
 
-    def __getitem__(self, key: Key) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, key: Key) -> tuple[torch.Tensor, int | torch.Tensor]:
         epoch, index = key
-        return self.prepare(self.picture(index), (self.seed, epoch, index)), int(self.data.labels[index])
+        label = self.data.labels[index]
+        image = self.prepare(self.picture(index), (self.seed, epoch, index))
+        return image, torch.tensor(label, dtype=torch.float32) if label.ndim else int(label)
 
 
 @dataclass(frozen=True)
 class Batches:
     """The batches of a whole training run, from step `start` on, as lists of (epoch, index).
 
-    An epoch is cut into batches of nearly equal size, none larger than `batch`, and none is dropped. With several
+    An epoch is cut into batches of nearly equal size, none larger than `batch`, and none is dropped. With `chances` it
+    has as many images, drawn anew, some more than once and some not at all. With several
     processes each takes its part of every batch, so `batch` counts the images of one optimizer step.
 
     Args:
@@ -49,6 +52,7 @@ class Batches:
         seed: of the order.
         start: first step to give, counted over the whole run.
         part, parts: number of this process and of all processes.
+        chances: of each image to be drawn, which add up to 1; None for every image once in an epoch.
     """
 
     count: int
@@ -58,6 +62,7 @@ class Batches:
     start: int = 0
     part: int = 0
     parts: int = 1
+    chances: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.count // self.per_epoch < self.parts:
@@ -73,7 +78,11 @@ class Batches:
     def __iter__(self) -> Iterator[list[Key]]:
         first, skip = divmod(self.start, self.per_epoch)
         for epoch in range(first, self.epochs):
-            order = np.random.default_rng((self.seed, epoch)).permutation(self.count)
+            generator = np.random.default_rng((self.seed, epoch))
+            if self.chances is None:
+                order = generator.permutation(self.count)
+            else:
+                order = generator.choice(self.count, self.count, p=self.chances)
             for chunk in np.array_split(order, self.per_epoch)[skip if epoch == first else 0 :]:
                 yield [(epoch, int(index)) for index in np.array_split(chunk, self.parts)[self.part]]
 

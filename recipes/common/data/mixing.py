@@ -16,7 +16,8 @@ Example = tuple[torch.Tensor, torch.Tensor]
 
 
 class Mixed(Dataset):
-    """(epoch, index) -> (image (3, H, W) float32, shares of the classes (classes,)), mixed within a batch.
+    """(epoch, index) -> (image (3, H, W) float32, shares of the classes, or means of labels or numbers, (outputs,)),
+    mixed within a batch.
 
     What is drawn follows from the seed, the epoch and the first image of the batch. In a batch of odd size the last
     image stays as it is.
@@ -30,7 +31,7 @@ class Mixed(Dataset):
 
     def __init__(self, images: Images, mixup: float, cutmix: float, smoothing: float, classes: int) -> None:
         self.images, self.classes, self.smoothing = images, classes, smoothing
-        self.mix = Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=classes)
+        self.alphas = mixup, cutmix
 
     def __len__(self) -> int:
         return len(self.images)
@@ -41,9 +42,14 @@ class Mixed(Dataset):
     def __getitems__(self, keys: Sequence[Key]) -> list[Example]:
         """A batch, as torch's DataLoader asks for it."""
         pictures, labels = zip(*(self.images[key] for key in keys), strict=True)
-        x, y, even = torch.stack(pictures), torch.tensor(labels), len(keys) // 2 * 2
-        shares = mixup_target(y, self.classes, 1.0, self.smoothing)
+        x, even = torch.stack(pictures), len(keys) // 2 * 2
+        if isinstance(labels[0], torch.Tensor):
+            shares = torch.stack(labels)
+        else:
+            shares = mixup_target(torch.tensor(labels), self.classes, 1.0, self.smoothing)
         if even:
+            mix = Mixup(*self.alphas, label_smoothing=0.0, num_classes=even)  # of the images as classes of their own
             with chance(self.images.seed, *keys[0]):
-                x[:even], shares[:even] = self.mix(x[:even].clone(), y[:even])
+                x[:even], images = mix(x[:even].clone(), torch.arange(even))
+            shares[:even] = images @ shares[:even]
         return list(zip(x, shares, strict=True))

@@ -6,7 +6,9 @@ import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from uora_vision.predict.pixels import inspect
 
@@ -23,6 +25,8 @@ class Splits:
         digest: of the content, class and order of every image.
         unreadable: images that were left out.
         notes: what a person should know, in sentences.
+        held_out: whether those to measure were held out of those to train on.
+        scale: mean and deviation of each number to be learned, which the labels are normalised by.
     """
 
     train: ImageSet
@@ -30,6 +34,8 @@ class Splits:
     digest: str
     unreadable: int
     notes: tuple[str, ...]
+    held_out: bool = False
+    scale: tuple[np.ndarray, np.ndarray] | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ def load_splits(
         train = train.few_shot(shots, seed)
     seen = readable(train, strict)
     tests = match(train, load_images(source, "test"), source, classes is not None) if held is None else held
-    return join(seen, readable(tests, strict), source)
+    return replace(join(seen, readable(tests, strict), source), held_out=held is not None)
 
 
 def match(train: ImageSet, test: ImageSet, source: str, some: bool = False) -> ImageSet:
@@ -89,7 +95,7 @@ def match(train: ImageSet, test: ImageSet, source: str, some: bool = False) -> I
     strange = [name for name in test.without(present=True) if name not in train.names]
     if strange and not some:
         raise DataError(
-            f"{source} has test images of {_named(strange)}, of which there are no training images; add some, or "
+            f"{source} has test images of {told(strange)}, of which there are no training images; add some, or "
             "choose with --classes"
         )
     return test.as_classes(train.names)
@@ -105,7 +111,7 @@ def join(seen: Readable, measured: Readable, source: str) -> Splits:
     reasons, digests = [*seen.reasons, *measured.reasons], (seen.digest, measured.digest)
     notes = [*train.notes, *test.notes]
     if reasons:
-        notes.append(f"{_counted(reasons, len(train) + len(test))}; they are left out")
+        notes.append(f"{counted(reasons, len(train) + len(test))}; they are left out")
     why = f"; {reasons[0]}" if reasons else ""
     if len(train.names) < 2:
         raise DataError(
@@ -113,15 +119,15 @@ def join(seen: Readable, measured: Readable, source: str) -> Splits:
         )
     empty, unmeasured = train.without(), test.without()
     if impossible := [name for name in empty if name not in unmeasured]:
-        raise DataError(f"{source} has no training image of {_named(impossible)}, but test images of it{why}")
+        raise DataError(f"{source} has no training image of {told(impossible)}, but test images of it{why}")
     if len(train) == 0 or len(test) == 0:
         raise DataError(f"{source} has no {'test' if len(train) else 'training'} image of the classes asked for{why}")
     if len(empty) > len(train.names) - 2:
-        raise DataError(f"{source} has no training image of {_named(empty)}; at least 2 classes are needed{why}")
+        raise DataError(f"{source} has no training image of {told(empty)}; at least 2 classes are needed{why}")
     if empty:
-        notes.append(f"{source} has no image of {_named(empty)}")
+        notes.append(f"{source} has no image of {told(empty)}")
     if unseen := [name for name in unmeasured if name not in empty]:
-        notes.append(f"{source} has no test image of {_named(unseen)}: how well it is known is not measured")
+        notes.append(f"{source} has no test image of {told(unseen)}: how well it is known is not measured")
     digest = hashlib.sha256(f"{train.names} {digests}".encode()).hexdigest()
     return Splits(train, test, digest, len(reasons), tuple(dict.fromkeys(notes)))
 
@@ -138,15 +144,15 @@ def readable(data: ImageSet, strict: bool = False) -> Readable:
     wrong = {index: reason for index, (_, reason) in enumerate(found) if reason is not None}
     reasons = [f"cannot read {data.name(index)}: {reason}" for index, reason in wrong.items()]
     if reasons and (strict or len(reasons) == len(data)):
-        raise DataError(f"{_counted(reasons, len(data) - len(reasons))}. Remove or replace them.")
+        raise DataError(f"{counted(reasons, len(data) - len(reasons))}. Remove or replace them.")
     kept = data.take([index for index in range(len(data)) if index not in wrong]) if wrong else data
     return Readable(kept, reasons, digest)
 
 
-def _counted(reasons: Sequence[str], others: int) -> str:
+def counted(reasons: Sequence[str], others: int) -> str:
     return f"{len(reasons)} of {len(reasons) + others} images cannot be read; {reasons[0]}"
 
 
-def _named(names: Sequence[str]) -> str:
-    shown = ", ".join(map(repr, names[:5]))
-    return f"the class {shown}" if len(names) == 1 else f"{len(names)} classes, {shown}{', ...' * (len(names) > 5)}"
+def told(names: Sequence[str], kind: str = "class") -> str:
+    shown, many = ", ".join(map(repr, names[:5])), {"class": "classes"}.get(kind, f"{kind}s")
+    return f"the {kind} {shown}" if len(names) == 1 else f"{len(names)} {many}, {shown}{', ...' * (len(names) > 5)}"

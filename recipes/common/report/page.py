@@ -57,7 +57,8 @@ class RunReport:
         b, d: the learned vectors, one per layer, or empty where the method has none.
         confusion: (k, k) counts of test images, a row per true class.
         names: what the k classes are called.
-        samples: test images: (h, w, 3) uint8, true name, predicted name, confidence 0..1.
+        samples: test images: (h, w, 3) uint8, true name, predicted name, confidence 0..1; None for it where they are
+            numbers, of which none is simply right.
         comparison: a row per method: `method`, `accuracy`, `trained_parameters`, and what else there is;
             `accuracy_std` draws a bar.
         score: the metric by which methods are compared, in the place of `accuracy`.
@@ -83,7 +84,7 @@ class RunReport:
     d: list[np.ndarray] = field(default_factory=list)
     confusion: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int64))
     names: list[str] = field(default_factory=list)
-    samples: list[tuple[np.ndarray, str, str, float]] = field(default_factory=list)
+    samples: list[tuple[np.ndarray, str, str, float | None]] = field(default_factory=list)
     comparison: list[dict[str, Any]] | None = None
     score: str = "accuracy"
     tables: list[Sheet] = field(default_factory=list)
@@ -150,7 +151,7 @@ def _method(name: Any) -> str:
 def _axis(key: str) -> str:
     """A label in the middle of things: `BLEU` stays, `Learning rate` begins small."""
     words = label(key)
-    return words if words[1:2].isupper() else words.lower()
+    return words if words[1:2].isupper() else words[:1].lower() + words[1:]
 
 
 def _check(report: RunReport) -> None:

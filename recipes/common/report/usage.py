@@ -11,6 +11,9 @@ from typing import Any
 TEXT = "a text, or as many as an example has"
 INPUTS = {  # of a task: what to give the command, and what to give the function
     "image-classification": ("FOLDER_OR_IMAGES", '"image.jpg"'),
+    "image-multilabel-classification": ("FOLDER_OR_IMAGES", '"image.jpg"'),
+    "image-regression": ("FOLDER_OR_IMAGES", '"image.jpg"'),
+    "image-ordinal-regression": ("FOLDER_OR_IMAGES", '"image.jpg"'),
     "zero-shot-image-classification": ("FOLDER_OR_IMAGES", '"image.jpg"'),
     "text-classification": ("sentences.csv", TEXT),
     "text-regression": ("sentences.csv", TEXT),

@@ -118,6 +118,7 @@ class Run:
             self.progress.step,
             self.accelerator.process_index,
             self.accelerator.num_processes,
+            self.options.chances,
         )
 
     def go(
@@ -134,8 +135,8 @@ class Run:
             now = time.monotonic()
             progress.step_seconds.append(now - before)
             progress.seconds = base_seconds + now - started
-            display.step(progress.step, (progress.step - 1) // self.per_epoch + 1, self.numbers())
-            log(progress.step, self.numbers())
+            display.step(progress.step, (progress.step - 1) // self.per_epoch + 1, self.numbers(task))
+            log(progress.step, self.numbers(task))
             if progress.step % self.per_epoch == 0:
                 evaluation = self.end_epoch(task, display, log)
                 progress.seconds = base_seconds + time.monotonic() - started
@@ -195,20 +196,20 @@ class Run:
             fired = self.reinit.step() if self.reinit is not None else 0
             if self.average is not None:
                 self.average.update(progress.step, fired)
-        total, correct, seen = found
-        progress.seen, progress.loss, progress.hits = (
+        total, running, seen = found
+        progress.seen, progress.loss, progress.running = (
             progress.seen + int(seen),
             progress.loss + total,
-            progress.hits + int(correct),
+            progress.running + running,
         )
 
     def backward(self, task: Task, batch: Any, whole: int) -> list[float]:
-        """Add the gradients of a part of a step's batch of `whole` examples: summed loss, right answers and examples,
-        over all processes."""
+        """Add the gradients of a part of a step's batch of `whole` examples: sums of the loss and of `running`, and
+        examples, over all processes."""
         acc = self.accelerator
-        loss, hits, count = task.loss(self.model, batch)
-        sums = torch.stack([loss.detach() * count, hits.float(), torch.tensor(float(count), device=loss.device)])
-        total, correct, seen = acc.reduce(sums, "sum").tolist()
+        loss, told, count = task.loss(self.model, batch)
+        sums = torch.stack([loss.detach() * count, told.float(), torch.tensor(float(count), device=loss.device)])
+        total, running, seen = acc.reduce(sums, "sum").tolist()
         if not math.isfinite(total):
             kept = (
                 f"The last checkpoint, {self.path}, is from before that. " if self.path and self.path.exists() else ""
@@ -218,7 +219,7 @@ class Run:
                 "Try a smaller --lr or --head-lr, or --precision no."
             )
         acc.backward(loss if count == whole else loss * (count / whole))
-        return [total, correct, seen]
+        return [total, running, seen]
 
     def end_epoch(self, task: Task, display: Display, log: Callable) -> Scored | None:
         """Close an epoch's entry in the history, with an evaluation where one is due."""
@@ -229,14 +230,14 @@ class Run:
         entry = {
             "epoch": epoch,
             "train_loss": progress.loss / progress.seen,
-            "train_accuracy": progress.hits / progress.seen,
+            f"train_{task.running}": progress.running / progress.seen,
             **({f"test_{name}": value for name, value in evaluation.scores.items()} if evaluation else {}),
             "lr": self.rate(),
             "firings": self.firings(),
             "seconds": progress.seconds,
         }
         progress.history.append(entry)
-        progress.seen, progress.loss, progress.hits = 0, 0.0, 0
+        progress.seen, progress.loss, progress.running = 0, 0.0, 0.0
         if evaluation is not None:
             self.best.look(evaluation.scores, epoch, self.average.state if self.average else self.changing)
         display.epoch(entry, self.options.epochs)
@@ -250,11 +251,11 @@ class Run:
     def firings(self) -> int:
         return self.reinit.firings if self.reinit else 0
 
-    def numbers(self) -> dict[str, float]:
+    def numbers(self, task: Task) -> dict[str, float]:
         progress = self.progress
         return {
             "train/loss": progress.loss / progress.seen,
-            "train/accuracy": progress.hits / progress.seen,
+            f"train/{task.running}": progress.running / progress.seen,
             "train/lr": self.rate(),
             "train/firings": self.firings(),
         }

@@ -6,6 +6,7 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ class Task(Protocol):
     """What is learned: the loss of a batch, and a measurement."""
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, int]:
-        """The mean loss of a batch (on the device), the number of right answers, and the number of examples."""
+        """The mean loss of a batch (on the device), the sum of `running` over it, and the number of examples."""
         ...
 
     def evaluate(self, model: nn.Module, accelerator: Accelerator) -> Scored:
@@ -34,7 +35,12 @@ class Task(Protocol):
 
     @property
     def measures(self) -> tuple[str, ...]:
-        """The names of what it measures."""
+        """The names of what it measures, first the one that it is judged by."""
+        ...
+
+    @property
+    def running(self) -> str:
+        """What is told of training besides the loss, a mean over examples."""
         ...
 
 
@@ -55,6 +61,7 @@ class TrainOptions:
         ema: decay of an average of the weights, which is what is measured and kept; None for none.
         best: the measure by which the best evaluation is kept; None for the last one.
         patience: stop after so many evaluations without a better one; None for not before the end.
+        chances: of each example to be drawn; see `Batches`.
         checkpoint_steps, checkpoint_seconds: how often a checkpoint is written; 0 for not by this count.
         max_steps, max_seconds: stop there, with a checkpoint, as if interrupted; None for no limit.
     """
@@ -71,6 +78,7 @@ class TrainOptions:
     ema: float | None = None
     best: str | None = None
     patience: int | None = None
+    chances: np.ndarray | None = None
     checkpoint_steps: int = 0
     checkpoint_seconds: float = 600.0
     max_steps: int | None = None
@@ -98,7 +106,7 @@ class Progress:
 
     Args:
         step: optimizer steps done.
-        seen, loss, hits: examples, summed loss and correct predictions since the epoch began.
+        seen, loss, running: examples, summed loss and the sum of `Task.running` since the epoch began.
         seconds: spent training and evaluating, over all sittings.
         step_seconds: of every step.
         history: one entry per epoch; see `RunReport.history`.
@@ -107,7 +115,7 @@ class Progress:
     step: int = 0
     seen: int = 0
     loss: float = 0.0
-    hits: int = 0
+    running: float = 0.0
     seconds: float = 0.0
     step_seconds: list[float] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)

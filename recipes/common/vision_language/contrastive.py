@@ -74,7 +74,7 @@ class Naming:
         cached: the texts' features stay as they are, since their tower is frozen.
     """
 
-    measures = ("accuracy", "loss")
+    measures, running = Classification.measures, "accuracy"
 
     def __init__(self, dual: Dual, tests: Images, tokens: Tokens, cached: bool, batch: int, workers: int) -> None:
         self.dual, self.tests, self.tokens, self.cached = dual, tests, tokens, cached
@@ -115,6 +115,7 @@ class Matching:
         "recall_1", "recall_5", "image_to_text_recall_1", "image_to_text_recall_5", "text_to_image_recall_1",
         "text_to_image_recall_5", "loss",
     )  # fmt: skip
+    running = "accuracy"
 
     def __init__(self, dual: Dual, tests: PairImages, batch: int, workers: int) -> None:
         self.dual, self.tests, self.batch, self.workers = dual, tests, max(64, batch), workers
