@@ -173,15 +173,15 @@ class Adapter(nn.Module):
         passing = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if not passing:
             self.settle()
-        kept = self._kept
+        # Compiled code that looks up no path is one graph for all blocks; where none is looked up, the buffers do.
+        kept = None if passing and not self.bank.by_path else self._kept
         if kept is not None and (self._is_held(kept) if passing else kept.holds(self.bank, self.b.device)):
             return kept.A, kept.B
         return self._looked_up(passing)
 
     def _is_held(self, kept: Kept) -> bool:
-        """Whether a graph may take the tensors that the bank had renewed. One that looks up no path is one for all
-        blocks; where no path is looked up anyway, and in a program that is exported, the bank's buffers are taken."""
-        return self.bank.by_path and kept.device == self.b.device and not self._own and not _is_traced()
+        """Whether a graph may take the tensors that the bank had renewed; a program that is exported takes buffers."""
+        return kept.device == self.b.device and not self._own and not _is_traced()
 
     def renew(self) -> None:
         """Take the matrices as the bank has them now, for compiled code, which does not look."""
