@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ class ReadTensor(Tensor):
 
     source: Tensor
     refresh: Callable[[], None]
+    uncompiled: ClassVar[bool] = False
+    """Whether torch.compile was told to leave it."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -63,6 +65,7 @@ def reading(weight: Tensor, fold: Callable[[Tensor], Tensor]) -> Tensor:
     plain = torch.compiler.is_compiling() or torch.jit.is_tracing() or in_transform()
     if whole is weight or plain or sys._getframe(2).f_globals.get("__name__", "").startswith(_TORCH):
         return whole
+    _leave_uncompiled()
 
     def refresh() -> None:
         with torch.no_grad():
@@ -71,6 +74,13 @@ def reading(weight: Tensor, fold: Callable[[Tensor], Tensor]) -> Tensor:
                 whole.copy_(new)
 
     return _made(whole, weight, refresh)
+
+
+def _leave_uncompiled() -> None:
+    """Where torch.compile is in use, keep it out of `__torch_function__`, which is met in frames that it has left."""
+    if "torch._dynamo" in sys.modules and not ReadTensor.uncompiled:
+        ReadTensor.__torch_function__ = classmethod(torch.compiler.disable(ReadTensor.__torch_function__.__func__))  # type: ignore[assignment,attr-defined]
+        ReadTensor.uncompiled = True
 
 
 def _made(out: Tensor, source: Tensor, refresh: Callable[[], None]) -> Tensor:
