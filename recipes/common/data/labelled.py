@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from ..command.choices import Target
 from ..command.options import ImageChoice
 from ..errors import DataError
 from .images import ImageSet, parse_classes
+from .labels import number as as_number
 from .splits import Splits, counted, join, readable, told
 
 HELD_OUT = 0.2
@@ -76,7 +76,7 @@ def in_order(splits: Splits, source: str, classes: str | None) -> Splits:
     """
     names = splits.train.names
     if classes is None:
-        numbers = [_number(name) for name in names]
+        numbers = [as_number(name) for name in names]
         if words := [name for name, number in zip(names, numbers, strict=True) if number is None]:
             raise DataError(
                 f"the classes of {source} are words, {shown(words)}, whose order nobody knows; give it with "
@@ -149,7 +149,7 @@ def _flags(table: ImageTable, name: str) -> list[bool | None]:
 
 
 def _numbers(table: ImageTable, name: str) -> list[float]:
-    found = [_number(as_text(value)) for value in table.columns[name]]
+    found = [as_number(as_text(value)) for value in table.columns[name]]
     _need(table, name, [number is None for number in found], "needs a finite number")
     return [number for number in found if number is not None]
 
@@ -228,18 +228,10 @@ def _normalised(splits: Splits, source: str) -> Splits:
 def _sorted(texts: Sequence[str]) -> tuple[str, ...]:
     """Each once, by their numbers if all are numbers, else by the alphabet."""
     names = sorted(set(texts))
-    return tuple(names if any(_number(name) is None for name in names) else sorted(names, key=float))
+    return tuple(names if any(as_number(name) is None for name in names) else sorted(names, key=float))
 
 
 def _plain(text: str) -> str:
     """A number in one way of writing, whatever it was written like."""
-    number = _number(text)
+    number = as_number(text)
     return text if number is None else str(int(number)) if number.is_integer() else repr(number)
-
-
-def _number(value: Any) -> float | None:
-    try:
-        number = float(value)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None

@@ -26,7 +26,7 @@ def as_classes(
     for part, labels in zip(("training", "test"), told, strict=True):
         if "" in labels:
             raise DataError(f"{part} example {labels.index('') + 1} of {source} has no label")
-    numbers = {label: _number(label) for label in {*told[0], *told[1]}}
+    numbers = {label: number(label) for label in {*told[0], *told[1]}}
     if words := sorted(label for label, number in numbers.items() if number is None):
         if odd := sorted(label for label, number in numbers.items() if number is not None):
             raise DataError(
@@ -53,16 +53,17 @@ def as_values(labels: Sequence[Any], source: str) -> list[float]:
     Raises:
         DataError: one of them is no number.
     """
-    numbers = [_number(as_text(label)) for label in labels]
+    numbers = [number(as_text(label)) for label in labels]
     if None in numbers:
         place = numbers.index(None)
         raise DataError(f"example {place + 1} of {source} has the label {as_text(labels[place])!r}, expected a number")
     return [float(number) for number in numbers if number is not None]
 
 
-def _number(text: str) -> float | None:
+def number(value: Any) -> float | None:
+    """A finite number, or one that is written out; None of anything else."""
     try:
-        number = float(text)
+        found = float(value)
     except ValueError:
         return None
-    return number if math.isfinite(number) else None
+    return found if math.isfinite(found) else None
